@@ -1,0 +1,68 @@
+//! What the API needs to know of Pods, without knowing who keeps them.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use k8s_openapi::api::core::v1::Pod;
+
+use crate::runtime::types::ContainerId;
+
+/// Finds what a request names. Implemented by [`crate::pod`].
+#[async_trait]
+pub trait PodTargets: Send + Sync + 'static {
+    /// The container attempt whose log answers `kubectl logs POD -c CONTAINER [--previous]`: the running or latest one,
+    /// or with `previous` the one before it.
+    ///
+    /// # Errors
+    /// What to tell the user; see [`TargetError`].
+    async fn log_target(
+        &self,
+        namespace: &str,
+        pod: &str,
+        container: &str,
+        previous: bool,
+    ) -> Result<ContainerId, TargetError>;
+
+    /// Every Pod of this node with the status last computed here, for `/pods`.
+    fn pods(&self) -> Vec<Arc<Pod>>;
+
+    /// Whether the Pod loop is alive, for `/healthz`.
+    ///
+    /// # Errors
+    /// Which part is stuck and since when.
+    fn healthy(&self) -> Result<(), String>;
+}
+
+/// Why there is no such target. `Display` is the text kubectl prints.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum TargetError {
+    /// No such Pod on this node (HTTP 404).
+    #[error("pod {0:?} not found")]
+    NoPod(String),
+    /// The Pod has no container of that name (HTTP 404).
+    #[error("container {container:?} not found in pod {pod:?}")]
+    NoContainer {
+        /// The Pod's name.
+        pod: String,
+        /// The container asked for.
+        container: String,
+    },
+    /// It has not started yet (HTTP 400).
+    #[error("container {container:?} in pod {pod:?} is waiting to start: {reason}")]
+    Waiting {
+        /// The Pod's name.
+        pod: String,
+        /// The container asked for.
+        container: String,
+        /// The waiting reason of its status (`ContainerCreating`, `PodInitializing`, `ImagePullBackOff`, …).
+        reason: String,
+    },
+    /// It has no earlier attempt (HTTP 400).
+    #[error("previous terminated container {container:?} in pod {pod:?} not found")]
+    NoPrevious {
+        /// The Pod's name.
+        pod: String,
+        /// The container asked for.
+        container: String,
+    },
+}

@@ -1,0 +1,9 @@
+//! lambdalet: a Kubernetes node in one binary.
+
+pub mod kubelet_api;
+pub mod network;
+pub mod node;
+pub mod pod;
+pub mod quantity;
+pub mod runtime;
+pub mod telemetry;

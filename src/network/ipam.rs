@@ -1,0 +1,1 @@
+//! Which Pod has which address: crash-safe, never handing one out twice.

@@ -1,0 +1,1 @@
+//! What a container needs from the API: ConfigMaps, Secrets, service variables, pull secrets.

@@ -1,0 +1,1 @@
+//! The Pod's volumes on the host.

@@ -1,0 +1,1 @@
+//! An in-memory runtime with fault knobs.

@@ -1,0 +1,133 @@
+//! The one seam: what the node asks of whatever runs its Pods.
+//!
+//! The verbs, their names and their rules are those of CRI v1. Above this trait nobody knows what a sandbox is made
+//! of; below it nobody knows what a Kubernetes Pod is. Drivers:
+//!
+//! * [`docker`]: a sandbox is a small container that holds the namespaces, members join it;
+//! * [`fake`]: in memory, with fault knobs, for tests and `--runtime fake`.
+//!
+//! The runtime is the memory of the node: after a restart everything is found again by listing. So each verb is
+//! idempotent (see its text), and a driver keeps [`types::PodRef`], container name and attempt with the object itself.
+
+pub mod docker;
+pub mod error;
+pub mod fake;
+pub mod traced;
+pub mod types;
+
+use async_trait::async_trait;
+use futures::stream::BoxStream;
+
+pub use error::{Kind, Result, RuntimeError};
+use types::{
+    ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
+    RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+};
+
+/// Runs Pods: sandboxes and the containers in them.
+///
+/// Cancel safety: dropping the future of a verb leaves either the state before or the state after it, or an object that
+/// the `list` verbs show and the `remove` verbs remove. Nothing else is left behind.
+#[async_trait]
+pub trait SandboxRuntime: Send + Sync + 'static {
+    /// Name and version of the engine below.
+    ///
+    /// # Errors
+    /// [`Kind::Unavailable`] if it does not answer.
+    async fn version(&self) -> Result<RuntimeVersion>;
+
+    /// Whether new Pods can be run now; cheap enough to be asked every ten seconds.
+    ///
+    /// # Errors
+    /// What keeps it from running Pods, in words for the node's Ready condition.
+    async fn ready(&self) -> Result<()>;
+
+    /// Makes and starts a sandbox, its network up. A sandbox of the same Pod and attempt that is already ready is
+    /// returned as it is; a half-made one is removed first.
+    ///
+    /// # Errors
+    /// Nothing is left behind on an error, unless the engine itself went away.
+    async fn run_pod_sandbox(&self, config: &SandboxConfig) -> Result<SandboxId>;
+
+    /// Kills whatever still runs in the sandbox and takes its network down. Stopping a stopped or unknown sandbox is Ok.
+    async fn stop_pod_sandbox(&self, id: &SandboxId) -> Result<()>;
+
+    /// Removes the sandbox and every container in it, running or not. Removing an unknown sandbox is Ok.
+    async fn remove_pod_sandbox(&self, id: &SandboxId) -> Result<()>;
+
+    /// The sandbox now.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] if there is none of that id.
+    async fn pod_sandbox_status(&self, id: &SandboxId) -> Result<SandboxStatus>;
+
+    /// Every sandbox of this owner, or those of one Pod.
+    async fn list_pod_sandboxes(&self, pod_uid: Option<&str>) -> Result<Vec<SandboxStatus>>;
+
+    /// Makes a container in a ready sandbox, not started. One of the same Pod, name and attempt that is there already
+    /// is returned as it is.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for an unknown sandbox or image, [`Kind::Invalid`] for a config the engine refuses.
+    async fn create_container(&self, sandbox: &SandboxId, config: &ContainerConfig) -> Result<ContainerId>;
+
+    /// Starts a created container. Starting a running one is Ok.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] if its command cannot be executed: the container is then exited with code 128 (127 where the
+    /// command was not found) and the reason in its message.
+    async fn start_container(&self, id: &ContainerId) -> Result<()>;
+
+    /// Sends the stop signal, waits up to `grace`, kills. Returns once the process has ended. Stopping an exited or
+    /// unknown container is Ok.
+    async fn stop_container(&self, id: &ContainerId, grace: Grace) -> Result<()>;
+
+    /// Removes a container, killing it first if it runs; its log goes with it. Removing an unknown one is Ok.
+    async fn remove_container(&self, id: &ContainerId) -> Result<()>;
+
+    /// Every container of this owner, or those of one Pod, in no order.
+    async fn list_containers(&self, pod_uid: Option<&str>) -> Result<Vec<ContainerStatus>>;
+
+    /// The container now.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] if there is none of that id.
+    async fn container_status(&self, id: &ContainerId) -> Result<ContainerStatus>;
+
+    /// The container's log as a stream that ends when all is delivered.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] if there is none of that id.
+    async fn logs(&self, id: &ContainerId, options: &LogOptions) -> Result<BoxStream<'static, Result<LogChunk>>>;
+
+    /// What happens from now on to objects of this owner. The stream ends when the engine goes away; the caller
+    /// subscribes again and lists, since what happened in between is not told.
+    async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>>;
+}
+
+/// Holds images.
+#[async_trait]
+pub trait ImageStore: Send + Sync + 'static {
+    /// Fetches an image, trying each of `auths` in order (anonymously if there is none).
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] if the registry has no such image, [`Kind::Unauthorized`] if it wants other credentials,
+    /// [`Kind::Invalid`] if the reference does not parse, [`Kind::Unavailable`] if the registry cannot be reached.
+    async fn pull_image(&self, reference: &str, auths: &[RegistryAuth]) -> Result<ImageId>;
+
+    /// The image, by reference or id, if present.
+    async fn image_status(&self, reference: &str) -> Result<Option<Image>>;
+
+    /// Every image present.
+    async fn list_images(&self) -> Result<Vec<Image>>;
+
+    /// Removes an image. Removing an unknown one is Ok.
+    ///
+    /// # Errors
+    /// [`Kind::AlreadyExists`] if a container still uses it.
+    async fn remove_image(&self, id: &ImageId) -> Result<()>;
+}
+
+/// A driver that is both.
+pub trait Runtime: SandboxRuntime + ImageStore {}
+impl<T: SandboxRuntime + ImageStore> Runtime for T {}

@@ -1,0 +1,1 @@
+//! Span, log line and metrics around every verb, once, at the seam.
