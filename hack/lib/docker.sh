@@ -1,0 +1,80 @@
+# shellcheck shell=bash
+# The Docker daemon for the scripts in hack/. Sourced by lib.sh.
+#
+# A daemon that already runs is used and left alone. One that these scripts
+# start is stopped when the last of its users lets go of it.
+
+DOCKER_STATE=$STATE/docker
+
+docker_answers() { curl -fsS --max-time 5 --unix-socket /var/run/docker.sock http://docker/_ping; }
+
+# ensure_docker USER: Docker installed, running, and kept for USER.
+ensure_docker() {
+  local user=$1
+  need_root
+  need_packages curl ca-certificates
+  mkdir -p "$DOCKER_STATE/users"
+  if ! docker_answers >/dev/null 2>&1; then
+    command -v dockerd >/dev/null || need_packages docker.io iptables
+    start_dockerd
+  fi
+  command -v docker >/dev/null || need_packages docker.io
+  : >"$DOCKER_STATE/users/$user"
+  docker_env
+}
+
+start_dockerd() {
+  if [ -d /run/systemd/system ]; then
+    say "starting docker with systemd"
+    # Installing the package may have started it a moment ago.
+    systemctl start docker >/dev/null 2>&1 || fail "systemd could not start docker" "journalctl -u docker"
+    echo systemd >"$DOCKER_STATE/started"
+  else
+    need_cgroups
+    say "starting dockerd"
+    # containerd and dockerd leave their pid files when they are killed.
+    proc_start "$DOCKER_STATE" dockerd dockerd
+    echo process >"$DOCKER_STATE/started"
+    proc_ready "$DOCKER_STATE" dockerd 60 docker_answers ||
+      fail "dockerd does not start" "read $DOCKER_STATE/dockerd.log"
+  fi
+  wait_for 60 "the Docker socket" docker_answers || fail "Docker does not answer on /var/run/docker.sock"
+}
+
+# Without an init system nobody has mounted the cgroup hierarchy.
+need_cgroups() {
+  local controller
+  if mountpoint -q /sys/fs/cgroup || grep -q ' /sys/fs/cgroup' /proc/mounts; then return 0; fi
+  say "mounting cgroup v2 on /sys/fs/cgroup"
+  mount -t cgroup2 cgroup2 /sys/fs/cgroup && return 0
+  mount -t tmpfs -o mode=755 cgroup /sys/fs/cgroup
+  for controller in $(awk '!/^#/ && $4 == 1 {print $1}' /proc/cgroups); do
+    mkdir -p "/sys/fs/cgroup/$controller"
+    mount -t cgroup -o "$controller" cgroup "/sys/fs/cgroup/$controller"
+  done
+}
+
+# A new CLI in front of an old daemon: speak the daemon's version, and do not
+# ask it for BuildKit, which Debian 12's daemon does not serve.
+docker_env() {
+  local api
+  api=$(curl -fsS --unix-socket /var/run/docker.sock http://docker/version |
+    python3 -c 'import json, sys; print(json.load(sys.stdin)["ApiVersion"])')
+  if [ "$(printf '%s\n1.44\n' "$api" | sort -V | head -n 1)" != 1.44 ]; then
+    export DOCKER_API_VERSION=$api DOCKER_BUILDKIT=0
+  fi
+}
+
+# release_docker USER: the counterpart of ensure_docker.
+release_docker() {
+  rm -f "$DOCKER_STATE/users/$1"
+  [ -f "$DOCKER_STATE/started" ] || return 0
+  [ -z "$(ls -A "$DOCKER_STATE/users" 2>/dev/null)" ] || return 0
+  say "stopping the docker daemon that was started here"
+  if [ "$(cat "$DOCKER_STATE/started")" = systemd ]; then
+    systemctl stop docker.socket docker >/dev/null 2>&1 || true
+  else
+    proc_stop "$DOCKER_STATE" dockerd 30
+  fi
+  rm -rf "$DOCKER_STATE"
+}

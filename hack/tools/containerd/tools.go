@@ -1,0 +1,11 @@
+//go:build tools
+
+// Package tools pins containerd, the runtime under the kubelet that the benches
+// measure against.
+package tools
+
+import (
+	_ "github.com/containerd/containerd/v2/cmd/containerd"
+	_ "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2"
+	_ "github.com/containerd/containerd/v2/cmd/ctr"
+)
