@@ -9,6 +9,7 @@
 set -euo pipefail
 
 HACK_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export REPO_DIR
 REPO_DIR=$(dirname "$HACK_DIR")
 : "${HOME:=/root}"
 export HOME
@@ -167,6 +168,7 @@ proc_identity() { # PID
   local stat
   stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
   # The command name may hold spaces; what follows its ")" does not.
+  # shellcheck disable=SC2086
   set -- "$1" ${stat##*) }
   # A zombie has ended, whoever forgot to wait for it.
   [ "$2" != Z ] || return 1
@@ -196,8 +198,8 @@ proc_stop() {
   if proc_alive "$dir" "$name"; then
     pid=$(cut -d' ' -f1 "$dir/$name.pid")
     kill -TERM "$pid" 2>/dev/null || true
-    if ! wait_for "$limit" "$name (pid $pid) to end" proc_gone "$dir" "$name"; then
-      warn "$name did not end on SIGTERM, killing pid $pid"
+    if ! wait_for "$limit" "$name (pid $pid) to end" proc_gone "$dir" "$name" 2>/dev/null; then
+      say "$name did not end within $limit s of SIGTERM: killing pid $pid"
       proc_kill "$dir" "$name"
     fi
   fi

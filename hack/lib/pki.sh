@@ -34,7 +34,8 @@ sign() {
 # Names and addresses under which the API server is reached: from the host, from
 # Pods on any bridge that exists now, and as the "kubernetes" Service.
 server_names() {
-  local address names="DNS:localhost,DNS:$(hostname),DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc"
+  local address names
+  names="DNS:localhost,DNS:$(hostname),DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc"
   names+=",DNS:kubernetes.default.svc.cluster.local,IP:127.0.0.1,IP:$SERVICE_IP,IP:$HOST_ADDRESS,IP:172.17.0.1"
   for address in $(ip -4 -o addr show scope global | awk '{sub("/.*", "", $4); print $4}'); do
     [[ ",$names," == *",IP:$address,"* ]] || names+=",IP:$address"
