@@ -17,8 +17,7 @@ addons() {
 }
 
 addons_up() {
-  local node owner
-  node=$(hostname)
+  local node=hack-host owner
   while [ $# -gt 0 ]; do
     case $1 in
       --node) node=$2 ;;
@@ -40,6 +39,7 @@ addons_up() {
   route_bridged_traffic
   start_coredns
   start_kube_proxy "$node"
+  [ -z "${STAND_IN:-}" ] || kubectl_admin delete node "$STAND_IN" --ignore-not-found >/dev/null
   wait_for 20 "cluster DNS at $DNS_IP" dns_answers "$DNS_IP" 53 ||
     { show_tail "$DIR/run/kube-proxy.log"; fail "the kube-dns Service does not answer"; }
   say "addons are up: Services work on this host, cluster DNS is $DNS_IP"
@@ -81,12 +81,26 @@ restore_sysctls() {
 start_kube_proxy() { # NODE
   local health metrics
   identity "$DIR/kubeconfigs/kube-proxy.kubeconfig" system:kube-proxy
+  if proc_alive "$DIR/run" kube-proxy; then return 0; fi
   read -r health metrics < <(free_ports 2)
+  stand_in_for "$1"
   start_component kube-proxy 60 "curl -fsS --noproxy * http://127.0.0.1:$health/livez" -- "$(tool kube-proxy)" \
     --kubeconfig="$DIR/kubeconfigs/kube-proxy.kubeconfig" --hostname-override="$1" \
     --proxy-mode=iptables --cluster-cidr="$CLUSTER_CIDR" --bind-address="$HOST_ADDRESS" \
     --healthz-bind-address="127.0.0.1:$health" --metrics-bind-address="127.0.0.1:$metrics" \
     --conntrack-max-per-core=0 --conntrack-tcp-timeout-established=0s --conntrack-tcp-timeout-close-wait=0s
+}
+
+# kube-proxy sits out half a minute when its Node does not exist yet, and does
+# not mind when it goes away later. So it gets one to look at while it starts.
+stand_in_for() { # NODE
+  ! kubectl_admin get node "$1" >/dev/null 2>&1 || return 0
+  STAND_IN=$1
+  kubectl_admin create -f - >/dev/null <<EOF
+{apiVersion: v1, kind: Node, metadata: {name: $1}, spec: {unschedulable: true}}
+EOF
+  kubectl_admin patch node "$1" --subresource=status --type=merge \
+    -p "{\"status\": {\"addresses\": [{\"type\": \"InternalIP\", \"address\": \"$HOST_ADDRESS\"}]}}" >/dev/null
 }
 
 start_coredns() {

@@ -48,7 +48,7 @@ need_cgroups() {
   say "mounting cgroup v2 on /sys/fs/cgroup"
   mount -t cgroup2 cgroup2 /sys/fs/cgroup && return 0
   mount -t tmpfs -o mode=755 cgroup /sys/fs/cgroup
-  for controller in $(awk '!/^#/ && $4 == 1 {print $1}' /proc/cgroups); do
+  awk '!/^#/ && $4 == 1 {print $1}' /proc/cgroups | while read -r controller; do
     mkdir -p "/sys/fs/cgroup/$controller"
     mount -t cgroup -o "$controller" cgroup "/sys/fs/cgroup/$controller"
   done
