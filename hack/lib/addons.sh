@@ -36,6 +36,7 @@ addons_up() {
   need_packages iptables iproute2 procps kmod curl
   "$HACK_DIR/build-tools" addons
   echo "$DIR" >"$ADDONS_OWNER"
+  ! iptables -w -n -L KUBE-FIREWALL >/dev/null 2>&1 || : >"$DIR/run/had-firewall-chain"
   route_bridged_traffic
   start_coredns
   start_kube_proxy "$node"
@@ -51,8 +52,22 @@ addons_down() {
   proc_stop "$DIR/run" kube-proxy
   proc_stop "$DIR/run" coredns
   "$(tool kube-proxy)" --cleanup >>"$DIR/run/kube-proxy.log" 2>&1 || warn "kube-proxy --cleanup failed, see $DIR/run/kube-proxy.log"
+  drop_firewall_chain
   restore_sysctls
   rm -f "$ADDONS_OWNER"
+}
+
+# kube-proxy leaves this chain, in case a kubelet on the host still uses it. It
+# is taken away if it was not there before.
+drop_firewall_chain() {
+  local iptables hook
+  [ ! -e "$DIR/run/had-firewall-chain" ] || return 0
+  for iptables in iptables ip6tables; do
+    "$iptables" -w -n -L KUBE-FIREWALL >/dev/null 2>&1 || continue
+    for hook in INPUT OUTPUT; do "$iptables" -w -D "$hook" -j KUBE-FIREWALL 2>/dev/null || true; done
+    "$iptables" -w -F KUBE-FIREWALL
+    "$iptables" -w -X KUBE-FIREWALL
+  done
 }
 
 # Two Pods on one bridge that talk through a Service: the answer crosses the
