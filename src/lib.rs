@@ -1,5 +1,6 @@
 //! lambdalet: a Kubernetes node in one binary.
 
+pub mod failpoint;
 pub mod kubelet_api;
 pub mod network;
 pub mod node;

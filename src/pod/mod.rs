@@ -1,13 +1,53 @@
 //! The life of a Pod on this node.
+//!
+//! ```text
+//! API server --watch--> watch --spec--> worker (one per Pod UID) --verb--> runtime
+//!                        |                  |    ^
+//!                        |                  |    '-- plan: what to do next (pure)
+//!                 runtime events --wake-----'--status--> publish --PATCH--> API server
+//! ```
+//! A Pod is known by its UID. Its worker alone acts for it, from the first look at what the runtime already holds until
+//! the Pod object and everything of it on this node are gone.
 
+pub mod admission;
+pub mod backoff;
+pub mod directory;
+pub mod events;
+pub mod files;
+pub mod images;
 pub mod inputs;
+pub mod observed;
+pub mod plan;
+pub mod publish;
+pub mod qos;
+pub mod status;
+pub mod translate;
+pub mod unsupported;
 pub mod volumes;
+mod watch;
+mod worker;
 
 use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Pod;
+use tokio::sync::watch as channel;
 
+use self::admission::{Admission, NodeView};
+use self::directory::Directory;
+use self::events::Events;
+use self::files::FileWriter;
+use self::images::Images;
+use self::inputs::Inputs;
+use self::publish::Publisher;
+use self::translate::Host;
+use self::volumes::VolumeManager;
+pub use self::watch::PodLoop;
+use crate::config::PodSettings;
+use crate::network::ipam::Ipam;
 use crate::node::NodeFacts;
+use crate::runtime::Runtime;
 
 /// What inputs and volumes are computed from.
 #[derive(Clone, Copy, Debug)]
@@ -18,4 +58,63 @@ pub struct PodContext<'a> {
     pub node: &'a NodeFacts,
     /// The Pod's addresses; empty before the sandbox has one.
     pub addresses: &'a [IpAddr],
+}
+
+/// What every worker uses.
+pub struct Shared {
+    /// Runs the containers.
+    pub runtime: Arc<dyn Runtime>,
+    /// The scheme of container ids in Pod status.
+    pub runtime_name: String,
+    /// Writes statuses.
+    pub publisher: Publisher,
+    /// Takes events.
+    pub events: Events,
+    /// Makes volumes.
+    pub volumes: VolumeManager,
+    /// Reads ConfigMaps, Secrets and Services.
+    pub inputs: Inputs,
+    /// Writes `/etc/hosts` and its neighbours.
+    pub files: FileWriter,
+    /// Who has which address.
+    pub ipam: Arc<Ipam>,
+    /// Who was let in.
+    pub admission: Admission,
+    /// What is known of each Pod.
+    pub directory: Arc<Directory>,
+    /// Fetches images.
+    pub images: Images,
+    /// The node as Pods see it.
+    pub facts: channel::Receiver<NodeFacts>,
+    /// The node as translations see it.
+    pub host: Host,
+    /// What the operator told this node of Pods.
+    pub settings: PodSettings,
+    /// True once the node drains: every Pod ends.
+    pub draining: channel::Receiver<bool>,
+}
+
+impl Shared {
+    fn node_view(&self) -> NodeView {
+        let facts = self.facts.borrow();
+        NodeView { labels: facts.labels.clone(), name: facts.name.clone(), allocatable: facts.allocatable.clone() }
+    }
+
+    fn pod_dir(&self, uid: &str) -> PathBuf {
+        self.settings.root_dir.join("pods").join(uid)
+    }
+
+    fn termination_log(&self, uid: &str, container: &str, attempt: u32) -> PathBuf {
+        self.pod_dir(uid).join("containers").join(container).join(attempt.to_string())
+    }
+
+    /// Removes the Pod's directory; its volumes must be gone before.
+    async fn remove_pod_dir(&self, uid: &str) -> Result<(), volumes::VolumeError> {
+        self.volumes.remove_pod(uid).await
+    }
+
+    fn forget(&self, uid: &str) {
+        self.admission.leave(uid);
+        self.directory.remove(uid);
+    }
 }

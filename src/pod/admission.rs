@@ -1,0 +1,252 @@
+//! Whether the node takes a Pod that was bound to it: the checks a kubelet makes, since the scheduler's view may be old
+//! and a Pod may name its node itself.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use k8s_openapi::api::core::v1::{NodeSelectorRequirement, NodeSelectorTerm, Pod, PodSpec};
+
+use super::qos::{ResourceList, pod_requests};
+use super::status::Trouble;
+use crate::quantity::Quantity;
+
+/// Kernel parameters that are namespaced and harmless to others; any other is refused.
+const SAFE_SYSCTLS: [&str; 12] = [
+    "kernel.shm_rmid_forced",
+    "net.ipv4.ip_local_port_range",
+    "net.ipv4.tcp_syncookies",
+    "net.ipv4.ping_group_range",
+    "net.ipv4.ip_unprivileged_port_start",
+    "net.ipv4.ip_local_reserved_ports",
+    "net.ipv4.tcp_keepalive_time",
+    "net.ipv4.tcp_fin_timeout",
+    "net.ipv4.tcp_keepalive_intvl",
+    "net.ipv4.tcp_keepalive_probes",
+    "net.ipv4.tcp_rmem",
+    "net.ipv4.tcp_wmem",
+];
+
+/// What of the node admission looks at.
+#[derive(Clone, Debug, Default)]
+pub struct NodeView {
+    /// The Node object's labels.
+    pub labels: BTreeMap<String, String>,
+    /// The node's name, for `matchFields`.
+    pub name: String,
+    /// What Pods may use in sum.
+    pub allocatable: ResourceList,
+}
+
+/// What the Pods that were let in have asked for.
+#[derive(Debug, Default)]
+pub struct Admission {
+    taken: Mutex<BTreeMap<String, ResourceList>>,
+}
+
+impl Admission {
+    /// Lets the Pod in and counts it, or says why not. Asking again for a Pod that is in is Ok.
+    ///
+    /// # Errors
+    /// Reason and message of the Failed status, as a kubelet gives them.
+    pub fn admit(&self, pod: &Pod, node: &NodeView) -> Result<(), Trouble> {
+        let (Some(uid), Some(spec)) = (&pod.metadata.uid, &pod.spec) else { return Ok(()) };
+        if self.taken.lock().unwrap_or_else(PoisonError::into_inner).contains_key(uid) {
+            return Ok(());
+        }
+        check_os(spec)?;
+        check_sysctls(spec)?;
+        check_selectors(spec, node)?;
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let requests = requests(spec);
+        check_room(&requests, &taken, &node.allocatable)?;
+        taken.insert(uid.clone(), requests);
+        Ok(())
+    }
+
+    /// Counts a Pod that runs already (after a restart of the node agent), room or not.
+    pub fn adopt(&self, uid: &str, spec: &PodSpec) {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).insert(uid.to_owned(), requests(spec));
+    }
+
+    /// Whether nobody is in.
+    pub fn is_empty(&self) -> bool {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    /// The Pod has ended or is gone: its share is free.
+    pub fn leave(&self, uid: &str) {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(uid);
+    }
+}
+
+fn requests(spec: &PodSpec) -> ResourceList {
+    let mut requests = pod_requests(spec);
+    requests.insert("pods".to_owned(), Quantity::from_units(1));
+    requests
+}
+
+fn check_room(
+    requests: &ResourceList,
+    taken: &BTreeMap<String, ResourceList>,
+    allocatable: &ResourceList,
+) -> Result<(), Trouble> {
+    for (name, wanted) in requests.iter().filter(|(_, wanted)| **wanted > Quantity::default()) {
+        let used = taken.values().filter_map(|list| list.get(name)).fold(Quantity::default(), |sum, q| sum + *q);
+        let capacity = allocatable.get(name).copied().unwrap_or_default();
+        if used + *wanted > capacity {
+            // The kubelet counts cpu in thousandths here.
+            let number = |q: Quantity| if name == "cpu" { q.milli_value() } else { q.value() };
+            let message = format!(
+                "Pod was rejected: Node didn't have enough resource: {name}, requested: {}, used: {}, capacity: {}",
+                number(*wanted),
+                number(used),
+                number(capacity)
+            );
+            return Err(Trouble::new(format!("OutOf{name}"), message));
+        }
+    }
+    Ok(())
+}
+
+fn check_os(spec: &PodSpec) -> Result<(), Trouble> {
+    if spec.os.as_ref().is_some_and(|os| os.name != "linux") {
+        let message = "Failed to admit pod as the OS field doesn't match node OS";
+        return Err(Trouble::new("PodOSNotSupported", message));
+    }
+    let selector = spec.node_selector.as_ref().and_then(|s| s.get("kubernetes.io/os"));
+    if selector.is_some_and(|os| os != "linux") {
+        let message = "Failed to admit pod as the `kubernetes.io/os` label doesn't match node label";
+        return Err(Trouble::new("PodOSSelectorNodeLabelDoesNotMatch", message));
+    }
+    Ok(())
+}
+
+fn check_sysctls(spec: &PodSpec) -> Result<(), Trouble> {
+    for sysctl in spec.security_context.iter().flat_map(|s| s.sysctls.iter().flatten()) {
+        if !SAFE_SYSCTLS.contains(&sysctl.name.as_str()) {
+            let message = format!("forbidden sysctl: {:?} not allowlisted", sysctl.name);
+            return Err(Trouble::new("SysctlForbidden", message));
+        }
+        let of_network = sysctl.name.starts_with("net.");
+        if (of_network && spec.host_network == Some(true)) || (!of_network && spec.host_ipc == Some(true)) {
+            let shared = if of_network { "host net" } else { "host ipc" };
+            let message = format!("forbidden sysctl: {:?} not allowed with {shared} enabled", sysctl.name);
+            return Err(Trouble::new("SysctlForbidden", message));
+        }
+    }
+    Ok(())
+}
+
+fn check_selectors(spec: &PodSpec, node: &NodeView) -> Result<(), Trouble> {
+    let by_label = spec.node_selector.iter().flatten().all(|(key, value)| node.labels.get(key) == Some(value));
+    let affinity = spec.affinity.as_ref().and_then(|a| a.node_affinity.as_ref());
+    let required = affinity.and_then(|a| a.required_during_scheduling_ignored_during_execution.as_ref());
+    let by_affinity = required.is_none_or(|r| r.node_selector_terms.iter().any(|term| matches_term(term, node)));
+    if by_label && by_affinity {
+        return Ok(());
+    }
+    let message = "Pod was rejected: Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector";
+    Err(Trouble::new("NodeAffinity", message))
+}
+
+/// An empty term matches nothing (Kubernetes API, NodeSelectorTerm).
+fn matches_term(term: &NodeSelectorTerm, node: &NodeView) -> bool {
+    let expressions = term.match_expressions.as_deref().unwrap_or_default();
+    let fields = term.match_fields.as_deref().unwrap_or_default();
+    if expressions.is_empty() && fields.is_empty() {
+        return false;
+    }
+    expressions.iter().all(|r| matches(r, node.labels.get(&r.key).map(String::as_str)))
+        && fields.iter().all(|r| matches(r, Some(node.name.as_str()).filter(|_| r.key == "metadata.name")))
+}
+
+fn matches(requirement: &NodeSelectorRequirement, value: Option<&str>) -> bool {
+    let values = requirement.values.as_deref().unwrap_or_default();
+    let listed = value.is_some_and(|v| values.iter().any(|w| w == v));
+    let numbers = || Some((value?.parse::<i64>().ok()?, values.first()?.parse::<i64>().ok()?));
+    match requirement.operator.as_str() {
+        "In" => listed,
+        "NotIn" => !listed,
+        "Exists" => value.is_some(),
+        "DoesNotExist" => value.is_none(),
+        "Gt" => numbers().is_some_and(|(have, want)| have > want),
+        "Lt" => numbers().is_some_and(|(have, want)| have < want),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::{Container, ResourceRequirements};
+    use k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
+
+    use super::*;
+
+    fn pod(uid: &str, cpu: &str) -> Pod {
+        let requests = BTreeMap::from([("cpu".to_owned(), ApiQuantity(cpu.to_owned()))]);
+        let resources = ResourceRequirements { requests: Some(requests), ..ResourceRequirements::default() };
+        let container = Container { name: "c".into(), resources: Some(resources), ..Container::default() };
+        let mut pod = Pod { spec: Some(PodSpec { containers: vec![container], ..PodSpec::default() }), ..Pod::default() };
+        pod.metadata.uid = Some(uid.to_owned());
+        pod
+    }
+
+    fn node() -> NodeView {
+        NodeView {
+            labels: BTreeMap::from([("disk".to_owned(), "ssd".to_owned()), ("cores".to_owned(), "8".to_owned())]),
+            name: "n".into(),
+            allocatable: BTreeMap::from([
+                ("cpu".to_owned(), Quantity::from_units(2)),
+                ("pods".to_owned(), Quantity::from_units(3)),
+            ]),
+        }
+    }
+
+    #[test]
+    fn a_pod_that_does_not_fit_is_refused_until_another_leaves() {
+        let admission = Admission::default();
+        admission.admit(&pod("a", "1500m"), &node()).unwrap();
+        let refused = admission.admit(&pod("b", "1"), &node()).unwrap_err();
+        assert_eq!(refused.reason, "OutOfcpu");
+        assert!(refused.message.ends_with("cpu, requested: 1000, used: 1500, capacity: 2000"), "{}", refused.message);
+        admission.leave("a");
+        admission.admit(&pod("b", "1"), &node()).unwrap();
+    }
+
+    #[test]
+    fn the_number_of_pods_is_bounded() {
+        let admission = Admission::default();
+        for uid in ["a", "b", "c"] {
+            admission.admit(&pod(uid, "0"), &node()).unwrap();
+        }
+        assert_eq!(admission.admit(&pod("d", "0"), &node()).unwrap_err().reason, "OutOfpods");
+        admission.admit(&pod("a", "0"), &node()).expect("a Pod that is in stays in");
+    }
+
+    #[test]
+    fn selector_and_affinity_are_checked_against_the_nodes_labels() {
+        let requirement = |key: &str, operator: &str, values: &[&str]| NodeSelectorRequirement {
+            key: key.into(),
+            operator: operator.into(),
+            values: Some(values.iter().map(|v| (*v).to_owned()).collect()),
+        };
+        let term = |r| NodeSelectorTerm { match_expressions: Some(vec![r]), ..NodeSelectorTerm::default() };
+        for (r, expected) in [
+            (requirement("disk", "In", &["ssd", "nvme"]), true),
+            (requirement("disk", "NotIn", &["ssd"]), false),
+            (requirement("tape", "NotIn", &["x"]), true),
+            (requirement("tape", "Exists", &[]), false),
+            (requirement("tape", "DoesNotExist", &[]), true),
+            (requirement("cores", "Gt", &["4"]), true),
+            (requirement("cores", "Lt", &["4"]), false),
+            (requirement("disk", "Gt", &["4"]), false),
+        ] {
+            let text = format!("{r:?}");
+            assert_eq!(matches_term(&term(r), &node()), expected, "{text}");
+        }
+        assert!(!matches_term(&NodeSelectorTerm::default(), &node()), "an empty term matches nothing");
+        let mut wrong = pod("a", "0");
+        wrong.spec.as_mut().unwrap().node_selector = Some(BTreeMap::from([("disk".to_owned(), "hdd".to_owned())]));
+        assert_eq!(Admission::default().admit(&wrong, &node()).unwrap_err().reason, "NodeAffinity");
+    }
+}

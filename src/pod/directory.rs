@@ -1,0 +1,141 @@
+//! Which Pods are here and what is known of them, for whoever asks from outside the Pod loop.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodSpec, PodStatus};
+
+use super::observed::Observed;
+use crate::kubelet_api::targets::{PodTargets, TargetError};
+use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus as Attempt};
+
+/// The Pod loop counts as stuck when it has not come round for this long; it comes round at least every
+/// [`HEARTBEAT`].
+const STUCK: Duration = Duration::from_secs(120);
+/// How often the loop says that it lives.
+pub(super) const HEARTBEAT: Duration = Duration::from_secs(20);
+
+/// What is known of each Pod, by UID. Written by the workers, read by the node's API.
+#[derive(Debug)]
+pub struct Directory {
+    entries: RwLock<BTreeMap<String, Entry>>,
+    heartbeat: RwLock<Option<Instant>>,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    pod: Arc<Pod>,
+    containers: Vec<Attempt>,
+}
+
+impl Default for Directory {
+    fn default() -> Self {
+        Self { entries: RwLock::default(), heartbeat: RwLock::new(Some(Instant::now())) }
+    }
+}
+
+impl Directory {
+    /// Notes what a worker knows now.
+    pub(super) fn put(&self, pod: &Pod, status: &PodStatus, observed: &Observed) {
+        let Some(uid) = pod.metadata.uid.clone() else { return };
+        let pod = Arc::new(Pod { status: Some(status.clone()), ..pod.clone() });
+        let entry = Entry { pod, containers: observed.containers().cloned().collect() };
+        self.entries.write().unwrap_or_else(PoisonError::into_inner).insert(uid, entry);
+    }
+
+    /// Forgets a Pod.
+    pub(super) fn remove(&self, uid: &str) {
+        self.entries.write().unwrap_or_else(PoisonError::into_inner).remove(uid);
+    }
+
+    /// The loop lives.
+    pub(super) fn beat(&self) {
+        *self.heartbeat.write().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// How many Pods are in each phase.
+    pub fn phases(&self) -> BTreeMap<String, usize> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let mut phases = BTreeMap::new();
+        for entry in entries.values() {
+            let phase = entry.pod.status.as_ref().and_then(|s| s.phase.clone()).unwrap_or_default();
+            *phases.entry(phase).or_default() += 1;
+        }
+        phases
+    }
+
+    /// The Pod of that name; of several (an old one that is still being removed) the newest.
+    fn find(&self, namespace: &str, name: &str) -> Option<Entry> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let named = entries.values().filter(|e| {
+            e.pod.metadata.namespace.as_deref() == Some(namespace) && e.pod.metadata.name.as_deref() == Some(name)
+        });
+        named.max_by_key(|e| e.pod.metadata.creation_timestamp.clone()).cloned()
+    }
+}
+
+#[async_trait]
+impl PodTargets for Directory {
+    async fn log_target(
+        &self,
+        namespace: &str,
+        pod: &str,
+        container: &str,
+        previous: bool,
+    ) -> Result<ContainerId, TargetError> {
+        let entry = self.find(namespace, pod).ok_or_else(|| TargetError::NoPod(pod.to_owned()))?;
+        let named = |spec: &PodSpec| {
+            spec.init_containers.iter().flatten().chain(&spec.containers).any(|c| c.name == container)
+        };
+        if !entry.pod.spec.as_ref().is_some_and(named) {
+            return Err(TargetError::NoContainer { pod: pod.to_owned(), container: container.to_owned() });
+        }
+        if previous {
+            return previous_attempt(&entry.pod, container).ok_or_else(|| TargetError::NoPrevious {
+                pod: pod.to_owned(),
+                container: container.to_owned(),
+            });
+        }
+        let mut attempts: Vec<_> = entry.containers.iter().filter(|c| c.name == container).collect();
+        attempts.sort_by_key(|c| c.attempt);
+        match attempts.iter().rev().find(|c| c.state != ContainerState::Created) {
+            Some(attempt) => Ok(attempt.id.clone()),
+            None => Err(TargetError::Waiting {
+                pod: pod.to_owned(),
+                container: container.to_owned(),
+                reason: waiting_reason(&entry.pod, container),
+            }),
+        }
+    }
+
+    fn pods(&self) -> Vec<Arc<Pod>> {
+        self.entries.read().unwrap_or_else(PoisonError::into_inner).values().map(|e| e.pod.clone()).collect()
+    }
+
+    fn healthy(&self) -> Result<(), String> {
+        let last = *self.heartbeat.read().unwrap_or_else(PoisonError::into_inner);
+        match last.map(|at| at.elapsed()) {
+            Some(age) if age > STUCK => Err(format!("the Pod loop has not come round for {} s", age.as_secs())),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The attempt that the container's status calls its last state; while it waits for a restart that is the newest.
+fn previous_attempt(pod: &Pod, container: &str) -> Option<ContainerId> {
+    let id = container_status(pod, container)?.last_state.as_ref()?.terminated.as_ref()?.container_id.as_ref()?;
+    id.split_once("://").map(|(_, id)| ContainerId::from(id))
+}
+
+fn waiting_reason(pod: &Pod, container: &str) -> String {
+    let waiting = container_status(pod, container).and_then(|c| c.state.as_ref()?.waiting.as_ref()?.reason.clone());
+    waiting.unwrap_or_else(|| "ContainerCreating".to_owned())
+}
+
+fn container_status<'a>(pod: &'a Pod, container: &str) -> Option<&'a ContainerStatus> {
+    let status = pod.status.as_ref()?;
+    let lists = [&status.init_container_statuses, &status.container_statuses];
+    lists.into_iter().flat_map(|list| list.iter().flatten()).find(|c| c.name == container)
+}

@@ -1,0 +1,139 @@
+//! The image a container needs: present, pulled, or a reason why not.
+
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::core::v1::{Container, Pod};
+use tokio::sync::Semaphore;
+
+use super::events::Events;
+use super::status::Trouble;
+use crate::runtime::types::{Image, RegistryAuth};
+use crate::runtime::{Kind, Runtime, RuntimeError};
+use crate::telemetry::chain;
+
+/// Fetches images, so many at once.
+#[derive(Debug)]
+pub struct Images {
+    pulls: Semaphore,
+}
+
+/// Where an image is wanted.
+#[derive(Clone, Copy)]
+pub struct Wanted<'a> {
+    /// For events.
+    pub pod: &'a Pod,
+    /// The container that runs it.
+    pub container: &'a Container,
+}
+
+/// What is known without asking a registry.
+pub enum Local {
+    /// It is here and may be used.
+    Present(Image),
+    /// It must be fetched first.
+    MustPull,
+}
+
+impl Images {
+    /// At most `parallel` pulls at once (`maxParallelImagePulls`; 1 is `serializeImagePulls`).
+    pub fn new(parallel: usize) -> Self {
+        Self { pulls: Semaphore::new(parallel.max(1)) }
+    }
+
+    /// Looks for the image on this node, by the container's pull policy.
+    ///
+    /// # Errors
+    /// The waiting state of the container: `ErrImageNeverPull`, `InvalidImageName`, `ImageInspectError`.
+    pub async fn look(&self, runtime: &dyn Runtime, wanted: Wanted<'_>, events: &Events) -> Result<Local, Trouble> {
+        let reference = reference(wanted.container);
+        let present = match runtime.image_status(reference).await {
+            Ok(present) => present,
+            Err(error) if error.kind() == Kind::Invalid => return Err(invalid_name(reference, &error)),
+            Err(error) => {
+                let text = format!("Failed to inspect image {reference:?}: {}", chain(&error));
+                return Err(Trouble::new("ImageInspectError", text));
+            }
+        };
+        match (pull_policy(wanted.container), present) {
+            ("Never", None) => {
+                let text = format!("Container image {reference:?} is not present with pull policy of Never");
+                Err(Trouble::new("ErrImageNeverPull", text))
+            }
+            ("Never" | "IfNotPresent", Some(image)) => {
+                let text = format!("Container image {reference:?} already present on machine");
+                events.normal(wanted.pod, Some(&wanted.container.name), "Pulled", text);
+                Ok(Local::Present(image))
+            }
+            _ => Ok(Local::MustPull),
+        }
+    }
+
+    /// Fetches the image.
+    ///
+    /// # Errors
+    /// The waiting state of the container: `ErrImagePull`, `RegistryUnavailable`, `InvalidImageName`.
+    pub async fn pull(
+        &self,
+        runtime: &dyn Runtime,
+        wanted: Wanted<'_>,
+        auths: &[RegistryAuth],
+        events: &Events,
+    ) -> Result<Image, Trouble> {
+        let reference = reference(wanted.container);
+        let container = Some(wanted.container.name.as_str());
+        let asked = Instant::now();
+        let Ok(_permit) = self.pulls.acquire().await else {
+            return Err(Trouble::new("ErrImagePull", "this node is shutting down"));
+        };
+        events.normal(wanted.pod, container, "Pulling", format!("Pulling image {reference:?}"));
+        let began = Instant::now();
+        let pulled = runtime.pull_image(reference, auths).await;
+        let image = match pulled {
+            Ok(id) => runtime.image_status(id.as_str()).await,
+            Err(error) => Err(error),
+        };
+        match image {
+            Ok(Some(image)) => {
+                let (took, all) = (seconds(began.elapsed()), seconds(asked.elapsed()));
+                let text = format!(
+                    "Successfully pulled image {reference:?} in {took} ({all} including waiting). Image size: {} bytes.",
+                    image.size
+                );
+                events.normal(wanted.pod, container, "Pulled", text);
+                Ok(image)
+            }
+            Ok(None) => Err(failed(wanted, events, "the image vanished right after it was pulled")),
+            Err(error) if error.kind() == Kind::Invalid => Err(invalid_name(reference, &error)),
+            Err(error) => Err(failed(wanted, events, &chain(&error))),
+        }
+    }
+}
+
+fn failed(wanted: Wanted<'_>, events: &Events, cause: &str) -> Trouble {
+    let text = format!("Failed to pull image {:?}: {cause}", reference(wanted.container));
+    events.warning(wanted.pod, Some(&wanted.container.name), "Failed", text);
+    Trouble::new("ErrImagePull", cause)
+}
+
+fn invalid_name(reference: &str, error: &RuntimeError) -> Trouble {
+    let text = format!("Failed to apply default image tag {reference:?}: couldn't parse image name: {}", chain(error));
+    Trouble::new("InvalidImageName", text)
+}
+
+/// The image the user wrote.
+pub fn reference(container: &Container) -> &str {
+    container.image.as_deref().unwrap_or_default()
+}
+
+/// The API server fills the policy in; this is its rule for a Pod that came another way.
+fn pull_policy(container: &Container) -> &str {
+    match container.image_pull_policy.as_deref() {
+        Some(policy) if !policy.is_empty() => policy,
+        _ if reference(container).ends_with(":latest") || !reference(container).contains(':') => "Always",
+        _ => "IfNotPresent",
+    }
+}
+
+fn seconds(time: Duration) -> String {
+    if time < Duration::from_secs(1) { format!("{}ms", time.as_millis()) } else { format!("{:.3}s", time.as_secs_f64()) }
+}

@@ -1,0 +1,316 @@
+use std::net::IpAddr;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::runtime::types::{PodRef, SandboxState, SandboxStatus};
+
+const MAX_STEPS: usize = 200;
+
+fn now() -> Timestamp {
+    Timestamp::from_second(1_800_000_000).unwrap()
+}
+
+fn pod_ref() -> PodRef {
+    PodRef { uid: "u".into(), namespace: "ns".into(), name: "p".into() }
+}
+
+fn spec(policy: &str, init: &[&str], main: &[&str]) -> PodSpec {
+    let container = |name: &&str| Container { name: (*name).to_owned(), ..Container::default() };
+    PodSpec {
+        restart_policy: Some(policy.into()),
+        init_containers: Some(init.iter().map(container).collect()),
+        containers: main.iter().map(container).collect(),
+        ..PodSpec::default()
+    }
+}
+
+fn sandbox(attempt: u32, state: SandboxState) -> SandboxStatus {
+    SandboxStatus {
+        id: format!("sandbox-{attempt}").into(),
+        pod: pod_ref(),
+        attempt,
+        state,
+        created_at: now(),
+        address: Some(IpAddr::from([10, 0, 0, 2])),
+        pid: Some(1),
+    }
+}
+
+fn container(name: &str, attempt: u32, sandbox: u32, state: ContainerState, exit_code: i32) -> ContainerStatus {
+    ContainerStatus {
+        id: format!("{name}-{attempt}").into(),
+        sandbox: format!("sandbox-{sandbox}").into(),
+        pod: pod_ref(),
+        name: name.into(),
+        attempt,
+        state,
+        created_at: now(),
+        started_at: None,
+        finished_at: None,
+        exit_code,
+        oom_killed: false,
+        message: String::new(),
+        image: "sha256:0".into(),
+        image_ref: "busybox".into(),
+        pid: None,
+        annotations: BTreeMap::new(),
+    }
+}
+
+/// A runtime in a few lines: applies steps, and lets the test end containers with a code.
+struct World {
+    spec: PodSpec,
+    observed: Observed,
+    volumes: bool,
+    released: bool,
+    goal: Goal,
+}
+
+impl World {
+    fn new(spec: PodSpec) -> Self {
+        Self { spec, observed: Observed::default(), volumes: false, released: false, goal: Goal::Run }
+    }
+
+    fn next(&self) -> Step {
+        plan(&View {
+            spec: &self.spec,
+            goal: self.goal,
+            observed: &self.observed,
+            volumes_ready: self.volumes,
+            released: self.released,
+            floors: &BTreeMap::new(),
+            container_holds: &BTreeMap::new(),
+            pod_hold: None,
+            now: now(),
+        })
+    }
+
+    fn apply(&mut self, step: &Step) {
+        match step {
+            Step::Wait(_) => {}
+            Step::SetUpVolumes => self.volumes = true,
+            Step::StopSandbox(id) => {
+                let hit: Vec<_> = self.observed.running().filter(|c| &c.sandbox == id).cloned().collect();
+                hit.into_iter().for_each(|c| self.end(&c.name, 137));
+            }
+            Step::RunSandbox { attempt } => self.observed.put_sandbox(sandbox(*attempt, SandboxState::Ready)),
+            Step::Start { name, attempt } => {
+                let in_sandbox = self.observed.ready_sandbox().expect("a start needs a ready sandbox").attempt;
+                assert!(self.observed.running().all(|c| &c.name != name), "{name} started while it runs");
+                self.observed.put_container(container(name, *attempt, in_sandbox, ContainerState::Running, 0));
+            }
+            Step::Stop { containers, .. } => {
+                let hit: Vec<_> = self.observed.running().filter(|c| containers.contains(&c.id)).cloned().collect();
+                hit.into_iter().for_each(|c| self.end(&c.name, 143));
+            }
+            Step::Prune(id) => self.observed.drop_container(id),
+            Step::Release => self.released = true,
+        }
+    }
+
+    /// Runs until there is nothing to do.
+    fn settle(&mut self) -> Vec<Step> {
+        let mut steps = Vec::new();
+        while steps.len() < MAX_STEPS {
+            let step = self.next();
+            if matches!(step, Step::Wait(_)) {
+                return steps;
+            }
+            self.apply(&step);
+            steps.push(step);
+        }
+        panic!("no end after {MAX_STEPS} steps: {:?}", &steps[MAX_STEPS - 5..]);
+    }
+
+    fn end(&mut self, name: &str, code: i32) {
+        if let Some(latest) = self.observed.latest(name).filter(|c| c.state == ContainerState::Running).cloned() {
+            let ended = ContainerStatus { state: ContainerState::Exited, exit_code: code, ..latest };
+            self.observed.put_container(ended);
+        }
+    }
+
+    fn running(&self) -> Vec<&str> {
+        self.observed.running().map(|c| c.name.as_str()).collect()
+    }
+}
+
+fn names(steps: &[Step]) -> Vec<String> {
+    steps.iter().filter_map(|s| if let Step::Start { name, .. } = s { Some(name.clone()) } else { None }).collect()
+}
+
+#[test]
+fn volumes_come_before_the_sandbox_and_the_sandbox_before_containers() {
+    let mut world = World::new(spec("Always", &[], &["a", "b"]));
+    let steps = world.settle();
+    assert_eq!(steps[0], Step::SetUpVolumes);
+    assert_eq!(steps[1], Step::RunSandbox { attempt: 0 });
+    assert_eq!(names(&steps), ["a", "b"]);
+}
+
+#[test]
+fn init_containers_run_one_after_the_other_before_any_main_container() {
+    let mut world = World::new(spec("Always", &["i1", "i2"], &["a"]));
+    world.settle();
+    assert_eq!(world.running(), ["i1"]);
+    world.end("i1", 0);
+    world.settle();
+    assert_eq!(world.running(), ["i2"]);
+    world.end("i2", 0);
+    world.settle();
+    assert_eq!(world.running(), ["a"]);
+}
+
+#[test]
+fn a_failed_init_container_ends_a_never_pod_and_is_retried_otherwise() {
+    let mut never = World::new(spec("Never", &["i"], &["a"]));
+    never.settle();
+    never.end("i", 1);
+    assert_eq!(never.settle(), [Step::Release]);
+    assert_eq!(finished(&never.spec, &never.observed), Some(Finish::Failed));
+
+    let mut always = World::new(spec("Always", &["i"], &["a"]));
+    always.settle();
+    always.end("i", 1);
+    assert_eq!(always.settle(), [Step::Start { name: "i".into(), attempt: 1 }]);
+}
+
+#[test]
+fn the_restart_policy_decides_what_is_started_again() {
+    for (policy, code, again) in [
+        ("Always", 0, true),
+        ("Always", 1, true),
+        ("OnFailure", 0, false),
+        ("OnFailure", 1, true),
+        ("Never", 0, false),
+        ("Never", 1, false),
+    ] {
+        let mut world = World::new(spec(policy, &[], &["a", "b"]));
+        world.settle();
+        world.end("a", code);
+        let steps = world.settle();
+        assert_eq!(!names(&steps).is_empty(), again, "{policy} after exit code {code}");
+    }
+}
+
+#[test]
+fn a_dead_sandbox_is_replaced_and_init_containers_run_again_in_the_new_one() {
+    let mut world = World::new(spec("Always", &["i"], &["a"]));
+    world.settle();
+    world.end("i", 0);
+    world.settle();
+    world.observed.put_sandbox(sandbox(0, SandboxState::NotReady));
+    let steps = world.settle();
+    assert_eq!(steps[..2], [Step::StopSandbox("sandbox-0".into()), Step::RunSandbox { attempt: 1 }]);
+    assert_eq!(world.running(), ["i"]);
+    world.end("i", 0);
+    assert_eq!(world.settle(), [Step::Start { name: "a".into(), attempt: 1 }]);
+}
+
+#[test]
+fn a_hold_keeps_a_container_back_but_not_its_neighbour() {
+    let world = World::new(spec("Always", &[], &["a", "b"]));
+    let mut observed = Observed::default();
+    observed.put_sandbox(sandbox(0, SandboxState::Ready));
+    let later = now() + Duration::from_secs(10);
+    let holds = BTreeMap::from([("a".to_owned(), later)]);
+    let mut view = View {
+        spec: &world.spec,
+        goal: Goal::Run,
+        observed: &observed,
+        volumes_ready: true,
+        released: false,
+        floors: &BTreeMap::new(),
+        container_holds: &holds,
+        pod_hold: None,
+        now: now(),
+    };
+    assert_eq!(plan(&view), Step::Start { name: "b".into(), attempt: 0 });
+    let mut both = observed.clone();
+    both.put_container(container("b", 0, 0, ContainerState::Running, 0));
+    view.observed = &both;
+    assert_eq!(plan(&view), Step::Wait(Some(later)));
+}
+
+#[test]
+fn a_container_removed_behind_our_back_never_reuses_an_attempt_number() {
+    let world = World::new(spec("Always", &[], &["a"]));
+    let mut observed = Observed::default();
+    observed.put_sandbox(sandbox(0, SandboxState::Ready));
+    let floors = BTreeMap::from([("a".to_owned(), 4)]);
+    let view = View {
+        spec: &world.spec,
+        goal: Goal::Run,
+        observed: &observed,
+        volumes_ready: true,
+        released: false,
+        floors: &floors,
+        container_holds: &BTreeMap::new(),
+        pod_hold: None,
+        now: now(),
+    };
+    assert_eq!(plan(&view), Step::Start { name: "a".into(), attempt: 4 });
+}
+
+#[test]
+fn one_dead_attempt_is_kept_and_older_ones_are_removed() {
+    let mut world = World::new(spec("Always", &[], &["a"]));
+    world.settle();
+    for _ in 0..5 {
+        world.end("a", 1);
+        world.settle();
+    }
+    assert_eq!(world.observed.attempts("a").len(), 2);
+    assert_eq!(world.observed.latest("a").map(|c| c.attempt), Some(5));
+}
+
+/// What may happen to a Pod between two settlements.
+#[derive(Clone, Debug)]
+enum Blow {
+    End(usize, i32),
+    SandboxDies,
+}
+
+fn blow() -> impl Strategy<Value = Blow> {
+    prop_oneof![
+        4 => (0usize..4, prop_oneof![Just(0), Just(1), Just(137)]).prop_map(|(i, code)| Blow::End(i, code)),
+        1 => Just(Blow::SandboxDies),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_the_plan_settles_and_an_end_leaves_nothing_running(
+        policy in prop::sample::select(vec!["Always", "OnFailure", "Never"]),
+        inits in 0usize..3,
+        mains in 1usize..4,
+        blows in prop::collection::vec(blow(), 0..25),
+    ) {
+        let names: Vec<String> = (0..inits).map(|i| format!("i{i}")).chain((0..mains).map(|i| format!("m{i}"))).collect();
+        let refs: Vec<&str> = names.iter().map(String::as_str).collect();
+        let mut world = World::new(spec(policy, &refs[..inits], &refs[inits..]));
+        world.settle();
+        for blow in blows {
+            match blow {
+                Blow::End(i, code) => world.end(&names[i % names.len()], code),
+                Blow::SandboxDies => {
+                    if let Some(last) = world.observed.sandbox().cloned() {
+                        world.observed.put_sandbox(SandboxStatus { state: SandboxState::NotReady, ..last });
+                    }
+                }
+            }
+            world.settle();
+            let main_runs = world.running().iter().any(|n| n.starts_with('m'));
+            let init_runs = world.running().iter().any(|n| n.starts_with('i'));
+            prop_assert!(!(main_runs && init_runs), "init and main containers ran together");
+            if finished(&world.spec, &world.observed).is_some() {
+                prop_assert!(world.running().is_empty() && world.released);
+                break;
+            }
+        }
+        world.goal = Goal::End(Duration::from_secs(1));
+        world.settle();
+        prop_assert!(world.running().is_empty());
+        prop_assert!(world.released);
+    }
+}

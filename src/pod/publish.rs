@@ -1,0 +1,219 @@
+//! The only writer of Pod status, and of the final deletion of a Pod object.
+//!
+//! Statuses are coalesced per Pod UID: while one PATCH is on its way the newest status waits, older ones are dropped.
+//! Every PATCH carries the UID, so a Pod recreated under the same name never gets the old one's status. What fails is
+//! tried again until it is through or the Pod is gone, however long the API server is away.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
+use prometheus_client::metrics::counter::Counter;
+use serde_json::{Value, json};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::runtime::types::PodRef;
+use crate::telemetry::chain;
+
+/// Most PATCHes on their way at once.
+const IN_FLIGHT: usize = 8;
+/// Longest time one request may take.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Wait after the first failure; doubled up to [`MAX_WAIT`].
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+/// Longest wait between two tries: an API server that returns is told within this time.
+const MAX_WAIT: Duration = Duration::from_secs(5);
+
+/// How often statuses were written, and how often that failed.
+#[derive(Clone, Debug, Default)]
+pub struct PublishCounters {
+    /// PATCHes accepted.
+    pub written: Counter,
+    /// PATCHes that failed and were tried again.
+    pub failed: Counter,
+    /// PATCHes given up since the Pod is gone.
+    pub gone: Counter,
+}
+
+/// Hands statuses to the writer. Cheap to clone.
+#[derive(Clone)]
+pub struct Publisher {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    client: kube::Client,
+    slots: Mutex<HashMap<String, Slot>>,
+    /// Something waits to be sent.
+    work: Notify,
+    /// Something was sent or dropped.
+    done: Notify,
+    counters: PublishCounters,
+}
+
+struct Slot {
+    pod: PodRef,
+    waiting: Option<PodStatus>,
+    sending: bool,
+}
+
+impl Publisher {
+    /// A publisher; nothing is written until [`Publisher::run`] is driven.
+    pub fn new(client: kube::Client, counters: PublishCounters) -> Self {
+        let slots = Mutex::new(HashMap::new());
+        Self { shared: Arc::new(Shared { client, slots, work: Notify::new(), done: Notify::new(), counters }) }
+    }
+
+    /// Writes `status` soon, in place of any that waits.
+    pub fn publish(&self, pod: &PodRef, status: PodStatus) {
+        let mut slots = self.shared.lock();
+        let slot = slots.entry(pod.uid.clone()).or_insert_with(|| Slot {
+            pod: pod.clone(),
+            waiting: None,
+            sending: false,
+        });
+        slot.waiting = Some(status);
+        drop(slots);
+        self.shared.work.notify_one();
+    }
+
+    /// Returns once nothing waits for this Pod: all was written, or the Pod is gone.
+    pub async fn flushed(&self, uid: &str) {
+        loop {
+            let mut done = std::pin::pin!(self.shared.done.notified());
+            done.as_mut().enable();
+            if !self.shared.lock().contains_key(uid) {
+                return;
+            }
+            done.await;
+        }
+    }
+
+    /// Removes the Pod object for good (grace 0), unless it is another Pod of that name. Tries until it is gone.
+    pub async fn delete(&self, pod: &PodRef) {
+        let api: Api<Pod> = Api::namespaced(self.shared.client.clone(), &pod.namespace);
+        let preconditions = Preconditions { uid: Some(pod.uid.clone()), resource_version: None };
+        let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default().grace_period(0) };
+        let mut wait = FIRST_WAIT;
+        loop {
+            match tokio::time::timeout(TIMEOUT, api.delete(&pod.name, &params)).await {
+                Ok(Ok(_)) => return,
+                Ok(Err(kube::Error::Api(status))) if status.code == 404 || status.code == 409 => return,
+                Ok(Err(error)) => tracing::warn!(%pod, error = chain(&error), "failed to delete Pod; trying again"),
+                Err(_) => tracing::warn!(%pod, "deleting Pod took longer than {TIMEOUT:?}; trying again"),
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(MAX_WAIT);
+        }
+    }
+
+    /// Writes until `stop`; what still waits then is written once more, briefly.
+    pub async fn run(&self, stop: CancellationToken) {
+        let mut sending = FuturesUnordered::new();
+        loop {
+            while sending.len() < IN_FLIGHT {
+                let Some((pod, status)) = self.shared.take() else { break };
+                sending.push(self.shared.send(pod, status, &stop));
+            }
+            if stop.is_cancelled() && sending.is_empty() {
+                return;
+            }
+            tokio::select! {
+                // Cancel-safe: a finished send has already put its slot right.
+                Some(()) = sending.next() => {}
+                // Cancel-safe: a permit not taken stays stored.
+                () = self.shared.work.notified() => {}
+                // Cancel-safe: a token stays cancelled.
+                () = stop.cancelled(), if !stop.is_cancelled() => {}
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next status to send; its slot is marked as sending.
+    fn take(&self) -> Option<(PodRef, PodStatus)> {
+        let mut slots = self.lock();
+        let slot = slots.values_mut().find(|s| !s.sending && s.waiting.is_some())?;
+        slot.sending = true;
+        let status = slot.waiting.take()?;
+        Some((slot.pod.clone(), status))
+    }
+
+    async fn send(&self, pod: PodRef, mut status: PodStatus, stop: &CancellationToken) {
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), &pod.namespace);
+        let mut wait = FIRST_WAIT;
+        loop {
+            let patch = patch(&pod, &status);
+            let params = PatchParams::default();
+            let request = api.patch_status(&pod.name, &params, &patch);
+            match tokio::time::timeout(TIMEOUT, request).await {
+                Ok(Ok(_)) => {
+                    self.counters.written.inc();
+                    break;
+                }
+                Ok(Err(kube::Error::Api(answer))) if is_gone(&answer) => {
+                    self.counters.gone.inc();
+                    self.lock().entry(pod.uid.clone()).and_modify(|slot| slot.waiting = None);
+                    break;
+                }
+                Ok(Err(error)) => tracing::warn!(%pod, error = chain(&error), "failed to write Pod status"),
+                Err(_) => tracing::warn!(%pod, "writing Pod status took longer than {TIMEOUT:?}"),
+            }
+            self.counters.failed.inc();
+            if stop.is_cancelled() {
+                break;
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(MAX_WAIT);
+            if let Some(newer) = self.lock().get_mut(&pod.uid).and_then(|slot| slot.waiting.take()) {
+                status = newer;
+            }
+        }
+        self.finish(&pod.uid, stop.is_cancelled());
+    }
+
+    fn finish(&self, uid: &str, stopping: bool) {
+        let mut slots = self.lock();
+        if let Some(slot) = slots.get_mut(uid) {
+            slot.sending = false;
+            if slot.waiting.is_none() || stopping {
+                slots.remove(uid);
+            }
+        }
+        drop(slots);
+        self.done.notify_waiters();
+    }
+}
+
+/// Whether the answer says that this Pod (by UID) is not there any more.
+fn is_gone(answer: &kube::core::Status) -> bool {
+    answer.code == 404 || (answer.code == 409 && answer.message.contains("UID"))
+}
+
+/// A strategic merge patch of the whole status. Fields we own and do not set are cleared; conditions of others stay,
+/// since conditions merge by type.
+fn patch(pod: &PodRef, status: &PodStatus) -> Patch<Value> {
+    let mut body = serde_json::to_value(status).unwrap_or_default();
+    if let Value::Object(fields) = &mut body {
+        for name in ["reason", "message"] {
+            fields.entry(name).or_insert(Value::Null);
+        }
+        for condition in fields.get_mut("conditions").and_then(Value::as_array_mut).into_iter().flatten() {
+            if let Value::Object(condition) = condition {
+                condition.entry("reason").or_insert(Value::Null);
+                condition.entry("message").or_insert(Value::Null);
+            }
+        }
+    }
+    Patch::Strategic(json!({ "metadata": { "uid": pod.uid }, "status": body }))
+}

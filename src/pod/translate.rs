@@ -1,0 +1,310 @@
+//! From a Pod to what the runtime seam takes: pure.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use k8s_openapi::api::core::v1::{
+    AppArmorProfile, Container, Pod, PodSecurityContext, PodSpec, SeccompProfile, SecurityContext,
+};
+
+use super::qos::{self, qos_class};
+use crate::runtime::types::{
+    ContainerConfig, Image, Mount, MountPropagation, NamespaceMode, PodRef, Profile, SandboxConfig, SandboxNetwork,
+    Security,
+};
+
+/// What of the node a translation depends on.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// First part of every cgroup path (`lambdalet-1a2b3c4d`).
+    pub cgroup_root: String,
+    /// Directory of seccomp profiles that Pods may name (`<root-dir>/seccomp`).
+    pub seccomp_root: PathBuf,
+    /// Bytes of memory, for OOM scores.
+    pub memory: i64,
+    /// Whether CPU limits are enforced (`cpuCFSQuota`).
+    pub cpu_quota: bool,
+    /// Most processes of one Pod (`podPidsLimit`); `None` is no limit.
+    pub pids_limit: Option<i64>,
+}
+
+/// A container that cannot be made as asked. `Display` is the message of its status.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum TranslateError {
+    /// `runAsNonRoot` and the user is root.
+    #[error("container has runAsNonRoot and image will run as root (pod: {pod:?}, container: {container})")]
+    RunsAsRoot {
+        /// `name_namespace(uid)`.
+        pod: String,
+        /// The container's name.
+        container: String,
+    },
+    /// `runAsNonRoot` and `runAsUser: 0`.
+    #[error("container's runAsUser breaks non-root policy (pod: {pod:?}, container: {container})")]
+    UserIsRoot {
+        /// `name_namespace(uid)`.
+        pod: String,
+        /// The container's name.
+        container: String,
+    },
+    /// `runAsNonRoot` and the image names its user.
+    #[error(
+        "container has runAsNonRoot and image has non-numeric user ({user}), cannot verify user is non-root (pod: {pod:?}, container: {container})"
+    )]
+    UnknownUser {
+        /// The image's USER.
+        user: String,
+        /// `name_namespace(uid)`.
+        pod: String,
+        /// The container's name.
+        container: String,
+    },
+    /// A mount names a volume that the Pod does not have.
+    #[error("cannot find volume {volume:?} to mount into container {container:?}")]
+    NoVolume {
+        /// `volumeMounts[].name`.
+        volume: String,
+        /// The container's name.
+        container: String,
+    },
+    /// Something this node does not do yet.
+    #[error("container {container:?} asks for {what}, which this node does not support yet")]
+    Unsupported {
+        /// The container's name.
+        container: String,
+        /// The field.
+        what: &'static str,
+    },
+}
+
+/// Where a Pod's volumes and files are on the host.
+#[derive(Clone, Debug, Default)]
+pub struct Places {
+    /// Volume name to host path, and whether the volume itself is read-only.
+    pub volumes: BTreeMap<String, (PathBuf, bool)>,
+    /// The Pod's `/etc/hosts`, `/etc/resolv.conf` and `/etc/hostname`, as host path and container path.
+    pub files: Vec<(PathBuf, String)>,
+    /// The attempt's termination message file.
+    pub termination_log: Option<PathBuf>,
+}
+
+/// The Pod's identity at the seam.
+pub fn pod_ref(pod: &Pod) -> PodRef {
+    let meta = &pod.metadata;
+    PodRef {
+        uid: meta.uid.clone().unwrap_or_default(),
+        namespace: meta.namespace.clone().unwrap_or_default(),
+        name: meta.name.clone().unwrap_or_default(),
+    }
+}
+
+/// The Pod's cgroup: BestEffort and Burstable Pods below a group of their class, Guaranteed ones beside them.
+pub fn cgroup_parent(host: &Host, uid: &str, spec: &PodSpec) -> String {
+    match qos_class(spec) {
+        "Guaranteed" => format!("/{}/pod{uid}", host.cgroup_root),
+        class => format!("/{}/{}/pod{uid}", host.cgroup_root, class.to_lowercase()),
+    }
+}
+
+/// The sandbox of a Pod.
+pub fn sandbox(host: &Host, pod: &Pod, spec: &PodSpec, hostname: &str, network: SandboxNetwork) -> SandboxConfig {
+    let reference = pod_ref(pod);
+    let sysctls = spec.security_context.iter().flat_map(|s| s.sysctls.iter().flatten());
+    let mut resources = qos::pod_resources(spec, host.cpu_quota);
+    resources.pids_limit = host.pids_limit;
+    SandboxConfig {
+        attempt: 0,
+        hostname: hostname.to_owned(),
+        network,
+        ipc: ipc(spec),
+        pid: pid(spec),
+        sysctls: sysctls.map(|s| (s.name.clone(), s.value.clone())).collect(),
+        cgroup_parent: cgroup_parent(host, &reference.uid, spec),
+        resources,
+        pod: reference,
+    }
+}
+
+fn ipc(spec: &PodSpec) -> NamespaceMode {
+    if spec.host_ipc == Some(true) { NamespaceMode::Node } else { NamespaceMode::Pod }
+}
+
+fn pid(spec: &PodSpec) -> NamespaceMode {
+    if spec.host_pid == Some(true) {
+        NamespaceMode::Node
+    } else if spec.share_process_namespace == Some(true) {
+        NamespaceMode::Pod
+    } else {
+        NamespaceMode::Container
+    }
+}
+
+/// The address a network gives, if it is the Pod's own.
+pub fn network(spec: &PodSpec, address: Option<IpAddr>) -> SandboxNetwork {
+    match address {
+        Some(address) if spec.host_network != Some(true) => SandboxNetwork::Pod { address },
+        _ => SandboxNetwork::Host,
+    }
+}
+
+/// One attempt of a container: everything but its number, environment, command and args, which are filled in by the
+/// caller once the API's inputs are known.
+///
+/// # Errors
+/// What the container's status says instead of starting; see [`TranslateError`].
+pub fn container(
+    host: &Host,
+    pod: &Pod,
+    container: &Container,
+    image: &Image,
+    places: &Places,
+) -> Result<ContainerConfig, TranslateError> {
+    let empty = PodSpec::default();
+    let spec = pod.spec.as_ref().unwrap_or(&empty);
+    let reference = pod_ref(pod);
+    let security = security(host, spec, container);
+    check_user(pod, spec, container, image, &security)?;
+    Ok(ContainerConfig {
+        name: container.name.clone(),
+        attempt: 0,
+        image: image.id.clone(),
+        image_ref: container.image.clone().unwrap_or_default(),
+        command: Vec::new(),
+        args: Vec::new(),
+        working_dir: container.working_dir.clone().filter(|d| !d.is_empty()),
+        env: Vec::new(),
+        mounts: mounts(container, places)?,
+        stdin: container.stdin == Some(true),
+        stdin_once: container.stdin_once == Some(true),
+        tty: container.tty == Some(true),
+        resources: qos::container_resources(spec, container, host.memory, host.cpu_quota),
+        security,
+        cgroup_parent: cgroup_parent(host, &reference.uid, spec),
+        pid: pid(spec),
+        ipc: ipc(spec),
+        stop_signal: container.lifecycle.as_ref().and_then(|l| l.stop_signal.clone()),
+        annotations: BTreeMap::new(),
+        pod: reference,
+    })
+}
+
+/// The Pod's and the container's security contexts, the container's field winning where both have it.
+fn security(host: &Host, spec: &PodSpec, container: &Container) -> Security {
+    let none = (PodSecurityContext::default(), SecurityContext::default());
+    let of_pod = spec.security_context.as_ref().unwrap_or(&none.0);
+    let own = container.security_context.as_ref().unwrap_or(&none.1);
+    let capabilities = own.capabilities.clone().unwrap_or_default();
+    let mut groups = of_pod.supplemental_groups.clone().unwrap_or_default();
+    groups.extend(of_pod.fs_group);
+    Security {
+        run_as_user: own.run_as_user.or(of_pod.run_as_user),
+        run_as_group: own.run_as_group.or(of_pod.run_as_group),
+        supplemental_groups: groups,
+        privileged: own.privileged == Some(true),
+        add_capabilities: capabilities.add.unwrap_or_default(),
+        drop_capabilities: capabilities.drop.unwrap_or_default(),
+        read_only_rootfs: own.read_only_root_filesystem == Some(true),
+        no_new_privileges: own.allow_privilege_escalation == Some(false),
+        seccomp: seccomp(host, own.seccomp_profile.as_ref().or(of_pod.seccomp_profile.as_ref())),
+        apparmor: apparmor(own.app_armor_profile.as_ref().or(of_pod.app_armor_profile.as_ref())),
+        unmasked_proc: own.proc_mount.as_deref() == Some("Unmasked"),
+    }
+}
+
+/// No profile means none, as on a kubelet without `seccompDefault`.
+fn seccomp(host: &Host, profile: Option<&SeccompProfile>) -> Profile {
+    match profile {
+        Some(profile) if profile.type_ == "RuntimeDefault" => Profile::RuntimeDefault,
+        Some(profile) if profile.type_ == "Localhost" => {
+            let file = profile.localhost_profile.as_deref().unwrap_or_default();
+            Profile::Localhost(host.seccomp_root.join(file).display().to_string())
+        }
+        _ => Profile::Unconfined,
+    }
+}
+
+fn apparmor(profile: Option<&AppArmorProfile>) -> Profile {
+    match profile {
+        Some(profile) if profile.type_ == "Unconfined" => Profile::Unconfined,
+        Some(profile) if profile.type_ == "Localhost" => {
+            Profile::Localhost(profile.localhost_profile.clone().unwrap_or_default())
+        }
+        _ => Profile::RuntimeDefault,
+    }
+}
+
+/// `runAsNonRoot`, as a kubelet verifies it.
+fn check_user(
+    pod: &Pod,
+    spec: &PodSpec,
+    container: &Container,
+    image: &Image,
+    security: &Security,
+) -> Result<(), TranslateError> {
+    let own = container.security_context.as_ref().and_then(|s| s.run_as_non_root);
+    if own.or(spec.security_context.as_ref().and_then(|s| s.run_as_non_root)) != Some(true) {
+        return Ok(());
+    }
+    let reference = pod_ref(pod);
+    let pod = format!("{}_{}({})", reference.name, reference.namespace, reference.uid);
+    let container = container.name.clone();
+    match security.run_as_user {
+        Some(0) => return Err(TranslateError::UserIsRoot { pod, container }),
+        Some(_) => return Ok(()),
+        None => {}
+    }
+    let user = image.user.split(':').next().unwrap_or_default();
+    match user.parse::<i64>() {
+        Ok(0) => Err(TranslateError::RunsAsRoot { pod, container }),
+        Ok(_) => Ok(()),
+        Err(_) if user.is_empty() => Err(TranslateError::RunsAsRoot { pod, container }),
+        Err(_) => Err(TranslateError::UnknownUser { user: user.to_owned(), pod, container }),
+    }
+}
+
+fn mounts(container: &Container, places: &Places) -> Result<Vec<Mount>, TranslateError> {
+    let unsupported = |what| TranslateError::Unsupported { container: container.name.clone(), what };
+    let mut mounts = Vec::new();
+    for wanted in container.volume_mounts.iter().flatten() {
+        if wanted.sub_path.as_deref().is_some_and(|p| !p.is_empty()) {
+            return Err(unsupported("volumeMounts.subPath"));
+        }
+        if wanted.sub_path_expr.as_deref().is_some_and(|p| !p.is_empty()) {
+            return Err(unsupported("volumeMounts.subPathExpr"));
+        }
+        let (path, volume_is_read_only) = places.volumes.get(&wanted.name).ok_or_else(|| TranslateError::NoVolume {
+            volume: wanted.name.clone(),
+            container: container.name.clone(),
+        })?;
+        let propagation = match wanted.mount_propagation.as_deref() {
+            Some("HostToContainer") => MountPropagation::HostToContainer,
+            Some("Bidirectional") => MountPropagation::Bidirectional,
+            _ => MountPropagation::Private,
+        };
+        let read_only = wanted.read_only == Some(true) || *volume_is_read_only;
+        mounts.push(mount(path, absolute(&wanted.mount_path), read_only, propagation));
+    }
+    if container.volume_devices.as_ref().is_some_and(|d| !d.is_empty()) {
+        return Err(unsupported("volumeDevices"));
+    }
+    let taken: Vec<String> = mounts.iter().map(|m| m.container_path.clone()).collect();
+    let read_only = container.security_context.as_ref().and_then(|s| s.read_only_root_filesystem) == Some(true);
+    for (path, inside) in places.files.iter().filter(|(_, inside)| !taken.contains(inside)) {
+        mounts.push(mount(path, inside.clone(), read_only, MountPropagation::Private));
+    }
+    if let Some(path) = &places.termination_log {
+        let inside = container.termination_message_path.clone().unwrap_or_else(|| "/dev/termination-log".to_owned());
+        mounts.push(mount(path, absolute(&inside), false, MountPropagation::Private));
+    }
+    Ok(mounts)
+}
+
+fn mount(host_path: &Path, container_path: String, read_only: bool, propagation: MountPropagation) -> Mount {
+    Mount { host_path: host_path.to_owned(), container_path, read_only, propagation }
+}
+
+/// A relative mount path counts from the root, as a kubelet has it.
+fn absolute(path: &str) -> String {
+    if path.starts_with('/') { path.to_owned() } else { format!("/{path}") }
+}

@@ -1,0 +1,289 @@
+//! Watches the Pods bound to this node and keeps one worker per Pod UID.
+//!
+//! After each complete LIST, and never before, what this node still holds of Pods that are not in it is handed to
+//! workers of its own that end it: a deletion that happened while this process was away is carried out, and an API
+//! server that is unreachable or answers half a list deletes nothing.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use futures::stream::BoxStream;
+use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::Api;
+use kube::core::DeserializeGuard;
+use kube::runtime::WatchStreamExt as _;
+use kube::runtime::watcher::{self, Event, watcher};
+use tokio::sync::watch as channel;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::Shared;
+use super::directory::HEARTBEAT;
+use super::worker::{Desired, Signal, Worker};
+use crate::runtime::types::{PodRef, RuntimeEvent};
+use crate::telemetry::chain;
+
+/// Wait before the runtime's events are asked for again.
+const SUBSCRIBE_AGAIN: Duration = Duration::from_secs(1);
+/// Annotation of a container with the Pod's grace period in seconds, for Pods whose object is gone after a restart.
+pub(super) const GRACE_ANNOTATION: &str = "grace-seconds";
+
+type Guarded = DeserializeGuard<Pod>;
+
+/// The Pod loop.
+pub struct PodLoop {
+    shared: Arc<Shared>,
+    client: kube::Client,
+    workers: HashMap<String, Handle>,
+    running: JoinSet<String>,
+    /// UIDs of the LIST under way.
+    listing: HashSet<String>,
+    drain: channel::Sender<bool>,
+}
+
+struct Handle {
+    desired: channel::Sender<Desired>,
+    signal: channel::Sender<Signal>,
+}
+
+impl PodLoop {
+    /// A loop over the Pods of the node that `shared` knows. `drain` is the sender of [`Shared::draining`].
+    pub fn new(shared: Arc<Shared>, client: kube::Client, drain: channel::Sender<bool>) -> Self {
+        Self { shared, client, workers: HashMap::new(), running: JoinSet::new(), listing: HashSet::new(), drain }
+    }
+
+    /// Runs until `stop`, then leaves every Pod running, or with `drain_on_exit` ends them all first.
+    pub async fn run(mut self, stop: CancellationToken, drain_on_exit: bool) {
+        let api: Api<Guarded> = Api::all(self.client.clone());
+        let selector = format!("spec.nodeName={}", self.shared.facts.borrow().name);
+        let mut pods = watcher(api, watcher::Config::default().fields(&selector)).default_backoff().boxed();
+        let mut events = self.subscribe().await;
+        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        let mut leaving = false;
+        loop {
+            tokio::select! {
+                // Cancel-safe: a stream item is taken whole or not at all.
+                Some(event) = pods.next() => self.pod_event(event).await,
+                // Cancel-safe: likewise.
+                event = next(&mut events) => match event {
+                    Some(event) => self.runtime_event(&event),
+                    None => events = self.resubscribe().await,
+                },
+                // Cancel-safe: a finished worker stays in the set until it is taken.
+                Some(ended) = self.running.join_next() => self.worker_ended(ended),
+                // Cancel-safe: a tick not taken comes at once.
+                _ = heartbeat.tick() => self.shared.directory.beat(),
+                // Cancel-safe: a token stays cancelled.
+                () = stop.cancelled(), if !leaving => {
+                    leaving = true;
+                    if drain_on_exit { self.start_drain(); }
+                }
+            }
+            if leaving && (!drain_on_exit || self.shared.admission.is_empty()) {
+                return;
+            }
+        }
+    }
+
+    /// Tells every worker to end its Pod.
+    fn start_drain(&mut self) {
+        tracing::info!(pods = self.workers.len(), "draining: ending every Pod");
+        let _ = self.drain.send(true);
+        self.workers.values().for_each(|h| h.signal.send_modify(|s| s.events += 1));
+    }
+
+    async fn subscribe(&self) -> Option<BoxStream<'static, RuntimeEvent>> {
+        match self.shared.runtime.events().await {
+            Ok(stream) => Some(stream),
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "failed to subscribe to the runtime's events; trying again");
+                None
+            }
+        }
+    }
+
+    /// After a gap in the events everything is listed again.
+    async fn resubscribe(&mut self) -> Option<BoxStream<'static, RuntimeEvent>> {
+        let stream = self.subscribe().await;
+        if stream.is_some() {
+            self.workers.values().for_each(|h| h.signal.send_modify(|s| s.relists += 1));
+        }
+        stream
+    }
+
+    async fn pod_event(&mut self, event: Result<Event<Guarded>, watcher::Error>) {
+        match event {
+            Ok(Event::Init) => self.listing.clear(),
+            Ok(Event::InitApply(DeserializeGuard(pod))) => {
+                let uid = match &pod {
+                    Ok(pod) => pod.metadata.uid.clone(),
+                    Err(invalid) => invalid.metadata.uid.clone(),
+                };
+                self.listing.extend(uid);
+                self.apply(pod);
+            }
+            Ok(Event::InitDone) => self.listed().await,
+            Ok(Event::Apply(DeserializeGuard(pod))) => self.apply(pod),
+            Ok(Event::Delete(DeserializeGuard(pod))) => {
+                let uid = match pod {
+                    Ok(pod) => pod.metadata.uid,
+                    Err(invalid) => invalid.metadata.uid,
+                };
+                self.gone(&uid.unwrap_or_default());
+            }
+            Err(error) => tracing::warn!(error = chain(&error), "the watch on Pods broke; watching again"),
+        }
+    }
+
+    /// Gives the Pod's worker its newest spec. An object that does not parse keeps its last one.
+    fn apply(&mut self, pod: Result<Pod, kube::core::InvalidObject>) {
+        let mut pod = match pod {
+            Ok(pod) => pod,
+            Err(invalid) => return self.refuse(&invalid),
+        };
+        // Nobody here reads it, and it is the larger half of many objects.
+        pod.metadata.managed_fields = None;
+        let Some(uid) = pod.metadata.uid.clone() else { return };
+        let pod = Arc::new(pod);
+        match self.workers.get(&uid) {
+            Some(handle) => handle.desired.send_modify(|d| d.pod = pod),
+            None => self.hire(uid, Desired { pod, gone: false }),
+        }
+    }
+
+    fn refuse(&self, invalid: &kube::core::InvalidObject) {
+        let meta = &invalid.metadata;
+        tracing::error!(
+            pod = meta.name,
+            namespace = meta.namespace,
+            error = chain(invalid),
+            "a Pod object does not parse; it is left as it is until it does"
+        );
+        let pod = Pod { metadata: meta.clone(), ..Pod::default() };
+        let text = format!("This node cannot read the Pod object: {}", chain(invalid));
+        self.shared.events.warning(&pod, None, "InvalidPod", text);
+    }
+
+    fn gone(&mut self, uid: &str) {
+        if let Some(handle) = self.workers.get(uid) {
+            handle.desired.send_modify(|d| d.gone = true);
+        }
+    }
+
+    fn hire(&mut self, uid: String, desired: Desired) {
+        let (desired, desired_seen) = channel::channel(desired);
+        let (signal, signal_seen) = channel::channel(Signal::default());
+        let worker = Worker::new(self.shared.clone(), desired_seen, signal_seen);
+        self.workers.insert(uid.clone(), Handle { desired, signal });
+        self.running.spawn(async move {
+            worker.run().await;
+            uid
+        });
+    }
+
+    fn worker_ended(&mut self, ended: Result<String, tokio::task::JoinError>) {
+        match ended {
+            Ok(uid) => {
+                self.workers.remove(&uid);
+            }
+            Err(error) => tracing::error!(error = chain(&error), "a Pod's worker was lost"),
+        }
+        self.rehire_lost();
+    }
+
+    /// A worker that panicked is replaced: its Pod must not be left without an owner.
+    fn rehire_lost(&mut self) {
+        let lost: Vec<_> = self.workers.iter().filter(|(_, h)| h.desired.is_closed()).map(|(u, _)| u.clone()).collect();
+        for uid in lost {
+            if let Some(handle) = self.workers.remove(&uid) {
+                let last = handle.desired.borrow().clone();
+                self.hire(uid, last);
+            }
+        }
+    }
+
+    fn runtime_event(&self, event: &RuntimeEvent) {
+        if let Some(handle) = self.workers.get(&event.pod_uid) {
+            use crate::runtime::types::EventKind;
+            // A start is always our own doing, and was looked at then.
+            if event.kind != EventKind::Started {
+                handle.signal.send_modify(|s| s.events += 1);
+            }
+        }
+    }
+
+    /// A complete LIST is in: Pods that are not in it are gone.
+    async fn listed(&mut self) {
+        let absent: Vec<_> = self.workers.keys().filter(|uid| !self.listing.contains(*uid)).cloned().collect();
+        absent.iter().for_each(|uid| self.gone(uid));
+        loop {
+            match self.orphans().await {
+                Ok(orphans) => return orphans.into_iter().for_each(|(uid, pod)| self.adopt_orphan(uid, pod)),
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), "failed to look for what earlier Pods left; trying again");
+                    tokio::time::sleep(SUBSCRIBE_AGAIN).await;
+                }
+            }
+        }
+    }
+
+    fn adopt_orphan(&mut self, uid: String, pod: Pod) {
+        if self.workers.contains_key(&uid) || self.listing.contains(&uid) {
+            return;
+        }
+        tracing::info!(uid, pod = pod.metadata.name, namespace = pod.metadata.namespace, "ending a Pod that is gone");
+        self.hire(uid, Desired { pod: Arc::new(pod), gone: true });
+    }
+
+    /// Everything on this node that belongs to a Pod: in the runtime, on disk, and among the addresses.
+    async fn orphans(&self) -> Result<BTreeMap<String, Pod>, crate::runtime::RuntimeError> {
+        let mut found = BTreeMap::new();
+        for sandbox in self.shared.runtime.list_pod_sandboxes(None).await? {
+            found.entry(sandbox.pod.uid.clone()).or_insert_with(|| ghost(&sandbox.pod));
+        }
+        for container in self.shared.runtime.list_containers(None).await? {
+            let pod = found.entry(container.pod.uid.clone()).or_insert_with(|| ghost(&container.pod));
+            let grace = container.annotations.get(GRACE_ANNOTATION).and_then(|s| s.parse().ok());
+            let spec = pod.spec.get_or_insert_default();
+            spec.termination_grace_period_seconds = spec.termination_grace_period_seconds.max(grace);
+        }
+        let on_disk = self.shared.volumes.uids();
+        let addressed = self.shared.ipam.held().into_iter().map(|(_, uid)| uid);
+        let uids: BTreeSet<String> = on_disk.into_iter().chain(addressed).collect();
+        for uid in uids {
+            found.entry(uid.clone()).or_insert_with(|| ghost(&PodRef { uid, namespace: String::new(), name: String::new() }));
+        }
+        Ok(found)
+    }
+}
+
+/// A Pod of which nothing but its name is known.
+fn ghost(pod: &PodRef) -> Pod {
+    let metadata = ObjectMeta {
+        uid: Some(pod.uid.clone()),
+        namespace: Some(pod.namespace.clone()),
+        name: Some(pod.name.clone()),
+        ..ObjectMeta::default()
+    };
+    Pod { metadata, spec: Some(PodSpec::default()), status: None }
+}
+
+/// The next event; without a stream, the end of one after a while.
+async fn next(events: &mut Option<BoxStream<'static, RuntimeEvent>>) -> Option<RuntimeEvent> {
+    match events {
+        Some(stream) => {
+            let event = stream.next().await;
+            if event.is_none() {
+                *events = None;
+            }
+            event
+        }
+        None => {
+            tokio::time::sleep(SUBSCRIBE_AGAIN).await;
+            None
+        }
+    }
+}

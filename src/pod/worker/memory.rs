@@ -1,0 +1,87 @@
+//! What a worker remembers between turns. All of it can be lost: a restart starts afresh, as a kubelet does.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use tokio::time::Instant;
+
+use crate::pod::backoff::Backoff;
+use crate::pod::status::Trouble;
+use crate::pod::translate::Places;
+use crate::runtime::types::ContainerId;
+
+/// See the module text.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    /// Volumes and files, once they are there.
+    pub(super) places: Option<Places>,
+    /// Sandbox and volumes were given back.
+    pub(super) released: bool,
+    /// Why this node ended the Pod.
+    pub(super) ended: Option<Trouble>,
+    /// The Pod's address.
+    pub(super) address: Option<IpAddr>,
+    /// Why containers wait.
+    pub(super) waiting: BTreeMap<String, Trouble>,
+    /// Until when containers are not tried.
+    pub(super) holds: BTreeMap<String, Timestamp>,
+    /// Until when volumes and sandbox are not tried.
+    pub(super) pod_hold: Option<Timestamp>,
+    /// Crash loops.
+    pub(super) crashes: BTreeMap<String, Backoff>,
+    /// Failing pulls.
+    pub(super) pulls: BTreeMap<String, Backoff>,
+    /// When `ErrImagePull` turns into `ImagePullBackOff`.
+    pub(super) pull_notice: Option<Timestamp>,
+    /// Lowest next attempt numbers.
+    pub(super) floors: BTreeMap<String, u32>,
+    /// Termination messages, and which attempts' ends were seen.
+    pub(super) messages: BTreeMap<ContainerId, String>,
+    /// Attempts whose end was noted.
+    pub(super) digested: BTreeSet<ContainerId>,
+    /// The status last handed to the publisher.
+    pub(super) sent: Option<PodStatus>,
+    /// When to write the status again since the API server's differs.
+    pub(super) reassert_at: Option<Instant>,
+    /// When a token or other volume content must be renewed.
+    pub(super) next_refresh: Option<Instant>,
+    /// When this node first saw the Pod.
+    pub(super) start_time: Timestamp,
+    /// The grace the containers were last told.
+    pub(super) killing: Option<Duration>,
+    /// When stopping processes are killed.
+    pub(super) stop_by: Option<Instant>,
+    /// Containers and sandboxes were removed.
+    pub(super) removed: bool,
+    /// The event count at the last look.
+    pub(super) events_seen: u64,
+}
+
+impl Memory {
+    /// From what the API server knows: start time, address, and how often containers were started.
+    pub(super) fn new(pod: &Pod, now: Timestamp) -> Self {
+        let status = pod.status.as_ref();
+        let lists = status.iter().flat_map(|s| [&s.init_container_statuses, &s.container_statuses]);
+        let known = lists.flat_map(|l| l.iter().flatten()).filter(|c| c.container_id.is_some());
+        let floors = known.map(|c| (c.name.clone(), u32::try_from(c.restart_count).map_or(0, |n| n + 1))).collect();
+        let on_host = pod.spec.as_ref().is_some_and(|s| s.host_network == Some(true));
+        Self {
+            floors,
+            address: status.and_then(|s| s.pod_ip.as_ref()?.parse().ok()).filter(|_| !on_host),
+            start_time: status.and_then(|s| s.start_time.as_ref()).map_or(now, |t| t.0),
+            ..Self::default()
+        }
+    }
+
+    /// When `activeDeadlineSeconds` ends the Pod.
+    pub(super) fn deadline(&self, pod: &Pod) -> Option<Timestamp> {
+        if self.ended.is_some() || self.released {
+            return None;
+        }
+        let seconds = pod.spec.as_ref()?.active_deadline_seconds?;
+        self.start_time.checked_add(Duration::from_secs(u64::try_from(seconds).ok()?)).ok()
+    }
+}

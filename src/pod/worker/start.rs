@@ -1,0 +1,286 @@
+//! The steps that bring a Pod up.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use tokio::time::Instant;
+
+use super::{Worker, trouble};
+use crate::failpoint;
+use crate::pod::PodContext;
+use crate::pod::backoff;
+use crate::pod::images::{self, Local, Wanted};
+use crate::pod::status::Trouble;
+use crate::pod::translate::{self, Places};
+use crate::pod::watch::GRACE_ANNOTATION;
+use crate::runtime::types::{ContainerConfig, ContainerId, Image, SandboxConfig, SandboxId};
+use crate::runtime::{Kind, RuntimeError};
+use crate::telemetry::chain;
+
+/// How long a container says `ErrImagePull` before it says `ImagePullBackOff`.
+const PULL_NOTICE: Duration = Duration::from_secs(2);
+
+impl Worker {
+    /// Nothing of the Pod as a whole is tried for a while, and the user is told.
+    fn hold_pod(&mut self, reason: &str, message: String) {
+        self.shared.events.warning(&self.pod, None, reason, message);
+        self.memory.pod_hold = Some(Timestamp::now() + backoff::RETRY);
+    }
+
+    /// The container is not tried until `until`, and its status says why.
+    fn hold(&mut self, name: &str, trouble: Trouble, until: Timestamp) {
+        self.memory.waiting.insert(name.to_owned(), trouble);
+        self.memory.holds.insert(name.to_owned(), until);
+    }
+
+    pub(super) async fn set_up_volumes(&mut self) {
+        let (pod, facts) = (self.pod.clone(), self.shared.facts.borrow().clone());
+        let context = PodContext { pod: &pod, node: &facts, addresses: &[] };
+        match self.shared.volumes.set_up(context).await {
+            Ok(volumes) => {
+                failpoint::hit("mount");
+                let volumes = volumes.into_iter().map(|(name, v)| (name, (v.host_path, v.read_only))).collect();
+                self.memory.places = Some(Places { volumes, ..Places::default() });
+                self.memory.pod_hold = None;
+                // The first refresh tells when the next is due; nothing can be stale yet.
+                self.memory.next_refresh = Some(Instant::now() + Duration::from_secs(30));
+            }
+            Err(error) => self.hold_pod("FailedMount", chain(&error)),
+        }
+    }
+
+    pub(super) async fn refresh_volumes(&mut self) {
+        let (pod, facts) = (self.pod.clone(), self.shared.facts.borrow().clone());
+        let addresses: Vec<_> = self.memory.address.into_iter().collect();
+        let context = PodContext { pod: &pod, node: &facts, addresses: &addresses };
+        self.memory.next_refresh = match self.shared.volumes.refresh(context).await {
+            Ok(next) => next.map(|after| Instant::now() + after),
+            Err(error) => {
+                self.shared.events.warning(&pod, None, "FailedMount", chain(&error));
+                Some(Instant::now() + backoff::RETRY)
+            }
+        };
+    }
+
+    pub(super) async fn run_sandbox(&mut self, attempt: u32) {
+        let pod = self.pod.clone();
+        let Some(spec) = &pod.spec else { return };
+        let address = match self.allot(spec) {
+            Ok(address) => address,
+            Err(message) => return self.hold_pod("FailedCreatePodSandBox", message),
+        };
+        failpoint::hit("address");
+        let hostname = crate::pod::files::hostname(&pod, &self.shared.settings.cluster_domain);
+        let network = translate::network(spec, address);
+        let config =
+            SandboxConfig { attempt, ..translate::sandbox(&self.shared.host, &pod, spec, &hostname, network) };
+        match self.shared.runtime.run_pod_sandbox(&config).await {
+            Ok(id) => self.sandbox_is_up(&id).await,
+            Err(error) => {
+                let text = format!("Failed to create pod sandbox: {}", chain(&error));
+                self.hold_pod("FailedCreatePodSandBox", text);
+                self.relist().await;
+            }
+        }
+    }
+
+    /// The Pod's address; the same for every sandbox it ever has.
+    fn allot(&self, spec: &PodSpec) -> Result<Option<std::net::IpAddr>, String> {
+        if spec.host_network == Some(true) {
+            return Ok(None);
+        }
+        self.shared.ipam.allocate(&self.reference.uid).map(Some).map_err(|error| chain(&error))
+    }
+
+    async fn sandbox_is_up(&mut self, id: &SandboxId) {
+        failpoint::hit("sandbox");
+        self.memory.pod_hold = None;
+        match self.shared.runtime.pod_sandbox_status(id).await {
+            Ok(status) => {
+                self.memory.address = status.address;
+                self.observed.put_sandbox(status);
+            }
+            Err(error) => tracing::warn!(pod = %self.reference, error = chain(&error), "failed to look at new sandbox"),
+        }
+        if let Err(message) = self.write_files() {
+            self.hold_pod("FailedCreatePodSandBox", message);
+            self.memory.places = None;
+        }
+    }
+
+    /// `/etc/hosts`, `/etc/resolv.conf` and `/etc/hostname` of the Pod, which need its address.
+    fn write_files(&mut self) -> Result<(), String> {
+        let facts = self.shared.facts.borrow().clone();
+        let addresses: Vec<_> = match self.memory.address {
+            Some(address) => vec![address],
+            None => facts.addresses.clone(),
+        };
+        let context = PodContext { pod: &self.pod, node: &facts, addresses: &addresses };
+        let files = self.shared.files.write(context).map_err(|error| chain(&error))?;
+        if let Some(places) = &mut self.memory.places {
+            places.files = files;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn start(&mut self, name: &str, attempt: u32) {
+        let pod = self.pod.clone();
+        let Some(container) = find(&pod, name) else { return };
+        if self.memory.places.as_ref().is_some_and(|p| p.files.is_empty())
+            && let Err(message) = self.write_files()
+        {
+            return self.hold(name, Trouble::new("CreateContainerError", message), Timestamp::now() + backoff::RETRY);
+        }
+        let Some(image) = self.image(&pod, container).await else { return };
+        match self.config(&pod, container, &image, attempt).await {
+            Ok(config) => self.launch(container, &config).await,
+            Err(trouble) => {
+                let text = format!("Error: {}", trouble.message);
+                self.shared.events.warning(&pod, Some(name), "Failed", text);
+                self.hold(name, trouble, Timestamp::now() + backoff::RETRY);
+            }
+        }
+    }
+
+    /// The image, pulled if need be; `None` puts the container on hold.
+    async fn image(&mut self, pod: &Pod, container: &Container) -> Option<Image> {
+        let wanted = Wanted { pod, container };
+        let shared = self.shared.clone();
+        let runtime = shared.runtime.as_ref();
+        let trouble = match shared.images.look(runtime, wanted, &shared.events).await {
+            Ok(Local::Present(image)) => return Some(image),
+            Ok(Local::MustPull) => {
+                let auths = self.auths(pod, container).await;
+                match shared.images.pull(runtime, wanted, &auths, &shared.events).await {
+                    Ok(image) => {
+                        self.memory.pulls.remove(&container.name);
+                        return Some(image);
+                    }
+                    Err(trouble) => trouble,
+                }
+            }
+            Err(trouble) => trouble,
+        };
+        let now = Timestamp::now();
+        shared.events.warning(pod, Some(&container.name), "Failed", format!("Error: {}", trouble.reason));
+        let backoff = self.memory.pulls.entry(container.name.clone()).or_default();
+        backoff.note(now, backoff::MAX);
+        let until = now + backoff.delay();
+        self.memory.pull_notice = Some(now + PULL_NOTICE);
+        self.hold(&container.name, trouble, until);
+        None
+    }
+
+    async fn auths(&self, pod: &Pod, container: &Container) -> Vec<crate::runtime::types::RegistryAuth> {
+        match self.shared.inputs.registry_auths(pod, images::reference(container)).await {
+            Ok(auths) => auths,
+            Err(error) => {
+                // The pull goes on without: a public image needs none.
+                let text = format!("Unable to retrieve some image pull secrets: {}", chain(&error));
+                self.shared.events.warning(pod, None, "FailedToRetrieveImagePullSecret", text);
+                Vec::new()
+            }
+        }
+    }
+
+    async fn config(
+        &self,
+        pod: &Pod,
+        container: &Container,
+        image: &Image,
+        attempt: u32,
+    ) -> Result<ContainerConfig, Trouble> {
+        let config_error = |error: &(dyn std::error::Error + 'static)| trouble("CreateContainerConfigError", error);
+        let facts = self.shared.facts.borrow().clone();
+        let addresses: Vec<_> = match self.memory.address {
+            Some(address) => vec![address],
+            None => facts.addresses.clone(),
+        };
+        let context = PodContext { pod, node: &facts, addresses: &addresses };
+        let env = self.shared.inputs.env(context, container).await.map_err(|e| config_error(&e))?;
+        let log = self.termination_log(&container.name, attempt).map_err(|e| config_error(&e))?;
+        let mut places = self.memory.places.clone().unwrap_or_default();
+        places.termination_log = Some(log);
+        let config =
+            translate::container(&self.shared.host, pod, container, image, &places).map_err(|e| config_error(&e))?;
+        let command = crate::pod::inputs::expand(container.command.as_deref().unwrap_or_default(), &env);
+        let args = crate::pod::inputs::expand(container.args.as_deref().unwrap_or_default(), &env);
+        let grace = crate::pod::plan::grace(pod).as_secs().to_string();
+        let annotations = std::collections::BTreeMap::from([(GRACE_ANNOTATION.to_owned(), grace)]);
+        Ok(ContainerConfig { attempt, env, command, args, annotations, ..config })
+    }
+
+    /// An empty file that every user of the container may write.
+    fn termination_log(&self, name: &str, attempt: u32) -> std::io::Result<PathBuf> {
+        use std::os::unix::fs::PermissionsExt as _;
+        let path = self.shared.termination_log(&self.reference.uid, name, attempt);
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        std::fs::File::create(&path)?.set_permissions(std::fs::Permissions::from_mode(0o666))?;
+        Ok(path)
+    }
+
+    async fn launch(&mut self, container: &Container, config: &ContainerConfig) {
+        let Some(sandbox) = self.observed.ready_sandbox().map(|s| s.id.clone()) else { return };
+        let name = container.name.as_str();
+        let (pod, shared) = (self.pod.clone(), self.shared.clone());
+        let id = match shared.runtime.create_container(&sandbox, config).await {
+            Ok(id) => id,
+            Err(error) => return self.not_created(name, &error).await,
+        };
+        failpoint::hit("create");
+        shared.events.normal(&pod, Some(name), "Created", format!("Container created: {name}"));
+        if config.attempt > 0 {
+            let max = shared.settings.max_restart_backoff;
+            self.memory.crashes.entry(name.to_owned()).or_default().note(Timestamp::now(), max);
+        }
+        self.memory.floors.insert(name.to_owned(), config.attempt + 1);
+        let started = shared.runtime.start_container(&id).await;
+        failpoint::hit("start");
+        self.memory.holds.remove(name);
+        self.memory.waiting.remove(name);
+        self.seen(&id).await;
+        match started {
+            Ok(()) => shared.events.normal(&pod, Some(name), "Started", format!("Container started: {name}")),
+            Err(error) if error.kind() == Kind::Invalid => {
+                let trouble = trouble("RunContainerError", &error);
+                shared.events.warning(&pod, Some(name), "Failed", format!("Error: {}", trouble.message));
+                self.memory.waiting.insert(name.to_owned(), trouble);
+            }
+            Err(error) => {
+                let trouble = trouble("RunContainerError", &error);
+                shared.events.warning(&pod, Some(name), "Failed", format!("Error: {}", trouble.message));
+                self.hold(name, trouble, Timestamp::now() + backoff::RETRY);
+                self.relist().await;
+            }
+        }
+    }
+
+    async fn not_created(&mut self, name: &str, error: &RuntimeError) {
+        let trouble = trouble("CreateContainerError", error);
+        self.shared.events.warning(&self.pod, Some(name), "Failed", format!("Error: {}", trouble.message));
+        self.hold(name, trouble, Timestamp::now() + backoff::RETRY);
+        // The sandbox or the image may have vanished.
+        self.relist().await;
+    }
+
+    /// Looks at one container.
+    async fn seen(&mut self, id: &ContainerId) {
+        match self.shared.runtime.container_status(id).await {
+            Ok(status) => self.observed.put_container(status),
+            Err(error) => {
+                tracing::debug!(pod = %self.reference, error = chain(&error), "failed to look at new container");
+                self.relist().await;
+            }
+        }
+    }
+}
+
+/// The container of that name.
+pub(super) fn find<'a>(pod: &'a Pod, name: &str) -> Option<&'a Container> {
+    let spec = pod.spec.as_ref()?;
+    spec.init_containers.iter().flatten().chain(&spec.containers).find(|c| c.name == name)
+}
