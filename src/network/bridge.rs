@@ -1,1 +1,332 @@
 //! The bridge that Pods hang on, and the cable that joins a sandbox to it.
+//!
+//! A cable is a veth pair: the end here is a port of the bridge and named after the sandbox, the other is `eth0` in the
+//! sandbox's network namespace. So the kernel is the memory: what is plugged is found again by name, and a namespace
+//! that goes away takes both ends with it.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::thread;
+
+use async_trait::async_trait;
+use ipnet::IpNet;
+use nix::sched::{CloneFlags, setns};
+use sha2::{Digest, Sha256};
+use tokio::sync::{Semaphore, oneshot};
+use tracing::debug;
+
+use super::netlink::{Mac, Netlink, Pair};
+use super::{Cable, NetworkError, firewall};
+
+/// Name of the interface inside a sandbox, as every Pod network has it.
+const INTERFACE: &str = "eth0";
+/// Begins the name of each port, before twelve hex digits.
+const PORT_PREFIX: &str = "lv";
+/// MTU where the host has no default route to take one from.
+const DEFAULT_MTU: u32 = 1500;
+/// Cables worked on at once. The kernel changes interfaces one at a time anyway; this bounds the threads.
+const AT_ONCE: usize = 4;
+
+/// A Linux bridge with the gateway's address, routed and masqueraded by the host. Clones are the same bridge.
+#[derive(Clone, Debug)]
+pub struct Bridge {
+    settings: Arc<Settings>,
+    permits: Arc<Semaphore>,
+}
+
+#[derive(Debug)]
+struct Settings {
+    name: String,
+    gateway: IpAddr,
+    range: IpNet,
+    mtu: u32,
+}
+
+// === impl Bridge ===
+
+impl Bridge {
+    /// Makes the bridge, its address, IP forwarding and the packet filter rules be there. What is there already stays
+    /// as it is, so running Pods notice nothing.
+    ///
+    /// Needs root (CAP_NET_ADMIN) and the `iptables` command (`ip6tables` for an IPv6 range).
+    ///
+    /// # Errors
+    /// [`NetworkError::NotABridge`] if the name is taken, [`NetworkError::Command`] without `iptables`, or the kernel's
+    /// refusal.
+    pub async fn ensure(name: &str, gateway: IpAddr, range: IpNet) -> Result<Self, NetworkError> {
+        let named = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if name.is_empty() || name.len() > 15 || name.starts_with(['.', '-']) || !name.chars().all(named) {
+            return Err(NetworkError::BadName { name: name.to_owned() });
+        }
+        let name = name.to_owned();
+        let settings = on_thread(move || ensure(name, gateway, range)).await?;
+        Ok(Self { settings: Arc::new(settings), permits: Arc::new(Semaphore::new(AT_ONCE)) })
+    }
+
+    /// Takes away the bridge and exactly its own packet filter rules. IP forwarding stays on: others may rely on it by
+    /// now.
+    ///
+    /// # Errors
+    /// As [`Bridge::ensure`].
+    pub async fn remove(self) -> Result<(), NetworkError> {
+        let settings = Arc::clone(&self.settings);
+        on_thread(move || {
+            firewall::remove(&settings.name, settings.range)?;
+            let mut host = open_netlink()?;
+            delete_by_name(&mut host, &settings.name)
+        })
+        .await
+    }
+
+    /// Name of the bridge interface.
+    pub fn name(&self) -> &str {
+        &self.settings.name
+    }
+
+    /// MTU of the bridge and of every cable, in bytes: that of the host's uplink.
+    pub fn mtu(&self) -> u32 {
+        self.settings.mtu
+    }
+
+    /// The ports of this bridge that none of these sandboxes has. `live` must also name the sandboxes that are being
+    /// plugged right now. Ports that [`Cable::plug`] did not make are never listed.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub async fn stale_ports(&self, live: &HashSet<String>) -> Result<Vec<String>, NetworkError> {
+        let kept: HashSet<String> = live.iter().map(|sandbox| port_name(sandbox)).collect();
+        let settings = Arc::clone(&self.settings);
+        on_thread(move || {
+            let mut host = open_netlink()?;
+            let failed = |source| kernel("list interfaces", source);
+            let Some(bridge) = host.link(&settings.name).map_err(failed)? else { return Ok(Vec::new()) };
+            let links = host.links().map_err(failed)?;
+            let ports = links.into_iter().filter(|link| link.bridge == Some(bridge.index)).map(|link| link.name);
+            Ok(ports.filter(|name| is_port_name(name) && !kept.contains(name)).collect())
+        })
+        .await
+    }
+
+    /// Deletes a port that [`Bridge::stale_ports`] listed. Ok if it is gone.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub async fn remove_port(&self, port: &str) -> Result<(), NetworkError> {
+        let port = port.to_owned();
+        self.work(move |_| delete_by_name(&mut open_netlink()?, &port)).await
+    }
+
+    async fn work<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Settings) -> Result<T, NetworkError> + Send + 'static,
+    ) -> Result<T, NetworkError> {
+        let permit = Arc::clone(&self.permits).acquire_owned().await.map_err(|_| ended())?;
+        let settings = Arc::clone(&self.settings);
+        on_thread(move || {
+            let _permit = permit;
+            work(&settings)
+        })
+        .await
+    }
+}
+
+#[async_trait]
+impl Cable for Bridge {
+    async fn plug(&self, pid: i32, sandbox: &str, address: IpAddr) -> Result<(), NetworkError> {
+        let port = port_name(sandbox);
+        self.work(move |settings| plug(settings, &port, pid, address)).await
+    }
+
+    async fn unplug(&self, sandbox: &str) -> Result<(), NetworkError> {
+        self.remove_port(&port_name(sandbox)).await
+    }
+}
+
+/// The host end's name: deterministic, so that it is found again, and within the 15 bytes of an interface name.
+fn port_name(sandbox: &str) -> String {
+    let hash = Sha256::digest(sandbox.as_bytes());
+    let digits: String = hash.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    format!("{PORT_PREFIX}{digits}")
+}
+
+fn is_port_name(name: &str) -> bool {
+    name.strip_prefix(PORT_PREFIX)
+        .is_some_and(|digits| digits.len() == 12 && digits.bytes().all(|digit| digit.is_ascii_hexdigit()))
+}
+
+/// A locally administered hardware address that follows from the IP address: whoever remembers the one for the other
+/// (the host's neighbour table does) is right about a remade sandbox too.
+fn mac_of(address: IpAddr) -> Mac {
+    match address {
+        IpAddr::V4(address) => {
+            let [a, b, c, d] = address.octets();
+            [0x02, 0x6c, a, b, c, d]
+        }
+        IpAddr::V6(address) => {
+            let hash = Sha256::digest(address.octets());
+            [0x02, hash[0], hash[1], hash[2], hash[3], hash[4]]
+        }
+    }
+}
+
+// === On the host ===
+
+fn ensure(name: String, gateway: IpAddr, range: IpNet) -> Result<Settings, NetworkError> {
+    let mut host = open_netlink()?;
+    let tried = |action: &str| {
+        let action = format!("{action} bridge {name}");
+        move |source| NetworkError::Kernel { action, source }
+    };
+    let mtu = host.uplink_mtu().map_err(tried("find the uplink of"))?.unwrap_or(DEFAULT_MTU);
+    let bridge = match host.link(&name).map_err(tried("look up"))? {
+        Some(bridge) => bridge,
+        None => {
+            host.add_bridge(&name).map_err(tried("make"))?;
+            host.link(&name).map_err(tried("look up"))?.ok_or_else(|| tried("find")(io::ErrorKind::NotFound.into()))?
+        }
+    };
+    if !bridge.is_bridge {
+        return Err(NetworkError::NotABridge { name });
+    }
+    // A bridge without an address of its own takes one from its ports and changes it as they come and go, which every
+    // Pod would have to notice.
+    host.configure(bridge.index, mac_of(gateway), mtu).map_err(tried("configure"))?;
+    host.set_only_address(bridge.index, gateway, range.prefix_len()).map_err(tried("set the address of"))?;
+    let forwarding = match gateway {
+        IpAddr::V4(_) => "net/ipv4/ip_forward",
+        IpAddr::V6(_) => "net/ipv6/conf/all/forwarding",
+    };
+    set_sysctl(forwarding, "1")?;
+    if gateway.is_ipv4() {
+        // Two Pods talk by way of the gateway on purpose; it must not advise them to do otherwise.
+        set_sysctl(&format!("net/ipv4/conf/{name}/send_redirects"), "0")?;
+    }
+    firewall::ensure(&name, range)?;
+    Ok(Settings { name, gateway, range, mtu })
+}
+
+fn set_sysctl(key: &str, value: &str) -> Result<(), NetworkError> {
+    let path = format!("/proc/sys/{key}");
+    let present = fs::read_to_string(&path).unwrap_or_default();
+    if present.trim() == value {
+        // Writing `ip_forward` resets other settings even if the value stays.
+        return Ok(());
+    }
+    fs::write(&path, value).map_err(|source| NetworkError::File { action: "write", path: path.into(), source })
+}
+
+fn delete_by_name(host: &mut Netlink, name: &str) -> Result<(), NetworkError> {
+    let failed = |source| kernel(&format!("delete interface {name}"), source);
+    match host.link(name).map_err(failed)? {
+        Some(link) => host.delete_link(link.index).map_err(failed),
+        None => Ok(()),
+    }
+}
+
+// === Into the sandbox ===
+
+/// Runs on a thread of its own, which ends in the sandbox's namespace.
+fn plug(settings: &Settings, port: &str, pid: i32, address: IpAddr) -> Result<(), NetworkError> {
+    let path = format!("/proc/{pid}/ns/net");
+    let outside = |source| NetworkError::Namespace { pid, source };
+    // Held open from here on: the process may end and its number be reused, the namespace stays the one we looked at.
+    let namespace = File::open(path).map_err(outside)?;
+    let own = fs::metadata("/proc/thread-self/ns/net").map_err(outside)?;
+    if namespace.metadata().map_err(outside)?.ino() == own.ino() {
+        return Err(outside(io::Error::other("it has no network namespace of its own")));
+    }
+    let mut host = open_netlink()?;
+    let look_up = |source| kernel(&format!("look up bridge {}", settings.name), source);
+    let bridge = host.link(&settings.name).map_err(look_up)?;
+    let bridge = bridge.ok_or_else(|| look_up(io::ErrorKind::NotFound.into()))?;
+    setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(|errno| outside(errno.into()))?;
+    let mut inside = open_netlink()?;
+    let pair = Pair {
+        name: port,
+        bridge: bridge.index,
+        peer_name: INTERFACE,
+        peer_mac: mac_of(address),
+        namespace: namespace.as_fd(),
+        mtu: settings.mtu,
+    };
+    connect(&mut host, &mut inside, &pair).map_err(|source| kernel(&format!("plug {port}"), source))?;
+    configure(&mut inside, settings, address)
+        .map_err(|source| kernel(&format!("give {address} to {INTERFACE} behind {port}"), source))
+}
+
+/// Makes the pair be there, with both its ends where they belong.
+fn connect(host: &mut Netlink, inside: &mut Netlink, pair: &Pair<'_>) -> io::Result<()> {
+    let (outer, inner) = (host.link(pair.name)?, inside.link(INTERFACE)?);
+    if let (Some(outer), Some(inner)) = (&outer, &inner) {
+        // Each end tells the other's index; with the hardware address that is enough to know them as one pair.
+        let joined = outer.peer == Some(inner.index) && inner.peer == Some(outer.index);
+        if joined && inner.mac == pair.peer_mac {
+            host.enslave(outer.index, pair.bridge)?;
+            return host.set_hairpin(outer.index);
+        }
+    }
+    if let Some(outer) = outer {
+        host.delete_link(outer.index)?;
+    }
+    if let Some(inner) = inner.filter(|inner| inner.mac == pair.peer_mac) {
+        inside.delete_link(inner.index)?;
+    }
+    host.add_pair(pair)?;
+    let outer = host.link(pair.name)?.ok_or(io::ErrorKind::NotFound)?;
+    host.set_hairpin(outer.index)
+}
+
+/// Interfaces, address and routes as seen from inside; each step replaces what is there.
+fn configure(inside: &mut Netlink, settings: &Settings, address: IpAddr) -> io::Result<()> {
+    if let Some(loopback) = inside.link("lo")? {
+        inside.set_up(loopback.index)?;
+    }
+    let interface = inside.link(INTERFACE)?.ok_or(io::ErrorKind::NotFound)?.index;
+    inside.add_address(interface, address, settings.range.prefix_len(), false)?;
+    inside.set_up(interface)?;
+    inside.add_link_route(interface, settings.gateway)?;
+    inside.add_default_route(interface, settings.gateway)?;
+    for key in ["all", INTERFACE] {
+        // See the module: neighbours are reached through the gateway, whatever another router may advise.
+        if let Err(error) = set_sysctl(&format!("net/ipv4/conf/{key}/accept_redirects"), "0") {
+            debug!(error = crate::telemetry::chain(&error), "redirects stay accepted in a sandbox");
+        }
+    }
+    Ok(())
+}
+
+// === Threads ===
+
+/// Runs blocking work on a thread that ends with it, so that whatever namespace it has entered is left for good. The
+/// work goes on to its end if the caller stops waiting.
+async fn on_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, NetworkError> + Send + 'static,
+) -> Result<T, NetworkError> {
+    let (answer, answered) = oneshot::channel();
+    let run = move || {
+        // Nobody listens once the caller has gone; what was done is found by the next one.
+        let _ = answer.send(work());
+    };
+    thread::Builder::new().name("cable".to_owned()).spawn(run).map_err(|source| kernel("start a thread", source))?;
+    answered.await.map_err(|_| ended())?
+}
+
+fn open_netlink() -> Result<Netlink, NetworkError> {
+    Netlink::open().map_err(|source| kernel("open a netlink socket", source))
+}
+
+fn kernel(action: &str, source: io::Error) -> NetworkError {
+    NetworkError::Kernel { action: action.to_owned(), source }
+}
+
+fn ended() -> NetworkError {
+    kernel("finish network work", io::Error::other("its thread ended early"))
+}
+
+#[cfg(test)]
+mod tests;

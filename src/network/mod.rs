@@ -1,6 +1,132 @@
 //! The node's Pod network: who has which address ([`ipam`]) and the cable from the sandbox to the host ([`bridge`]).
 //!
 //! Every driver shares it, so Docker and microVM Pods live on one network and an address is never handed out twice.
+//!
+//! ```text
+//! pod::worker --allocate/release--> Ipam (one file per address)
+//! driver      --plug/unplug-------> Cable = Bridge --netlink--> veth pair: lv<hash> on the bridge, eth0 in the sandbox
+//! ```
+//!
+//! A Pod reaches everything, its neighbours too, through the gateway: the address has the range's prefix length, yet
+//! there is no link route to the range. So every packet is routed by the host, and Service addresses work between two
+//! Pods of one node whether or not bridged packets are shown to iptables there (`bridge-nf-call-iptables`).
 
 pub mod bridge;
+mod firewall;
 pub mod ipam;
+mod netlink;
+
+use std::io;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use ipnet::IpNet;
+
+/// Joins a sandbox to the node's Pod network.
+#[async_trait]
+pub trait Cable: Send + Sync {
+    /// Gives the network namespace of process `pid` the interface `eth0` with `address`. Plugging a plugged sandbox is
+    /// Ok; an interface that a dead process of the same sandbox left behind is replaced.
+    ///
+    /// # Errors
+    /// [`NetworkError::Namespace`] if the process is gone. Nothing is left behind on an error that `unplug` does not
+    /// remove.
+    async fn plug(&self, pid: i32, sandbox: &str, address: IpAddr) -> Result<(), NetworkError>;
+
+    /// Takes the interface away, with both its ends. Unplugging what is not plugged is Ok.
+    async fn unplug(&self, sandbox: &str) -> Result<(), NetworkError>;
+}
+
+/// What the Pod network can fail with.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// Every usable address is held or cooling down.
+    #[error(
+        "no free address in {range}: {held} held by Pods, {cooling} released less than the cool-down ago, {quarantined} quarantined"
+    )]
+    Exhausted {
+        /// The node's range.
+        range: IpNet,
+        /// Addresses that a Pod holds.
+        held: usize,
+        /// Addresses released too recently.
+        cooling: usize,
+        /// Addresses whose record could not be read.
+        quarantined: usize,
+    },
+    /// The range has no room for a gateway and a Pod.
+    #[error("range {range} is too small for a gateway and Pods")]
+    RangeTooSmall {
+        /// The range as given.
+        range: IpNet,
+    },
+    /// An address that cannot be given to that Pod.
+    #[error("address {address} cannot be given to Pod {pod_uid}: {reason}")]
+    Refused {
+        /// The address asked for.
+        address: IpAddr,
+        /// The Pod it was asked for.
+        pod_uid: String,
+        /// Why not.
+        reason: String,
+    },
+    /// A file could not be read or written.
+    #[error("failed to {action} {path}")]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel refused a network request.
+    #[error("failed to {action}")]
+    Kernel {
+        /// What was tried, on which interface.
+        action: String,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The network namespace of a sandbox could not be entered.
+    #[error("failed to enter the network namespace of process {pid}")]
+    Namespace {
+        /// The process named.
+        pid: i32,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A command could not be started.
+    #[error("failed to run {command}; is it installed?")]
+    Command {
+        /// The command line.
+        command: String,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A command reported failure.
+    #[error("{command} failed: {output}")]
+    CommandFailed {
+        /// The command line.
+        command: String,
+        /// What it wrote to stderr.
+        output: String,
+    },
+    /// Something of that name exists and is not ours to use.
+    #[error("interface {name} exists and is not a bridge")]
+    NotABridge {
+        /// The interface.
+        name: String,
+    },
+    /// The name does not fit an interface.
+    #[error("bridge name {name:?} is not 1 to 15 letters, digits, '-', '_' or '.'")]
+    BadName {
+        /// The name as given.
+        name: String,
+    },
+}

@@ -1,0 +1,241 @@
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use super::*;
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// A network namespace, kept by a thread that works in it.
+struct Namespace {
+    tid: i32,
+    work: mpsc::SyncSender<Work>,
+}
+
+impl Namespace {
+    fn new() -> Self {
+        let (work, queue) = mpsc::sync_channel::<Work>(8);
+        let (ready, made) = mpsc::sync_channel(1);
+        thread::spawn(move || {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            ready.send(nix::unistd::gettid().as_raw()).unwrap();
+            queue.into_iter().for_each(|work| work());
+        });
+        Self { tid: made.recv().unwrap(), work }
+    }
+
+    fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let (answer, answered) = mpsc::sync_channel(1);
+        self.work.send(Box::new(move || answer.send(work()).unwrap())).unwrap();
+        answered.recv().unwrap()
+    }
+
+    fn listen(&self, address: IpAddr) {
+        let listener = self.run(move || TcpListener::bind(SocketAddr::new(address, 80)).unwrap());
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let peer = stream.peer_addr().unwrap().ip().to_string();
+                stream.write_all(peer.as_bytes()).unwrap();
+            }
+        });
+    }
+
+    /// Who the listener at `to` says we are.
+    fn ask(&self, to: IpAddr) -> Result<String, io::Error> {
+        self.run(move || ask(to))
+    }
+
+    fn sees(&self, command: &'static str) -> String {
+        self.run(move || shell(command))
+    }
+}
+
+fn ask(to: IpAddr) -> Result<String, io::Error> {
+    let mut stream = TcpStream::connect_timeout(&SocketAddr::new(to, 80), Duration::from_secs(2))?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn shell(command: &str) -> String {
+    let output = Command::new("sh").args(["-c", command]).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn rules_of(command: &str) -> Vec<String> {
+    shell(command).lines().filter(|line| line.starts_with('-')).map(str::to_owned).collect()
+}
+
+/// Runs the test with a namespace of its own as its host, or says why not.
+fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: needs root to make network namespaces");
+        return;
+    }
+    let host = Namespace::new();
+    host.run(move || {
+        shell("ip link set lo up");
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(test());
+    });
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+async fn bridge() -> Bridge {
+    Bridge::ensure("lb0", ip("10.77.0.1"), "10.77.0.0/24".parse().unwrap()).await.unwrap()
+}
+
+#[test]
+fn port_names_fit_an_interface_and_are_told_from_others() {
+    let name = port_name("lambdalet_default_web_1b2c_0");
+    assert!(name.len() <= 15 && is_port_name(&name), "{name}");
+    assert_eq!(name, port_name("lambdalet_default_web_1b2c_0"));
+    for other in ["lv", "lv0", "lvxyzxyzxyzxyz", "veth0123456789ab", "lv0123456789abc"] {
+        assert!(!is_port_name(other), "{other}");
+    }
+}
+
+#[test]
+fn hardware_addresses_are_local_unicast_and_follow_the_address() {
+    assert_eq!(mac_of(ip("10.1.2.3")), [0x02, 0x6c, 10, 1, 2, 3]);
+    assert_eq!(mac_of(ip("fd00::1"))[0], 0x02);
+    assert_ne!(mac_of(ip("fd00::1")), mac_of(ip("fd00::2")));
+}
+
+#[test]
+fn pods_reach_the_host_and_each_other_and_survive_a_second_plug() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let (a, b) = (Namespace::new(), Namespace::new());
+        let begun = Instant::now();
+        bridge.plug(a.tid, "sandbox-a", ip("10.77.0.2")).await.unwrap();
+        println!("first plug took {:?}", begun.elapsed());
+        let begun = Instant::now();
+        bridge.plug(b.tid, "sandbox-b", ip("10.77.0.3")).await.unwrap();
+        println!("second plug took {:?}", begun.elapsed());
+        a.listen(ip("10.77.0.2"));
+        assert_eq!(ask(ip("10.77.0.2")).unwrap(), "10.77.0.1");
+        assert_eq!(b.ask(ip("10.77.0.2")).unwrap(), "10.77.0.3");
+        assert_eq!(a.ask(ip("10.77.0.2")).unwrap(), "10.77.0.2");
+        let before = a.sees("ip -o link show eth0");
+        bridge.plug(a.tid, "sandbox-a", ip("10.77.0.2")).await.unwrap();
+        assert_eq!(a.sees("ip -o link show eth0"), before);
+        assert!(before.contains("02:6c:0a:4d:00:02") && before.contains("mtu 1500"), "{before}");
+        assert!(a.sees("ip route").contains("default via 10.77.0.1 dev eth0"));
+        assert!(a.sees("ip -o addr show eth0").contains("10.77.0.2/24"));
+        assert!(!a.sees("ip route").contains("10.77.0.0/24"));
+        assert!(shell("bridge -d link show").contains("hairpin on"));
+    });
+}
+
+#[test]
+fn a_remade_sandbox_is_reached_at_once_under_its_old_address() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let old = Namespace::new();
+        bridge.plug(old.tid, "sandbox", ip("10.77.0.2")).await.unwrap();
+        old.listen(ip("10.77.0.2"));
+        ask(ip("10.77.0.2")).unwrap();
+        // The old namespace still lives: its cable must move.
+        let new = Namespace::new();
+        bridge.plug(new.tid, "sandbox", ip("10.77.0.2")).await.unwrap();
+        new.listen(ip("10.77.0.2"));
+        let begun = Instant::now();
+        ask(ip("10.77.0.2")).unwrap();
+        assert!(begun.elapsed() < Duration::from_millis(500), "{:?}", begun.elapsed());
+        assert!(!old.sees("ip -o link").contains("eth0"));
+        bridge.unplug("sandbox").await.unwrap();
+        bridge.unplug("sandbox").await.unwrap();
+        assert!(!new.sees("ip -o link").contains("eth0"));
+    });
+}
+
+#[test]
+fn stale_ports_are_told_from_live_and_foreign_ones() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let pod = Namespace::new();
+        bridge.plug(pod.tid, "dead", ip("10.77.0.2")).await.unwrap();
+        let other = Namespace::new();
+        bridge.plug(other.tid, "live", ip("10.77.0.3")).await.unwrap();
+        shell("ip link add tap9 type veth peer name tap8 && ip link set tap9 master lb0");
+        let stale = bridge.stale_ports(&HashSet::from(["live".to_owned()])).await.unwrap();
+        assert_eq!(stale, [port_name("dead")]);
+        bridge.remove_port(&stale[0]).await.unwrap();
+        bridge.remove_port(&stale[0]).await.unwrap();
+        assert!(bridge.stale_ports(&HashSet::from(["live".to_owned()])).await.unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_process_that_is_gone_or_on_the_host_network_is_refused() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let error = bridge.plug(i32::MAX, "x", ip("10.77.0.2")).await.unwrap_err();
+        assert!(matches!(error, NetworkError::Namespace { pid: i32::MAX, .. }), "{error}");
+        let own = nix::unistd::gettid().as_raw();
+        let error = bridge.plug(own, "x", ip("10.77.0.2")).await.unwrap_err();
+        assert!(crate::telemetry::chain(&error).contains("no network namespace of its own"), "{error}");
+        assert!(!shell("ip -o link").contains("eth0"));
+        assert!(!shell("ip -o link").contains("lv"));
+    });
+}
+
+#[test]
+fn ensure_twice_changes_nothing_and_remove_takes_exactly_its_own() {
+    on_a_host(|| async {
+        shell("iptables -N DOCKER-USER && iptables -A FORWARD -j DOCKER-USER && iptables -P FORWARD DROP");
+        shell("iptables -A DOCKER-USER -i lb0 -m comment --comment 'somebody else' -j ACCEPT");
+        let untouched = rules_of("iptables-save");
+        let first = bridge().await;
+        let made = rules_of("iptables-save");
+        assert_eq!(made.iter().filter(|rule| rule.contains("lambdalet:lb0")).count(), 3, "{made:?}");
+        let second = bridge().await;
+        assert_eq!(rules_of("iptables-save"), made);
+        assert_eq!(shell("cat /proc/sys/net/ipv4/ip_forward").trim(), "1");
+        // The range changes: the old rule and address go.
+        drop(second);
+        let moved = Bridge::ensure("lb0", ip("10.78.0.1"), "10.78.0.0/24".parse().unwrap()).await.unwrap();
+        let rules = shell("iptables-save");
+        assert!(rules.contains("10.78.0.0/24") && !rules.contains("10.77.0.0/24"), "{rules}");
+        let addresses = shell("ip -o -4 addr show lb0");
+        assert!(addresses.contains("10.78.0.1/24") && !addresses.contains("10.77.0.1"), "{addresses}");
+        moved.remove().await.unwrap();
+        assert_eq!(rules_of("iptables-save"), untouched);
+        assert!(!shell("ip -o link").contains("lb0"));
+        first.remove().await.unwrap();
+    });
+}
+
+#[test]
+fn names_that_are_taken_or_do_not_fit_are_refused() {
+    on_a_host(|| async {
+        shell("ip link add lb9 type veth peer name lb8");
+        let range: IpNet = "10.77.0.0/24".parse().unwrap();
+        let error = Bridge::ensure("lb9", ip("10.77.0.1"), range).await.unwrap_err();
+        assert_eq!(error.to_string(), "interface lb9 exists and is not a bridge");
+        for bad in ["", "a/b", "sixteen-letters-", "-t", "a b"] {
+            let error = Bridge::ensure(bad, ip("10.77.0.1"), range).await.unwrap_err();
+            assert!(matches!(error, NetworkError::BadName { .. }), "{error}");
+        }
+    });
+}
+
+#[test]
+fn ipv6_works_as_well() {
+    on_a_host(|| async {
+        let bridge = Bridge::ensure("lb6", ip("fd77::1"), "fd77::/64".parse().unwrap()).await.unwrap();
+        let pod = Namespace::new();
+        bridge.plug(pod.tid, "six", ip("fd77::2")).await.unwrap();
+        bridge.plug(pod.tid, "six", ip("fd77::2")).await.unwrap();
+        pod.listen(ip("fd77::2"));
+        assert_eq!(ask(ip("fd77::2")).unwrap(), "fd77::1");
+        bridge.remove().await.unwrap();
+    });
+}

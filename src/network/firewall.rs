@@ -1,0 +1,178 @@
+//! The packet filter rules of a bridge: Pods may talk to everybody, and leave the node under its own address.
+//!
+//! The `iptables` command is the interface, since it speaks to whichever back end the host uses. Each rule carries a
+//! comment that names the bridge, so what is stale or to be removed is found without remembering anything.
+
+use std::net::IpAddr;
+use std::process::{Command, Stdio};
+
+use ipnet::IpNet;
+
+use super::NetworkError;
+
+/// Where rules that accept forwarded packets go. Docker sets the policy of FORWARD to DROP and keeps this chain, which
+/// it never flushes, for rules of others that come before its own.
+const DOCKER_CHAIN: &str = "DOCKER-USER";
+/// Seconds to wait for another `iptables` that holds the lock.
+const LOCK_WAIT: &str = "10";
+
+/// One rule: its table, its chain, whether it goes to the front of the chain, and its text as `iptables -S` prints it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Rule {
+    table: &'static str,
+    chain: String,
+    first: bool,
+    text: Vec<String>,
+}
+
+/// Makes the rules of this bridge be there, each once, and removes older ones of it that differ.
+pub(super) fn ensure(bridge: &str, range: IpNet) -> Result<(), NetworkError> {
+    let command = command_for(range.addr());
+    let listed = list(command)?;
+    let wanted = wanted(bridge, range, has_docker_chain(&listed));
+    reconcile(command, &tagged(bridge, &listed), &wanted)
+}
+
+/// Removes every rule of this bridge.
+pub(super) fn remove(bridge: &str, range: IpNet) -> Result<(), NetworkError> {
+    let command = command_for(range.addr());
+    let listed = list(command)?;
+    reconcile(command, &tagged(bridge, &listed), &[])
+}
+
+fn command_for(address: IpAddr) -> &'static str {
+    if address.is_ipv4() { "iptables" } else { "ip6tables" }
+}
+
+fn wanted(bridge: &str, range: IpNet, docker: bool) -> Vec<Rule> {
+    let comment = comment(bridge);
+    let rule = |table, chain: &str, first, text: &str| Rule {
+        table,
+        chain: chain.to_owned(),
+        first,
+        text: text.split(' ').map(str::to_owned).collect(),
+    };
+    let forward = if docker { DOCKER_CHAIN } else { "FORWARD" };
+    let range = range.trunc();
+    vec![
+        rule("filter", forward, true, &format!("-i {bridge} -m comment --comment {comment} -j ACCEPT")),
+        rule("filter", forward, true, &format!("-o {bridge} -m comment --comment {comment} -j ACCEPT")),
+        rule(
+            "nat",
+            "POSTROUTING",
+            false,
+            &format!("-s {range} ! -o {bridge} -m comment --comment {comment} -j MASQUERADE"),
+        ),
+    ]
+}
+
+fn comment(bridge: &str) -> String {
+    format!("lambdalet:{bridge}")
+}
+
+/// Every rule of the two tables, as (table, line) of `iptables -S`.
+fn list(command: &str) -> Result<Vec<(&'static str, String)>, NetworkError> {
+    let mut listed = Vec::new();
+    for table in ["filter", "nat"] {
+        let output = run(command, &["-t", table, "-S"])?;
+        listed.extend(output.lines().map(|line| (table, line.to_owned())));
+    }
+    Ok(listed)
+}
+
+fn has_docker_chain(listed: &[(&str, String)]) -> bool {
+    listed.iter().any(|(table, line)| *table == "filter" && line.strip_prefix("-N ") == Some(DOCKER_CHAIN))
+}
+
+/// The rules whose comment names exactly this bridge.
+fn tagged(bridge: &str, listed: &[(&'static str, String)]) -> Vec<Rule> {
+    let comment = comment(bridge);
+    let rule = |(table, line): &(&'static str, String)| {
+        // Only rules of others contain quoted blanks, and those do not carry our comment.
+        let mut words = line.split_whitespace().map(|word| word.trim_matches('"').to_owned());
+        let (verb, chain) = (words.next()?, words.next()?);
+        let text: Vec<String> = words.collect();
+        let ours = text.windows(2).any(|pair| pair[0] == "--comment" && pair[1] == comment);
+        (verb == "-A" && ours).then_some(Rule { table, chain, first: false, text })
+    };
+    listed.iter().filter_map(rule).collect()
+}
+
+fn reconcile(command: &str, present: &[Rule], wanted: &[Rule]) -> Result<(), NetworkError> {
+    let same =
+        |left: &Rule, right: &Rule| left.table == right.table && left.chain == right.chain && left.text == right.text;
+    // Added before the stale ones go, so that packets of running Pods are accepted all the time.
+    for rule in wanted.iter().filter(|rule| !present.iter().any(|there| same(there, rule))) {
+        change(command, if rule.first { "-I" } else { "-A" }, rule)?;
+    }
+    for (position, rule) in present.iter().enumerate() {
+        let repeated = present[..position].iter().any(|earlier| same(earlier, rule));
+        if repeated || !wanted.iter().any(|other| same(other, rule)) {
+            change(command, "-D", rule)?;
+        }
+    }
+    Ok(())
+}
+
+fn change(command: &str, verb: &str, rule: &Rule) -> Result<(), NetworkError> {
+    let mut arguments = vec!["-t", rule.table, verb, &rule.chain];
+    arguments.extend(rule.text.iter().map(String::as_str));
+    run(command, &arguments).map(|_| ())
+}
+
+fn run(command: &str, arguments: &[&str]) -> Result<String, NetworkError> {
+    let line = || format!("{command} {}", arguments.join(" "));
+    let output = Command::new(command)
+        .args(["-w", LOCK_WAIT])
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|source| NetworkError::Command { command: line(), source })?;
+    if !output.status.success() {
+        let output = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        return Err(NetworkError::CommandFailed { command: line(), output });
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LISTED: &str = "\
+-P FORWARD DROP
+-N DOCKER-USER
+-A FORWARD -j DOCKER-USER
+-A DOCKER-USER -i lb0 -m comment --comment \"lambdalet:lb0\" -j ACCEPT
+-A DOCKER-USER -o lb0 -m comment --comment lambdalet:lb0 -j ACCEPT
+-A DOCKER-USER -o lb01 -m comment --comment lambdalet:lb01 -j ACCEPT
+-A DOCKER-USER -o lb0 -m comment --comment \"not lambdalet:lb0 but close\" -j ACCEPT
+";
+
+    fn listed() -> Vec<(&'static str, String)> {
+        LISTED.lines().map(|line| ("filter", line.to_owned())).collect()
+    }
+
+    #[test]
+    fn only_rules_of_this_bridge_are_ours() {
+        let ours = tagged("lb0", &listed());
+        assert_eq!(ours.len(), 2);
+        let wanted = wanted("lb0", "10.1.0.5/16".parse().unwrap(), has_docker_chain(&listed()));
+        assert_eq!(ours[0].text, wanted[0].text);
+        assert_eq!(ours[1].text, wanted[1].text);
+        assert_eq!(ours[1].chain, wanted[1].chain);
+        assert_eq!(wanted[2].text[..2], ["-s", "10.1.0.0/16"]);
+    }
+
+    #[test]
+    fn without_docker_the_rules_go_to_forward() {
+        assert!(!has_docker_chain(&[("nat", "-N DOCKER-USER".to_owned())]));
+        assert_eq!(wanted("lb0", "10.1.0.0/16".parse().unwrap(), false)[0].chain, "FORWARD");
+    }
+
+    #[test]
+    fn a_missing_command_is_named() {
+        let error = run("lambdalet-no-such-iptables", &["-S"]).unwrap_err();
+        assert_eq!(error.to_string(), "failed to run lambdalet-no-such-iptables -S; is it installed?");
+    }
+}
