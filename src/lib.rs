@@ -1,6 +1,7 @@
 //! lambdalet: a Kubernetes node in one binary.
 
 pub mod kubelet_api;
+pub mod metrics;
 pub mod network;
 pub mod node;
 pub mod pod;
