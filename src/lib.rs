@@ -2,6 +2,7 @@
 
 pub mod failpoint;
 pub mod kubelet_api;
+pub mod metrics;
 pub mod network;
 pub mod node;
 pub mod pod;

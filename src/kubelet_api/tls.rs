@@ -1,0 +1,378 @@
+//! The serving certificate and the client authority: loaded, and loaded again when their files change.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use arc_swap::ArcSwap;
+use jiff::Timestamp;
+use rustls::crypto::{CryptoProvider, ring};
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier};
+use rustls::{RootCertStore, ServerConfig};
+use rustls_pki_types::pem::{self, PemObject};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use sha2::{Digest, Sha256};
+
+use super::self_signed::{self, SelfSigned};
+
+/// A file larger than this is not a certificate bundle.
+const MAX_FILE: u64 = 4 << 20;
+
+/// Where the serving certificate comes from.
+#[derive(Clone, Debug)]
+pub enum Serving {
+    /// `--tls-cert-file` (the certificate, then any intermediates) and `--tls-private-key-file`, both PEM.
+    Files {
+        /// The chain.
+        certificate: PathBuf,
+        /// The key (PKCS#8, PKCS#1 or SEC1).
+        key: PathBuf,
+    },
+    /// Made here and signed by itself.
+    SelfSigned(SelfSigned),
+}
+
+/// What a TLS set-up is made from.
+#[derive(Clone, Debug)]
+pub struct TlsParams {
+    /// The serving certificate.
+    pub serving: Serving,
+    /// `--client-ca-file`: PEM authorities whose client certificates are believed. Without it no client certificate is
+    /// asked for, and only tokens count.
+    pub client_ca_file: Option<PathBuf>,
+}
+
+/// What is wrong with the TLS files.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file cannot be read.
+    #[error("failed to read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file cannot be written.
+    #[error("failed to write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file does not hold the PEM it should.
+    #[error("failed to find a {what} in {}", path.display())]
+    Pem {
+        /// `certificate` or `private key`.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: pem::Error,
+    },
+    /// Certificate and key cannot be used, or do not belong together.
+    #[error("failed to use certificate {} with key {}", certificate.display(), key.display())]
+    Unusable {
+        /// The chain's file.
+        certificate: PathBuf,
+        /// The key's file.
+        key: PathBuf,
+        /// Why.
+        #[source]
+        source: rustls::Error,
+    },
+    /// A certificate in the client authority bundle cannot be used.
+    #[error("failed to use certificate {number} of client CA file {}", path.display())]
+    ClientCa {
+        /// The bundle.
+        path: PathBuf,
+        /// Which of its certificates, from 1.
+        number: usize,
+        /// Why.
+        #[source]
+        source: rustls::Error,
+    },
+    /// No verifier could be made from the client authorities.
+    #[error("failed to verify clients by {}", path.display())]
+    Verifier {
+        /// The bundle.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: VerifierBuilderError,
+    },
+    /// This build lacks the protocol versions.
+    #[error("failed to offer TLS 1.2 and 1.3")]
+    Versions(#[source] rustls::Error),
+    /// A self-signed certificate could not be made.
+    #[error("failed to make a self-signed certificate for {name}")]
+    Generate {
+        /// The node.
+        name: String,
+        /// Why.
+        #[source]
+        source: rcgen::Error,
+    },
+}
+
+/// What is in use now.
+struct Loaded {
+    config: Arc<ServerConfig>,
+    clients: Option<Arc<dyn ClientCertVerifier>>,
+}
+
+/// The files' contents, unparsed.
+struct Contents {
+    certificate: Vec<u8>,
+    key: Vec<u8>,
+    client_ca: Option<Vec<u8>>,
+}
+
+impl Contents {
+    fn read(params: &TlsParams) -> Result<Self, TlsError> {
+        let (certificate, key) = params.serving.paths();
+        let client_ca = params.client_ca_file.as_deref().map(read).transpose()?;
+        Ok(Self { certificate: read(&certificate)?, key: read(&key)?, client_ca })
+    }
+
+    /// Contents are compared and not times: a file replaced within the clock's grain, or through a symbolic link as a
+    /// mounted Secret is, is seen all the same.
+    fn digest(&self) -> [u8; 32] {
+        let mut digest = Sha256::new();
+        for part in [Some(&self.certificate), Some(&self.key), self.client_ca.as_ref()] {
+            let part = part.map_or(&[][..], Vec::as_slice);
+            digest.update((part.len() as u64).to_le_bytes());
+            digest.update(part);
+        }
+        digest.finalize().into()
+    }
+}
+
+impl Serving {
+    fn paths(&self) -> (PathBuf, PathBuf) {
+        match self {
+            Self::Files { certificate, key } => (certificate.clone(), key.clone()),
+            Self::SelfSigned(own) => (own.certificate(), own.key()),
+        }
+    }
+}
+
+/// The TLS set-up, renewed by [`Tls::refresh`].
+pub(super) struct Tls {
+    params: TlsParams,
+    loaded: ArcSwap<Loaded>,
+    /// Of the contents last tried, good or bad, so that each is tried and complained about once.
+    tried: Mutex<Result<[u8; 32], String>>,
+}
+
+impl Tls {
+    /// Reads the files, having made a self-signed certificate first where one is wanted and none fits.
+    pub(super) fn load(params: TlsParams) -> Result<Self, TlsError> {
+        if let Serving::SelfSigned(own) = &params.serving {
+            self_signed::ensure(own, Timestamp::now())?;
+        }
+        let contents = Contents::read(&params)?;
+        let loaded = parse(&params, &contents)?;
+        let tried = Mutex::new(Ok(contents.digest()));
+        Ok(Self { params, loaded: ArcSwap::from_pointee(loaded), tried })
+    }
+
+    /// The set-up for a new connection.
+    pub(super) fn config(&self) -> Arc<ServerConfig> {
+        self.loaded.load().config.clone()
+    }
+
+    /// Whether this chain would be believed now.
+    ///
+    /// # Errors
+    /// Why not; also if no client authority is configured.
+    pub(super) fn verify_client(&self, chain: &[CertificateDer<'_>]) -> Result<(), rustls::Error> {
+        let loaded = self.loaded.load();
+        let (Some(verifier), Some((first, rest))) = (&loaded.clients, chain.split_first()) else {
+            return Err(rustls::Error::NoCertificatesPresented);
+        };
+        verifier.verify_client_cert(first, rest, UnixTime::now()).map(drop)
+    }
+
+    /// Takes over files that changed since they were last tried; what is in use stays in use if they are broken. Reads
+    /// files, so it blocks. Says whether something changed.
+    ///
+    /// # Errors
+    /// What is wrong with the new files, once per change.
+    pub(super) fn refresh(&self) -> Result<bool, TlsError> {
+        match self.try_refresh() {
+            Ok(changed) => Ok(changed),
+            Err(error) => {
+                // A file that cannot be read has no contents to remember, so its complaint is remembered.
+                let complaint = crate::telemetry::chain(&error);
+                let mut tried = self.tried.lock().unwrap_or_else(PoisonError::into_inner);
+                if !matches!(error, TlsError::Read { .. } | TlsError::Write { .. } | TlsError::Generate { .. }) {
+                    return Err(error);
+                }
+                if matches!(&*tried, Err(before) if *before == complaint) {
+                    return Ok(false);
+                }
+                *tried = Err(complaint);
+                Err(error)
+            }
+        }
+    }
+
+    fn try_refresh(&self) -> Result<bool, TlsError> {
+        if let Serving::SelfSigned(own) = &self.params.serving {
+            self_signed::ensure(own, Timestamp::now())?;
+        }
+        let contents = Contents::read(&self.params)?;
+        let digest = contents.digest();
+        {
+            let mut tried = self.tried.lock().unwrap_or_else(PoisonError::into_inner);
+            if matches!(&*tried, Ok(before) if *before == digest) {
+                return Ok(false);
+            }
+            *tried = Ok(digest);
+        }
+        self.loaded.store(Arc::new(parse(&self.params, &contents)?));
+        Ok(true)
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
+    let failed = |source| TlsError::Read { path: path.to_owned(), source };
+    let size = fs::metadata(path).map_err(failed)?.len();
+    if size > MAX_FILE {
+        return Err(failed(io::Error::new(io::ErrorKind::FileTooLarge, format!("{size} bytes"))));
+    }
+    fs::read(path).map_err(failed)
+}
+
+fn parse(params: &TlsParams, contents: &Contents) -> Result<Loaded, TlsError> {
+    let provider = Arc::new(ring::default_provider());
+    let (certificate, key) = params.serving.paths();
+    let chain = certificates(&contents.certificate, &certificate)?;
+    let private = PrivateKeyDer::from_pem_slice(&contents.key).map_err(|source| TlsError::Pem {
+        what: "private key",
+        path: key.clone(),
+        source,
+    })?;
+    let clients = match (&params.client_ca_file, &contents.client_ca) {
+        (Some(path), Some(pem)) => Some(client_verifier(&provider, pem, path)?),
+        _ => None,
+    };
+    let builder = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
+        .map_err(TlsError::Versions)?;
+    let builder = match &clients {
+        Some(verifier) => builder.with_client_cert_verifier(verifier.clone()),
+        None => builder.with_no_client_auth(),
+    };
+    let mut config =
+        builder.with_single_cert(chain, private).map_err(|source| TlsError::Unusable { certificate, key, source })?;
+    // Upgrades to SPDY and WebSocket exist in HTTP/1.1 only.
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    // A resumed session would skip the check of the client's certificate.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(Loaded { config: Arc::new(config), clients })
+}
+
+fn certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let failed = |source| TlsError::Pem { what: "certificate", path: path.to_owned(), source };
+    let all = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>().map_err(failed)?;
+    if all.is_empty() { Err(failed(pem::Error::NoItemsFound)) } else { Ok(all) }
+}
+
+fn client_verifier(
+    provider: &Arc<CryptoProvider>,
+    pem: &[u8],
+    path: &Path,
+) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for (index, authority) in certificates(pem, path)?.into_iter().enumerate() {
+        roots.add(authority).map_err(|source| TlsError::ClientCa {
+            path: path.to_owned(),
+            number: index + 1,
+            source,
+        })?;
+    }
+    WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+        .allow_unauthenticated()
+        .build()
+        .map_err(|source| TlsError::Verifier { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+
+    fn own(directory: &Path, name: &str) -> SelfSigned {
+        let addresses = vec![IpAddr::from([127, 0, 0, 1])];
+        SelfSigned { directory: directory.to_owned(), names: vec![name.to_owned()], addresses }
+    }
+
+    fn files(directory: &Path, name: &str) -> TlsParams {
+        let own = own(directory, name);
+        self_signed::ensure(&own, Timestamp::now()).unwrap();
+        let serving = Serving::Files { certificate: own.certificate(), key: own.key() };
+        TlsParams { serving, client_ca_file: None }
+    }
+
+    #[test]
+    fn a_broken_file_keeps_the_old_certificate_and_complains_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let params = files(directory.path(), "one");
+        let Serving::Files { certificate, .. } = params.serving.clone() else { panic!() };
+        let tls = Tls::load(params).unwrap();
+        let before = tls.config();
+        assert!(!tls.refresh().unwrap());
+
+        let good = fs::read(&certificate).unwrap();
+        fs::write(&certificate, "rubbish").unwrap();
+        assert!(matches!(tls.refresh(), Err(TlsError::Pem { what: "certificate", .. })));
+        assert!(!tls.refresh().unwrap());
+        fs::remove_file(&certificate).unwrap();
+        assert!(matches!(tls.refresh(), Err(TlsError::Read { .. })));
+        assert!(!tls.refresh().unwrap());
+        assert!(Arc::ptr_eq(&before, &tls.config()));
+
+        fs::write(&certificate, good).unwrap();
+        assert!(tls.refresh().unwrap());
+        assert!(!tls.refresh().unwrap());
+    }
+
+    #[test]
+    fn a_key_that_does_not_belong_is_refused() {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        files(one.path(), "one");
+        files(two.path(), "two");
+        let serving =
+            Serving::Files { certificate: one.path().join("kubelet.crt"), key: two.path().join("kubelet.key") };
+        let refused = Tls::load(TlsParams { serving, client_ca_file: None });
+        assert!(matches!(refused, Err(TlsError::Unusable { .. })));
+    }
+
+    #[test]
+    fn a_client_ca_file_without_certificates_is_refused_by_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut params = files(directory.path(), "one");
+        let empty = directory.path().join("ca.crt");
+        fs::write(&empty, "# nothing\n").unwrap();
+        params.client_ca_file = Some(empty);
+        let error = Tls::load(params).err().unwrap();
+        assert!(error.to_string().contains("ca.crt"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let serving = Serving::Files { certificate: "/nowhere/tls.crt".into(), key: "/nowhere/tls.key".into() };
+        let error = Tls::load(TlsParams { serving, client_ca_file: None }).err().unwrap();
+        assert_eq!(error.to_string(), "failed to read /nowhere/tls.crt");
+    }
+}
