@@ -15,7 +15,7 @@ ensure_docker() {
   need_packages curl ca-certificates
   mkdir -p "$DOCKER_STATE/users"
   if ! docker_answers >/dev/null 2>&1; then
-    command -v dockerd >/dev/null || need_packages docker.io iptables
+    command -v dockerd >/dev/null || need_packages docker.io iptables iproute2
     start_dockerd
   fi
   command -v docker >/dev/null || need_packages docker.io
@@ -24,6 +24,7 @@ ensure_docker() {
 }
 
 start_dockerd() {
+  remember_network
   if [ -d /run/systemd/system ]; then
     say "starting docker with systemd"
     # Installing the package may have started it a moment ago.
@@ -76,5 +77,37 @@ release_docker() {
   else
     proc_stop "$DOCKER_STATE" dockerd 30
   fi
+  forget_network
   rm -rf "$DOCKER_STATE"
+}
+
+# dockerd leaves its bridge, its iptables chains and a FORWARD policy of DROP
+# behind. What was not there before it goes away again.
+remember_network() {
+  {
+    echo "ip_forward $(cat /proc/sys/net/ipv4/ip_forward)"
+    ! ip link show docker0 >/dev/null 2>&1 || echo "docker0 here"
+    iptables -w -S FORWARD 2>/dev/null | awk '$1 == "-P" { print "forward", $3 }'
+  } >"$DOCKER_STATE/network"
+}
+
+network_before() { awk -v key="$1" '$1 == key { print $2 }' "$DOCKER_STATE/network" 2>/dev/null; }
+
+forget_network() {
+  local table
+  # With the bridge there before, somebody else's rules may be among these.
+  if [ ! -s "$DOCKER_STATE/network" ] || [ -n "$(network_before docker0)" ]; then return 0; fi
+  ip link delete docker0 2>/dev/null || true
+  for table in filter nat; do
+    iptables -w -t "$table" -S | grep -E -- '-(i|o) docker0( |$)|-j DOCKER' | sed -n 's/^-A /-D /p' | while read -r rule; do
+      # shellcheck disable=SC2086 # a rule is many words
+      iptables -w -t "$table" $rule 2>/dev/null || true
+    done
+    iptables -w -t "$table" -S | awk '$1 == "-N" && $2 ~ /^DOCKER/ { print $2 }' | while read -r chain; do
+      iptables -w -t "$table" -F "$chain"
+      iptables -w -t "$table" -X "$chain" 2>/dev/null || true
+    done
+  done
+  iptables -w -P FORWARD "$(network_before forward | grep . || echo ACCEPT)"
+  sysctl -qw "net.ipv4.ip_forward=$(network_before ip_forward)"
 }

@@ -1,6 +1,43 @@
 //! The Node object: registered, kept fresh, and its lease.
+//!
+//! ```text
+//! Settings + Machine --> object --+
+//! runtime --health--> ------------+--> register --POST/PATCH--> API server
+//! API server --watch own Node--> -+        |
+//!                                          +--> NodeFacts, Registration (watch channels) --> pod, network
+//!                                          '--> lease --PUT--> API server
+//! ```
+//! Both tasks are companions ([`crate::shutdown`]): they last until the Pods have had their time, so a node that drains
+//! is not taken for dead meanwhile. A clean end sends nothing: the Node stays Ready until its lease runs out, because
+//! an upgrade of the agent is no outage of its Pods.
 
-use std::net::IpAddr;
+pub mod health;
+pub mod lease;
+pub mod machine;
+pub mod object;
+mod register;
+mod retry;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use jiff::Timestamp;
+use tokio::sync::watch;
+
+use crate::apiserver::{ApiServer, RequestError};
+use crate::config::{DEFAULT_POD_CIDR, NodeSettings};
+use crate::runtime::Runtime;
+use crate::shutdown::Tasks;
+use machine::{Machine, MachineError};
+use object::{Inputs, Pressure, RuntimeFacts};
+
+/// How long after registration `spec.podCIDR` is waited for; a controller-manager that hands ranges out does so at once.
+const POD_CIDR_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whether Pods can be run, and if not, why, in words for the Ready condition.
+pub type Health = Result<(), String>;
 
 /// Facts about this node that Pods may ask for.
 #[derive(Clone, Debug)]
@@ -11,4 +48,153 @@ pub struct NodeFacts {
     pub addresses: Vec<IpAddr>,
     /// What Pods may use of it: `cpu`, `memory`, `ephemeral-storage`, `pods` (and `hugepages-*`), to a quantity each.
     pub allocatable: std::collections::BTreeMap<String, crate::quantity::Quantity>,
+}
+
+/// The Node object as the API server has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Registration {
+    /// `metadata.uid`; another one after the Node was deleted and registered again.
+    pub uid: String,
+    /// `spec.podCIDRs`, the primary first; empty until somebody hands them out.
+    pub pod_cidrs: Vec<IpNet>,
+    /// The Node's labels, which node affinity and the downward API of other rooms look at.
+    pub labels: std::collections::BTreeMap<String, String>,
+    /// Whether it is cordoned.
+    pub unschedulable: bool,
+}
+
+/// Why the node cannot go on. Everything else is retried.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The host could not be measured.
+    #[error("failed to measure this host")]
+    Machine(#[from] MachineError),
+    /// No address was told or found.
+    #[error("this host has no route to take its address from: pass --node-ip")]
+    NoAddress,
+    /// The credentials are those of another node.
+    #[error(
+        "the identity in {kubeconfig} is {identity}, which may only be the node {theirs:?}, but this node is called \
+         {ours:?}: pass --node-name {theirs} or take credentials for system:node:{ours}"
+    )]
+    Identity {
+        /// The kubeconfig.
+        kubeconfig: String,
+        /// Its user name.
+        identity: String,
+        /// The only name it may register.
+        theirs: String,
+        /// The name asked for.
+        ours: String,
+    },
+    /// The API server can never be trusted with the CA at hand.
+    #[error("failed to register node {name}")]
+    Untrusted {
+        /// The node.
+        name: String,
+        /// Why.
+        #[source]
+        source: RequestError,
+    },
+}
+
+/// What the room needs.
+#[derive(Clone)]
+pub struct Params {
+    /// The way to the API server.
+    pub api: Arc<ApiServer>,
+    /// What the node was told.
+    pub settings: Arc<NodeSettings>,
+    /// Asked for its version and images.
+    pub runtime: Arc<dyn Runtime>,
+    /// Whether Pods can be run.
+    pub health: watch::Receiver<Health>,
+}
+
+/// What the room gives to others.
+#[derive(Clone, Debug)]
+pub struct NodeHandle {
+    /// Known before the API server was ever reached.
+    pub facts: watch::Receiver<NodeFacts>,
+    /// `None` until the Node is registered for the first time.
+    pub registration: watch::Receiver<Option<Registration>>,
+}
+
+impl NodeHandle {
+    /// The range of Pod addresses: `told` if there is one, else what `spec.podCIDR` says a few seconds after
+    /// registration, else [`DEFAULT_POD_CIDR`]. Waits for the API server as long as that takes.
+    pub async fn pod_range(&self, told: Option<IpNet>) -> IpNet {
+        if let Some(range) = told {
+            return range;
+        }
+        let mut registration = self.registration.clone();
+        // An error means that the node task ended, and with it the process.
+        let _ = registration.wait_for(Option::is_some).await;
+        let handed_out = |known: &Option<Registration>| known.as_ref().is_some_and(|node| !node.pod_cidrs.is_empty());
+        let known = tokio::time::timeout(POD_CIDR_PATIENCE, registration.wait_for(handed_out)).await;
+        let range = match known {
+            Ok(Ok(known)) => known.as_ref().and_then(|node| node.pod_cidrs.first().copied()),
+            _ => None,
+        };
+        range.unwrap_or_else(default_pod_range)
+    }
+}
+
+fn default_pod_range() -> IpNet {
+    DEFAULT_POD_CIDR.parse().expect("the constant is a range")
+}
+
+/// Measures the host and starts the room's two tasks.
+///
+/// # Errors
+/// If the host cannot be measured or has no address; the API server is not waited for.
+pub fn spawn(params: Params, tasks: &Tasks) -> Result<NodeHandle, NodeError> {
+    let settings = Arc::clone(&params.settings);
+    let machine = Machine::measure(&settings.root_dir)?;
+    let addresses = match &settings.addresses[..] {
+        [] => vec![default_route_address().ok_or(NodeError::NoAddress)?],
+        told => told.to_vec(),
+    };
+    let unknown = RuntimeFacts { version: None, images: Vec::new(), health: Ok(()) };
+    let facts = object::facts(&Inputs {
+        settings: &settings,
+        addresses: &addresses,
+        machine: &machine,
+        runtime: &unknown,
+        pressure: Pressure::default(),
+        draining: false,
+        previous: &[],
+        now: Timestamp::now(),
+    });
+    let (facts_sender, facts) = watch::channel(facts);
+    let (registration_sender, registration) = watch::channel(None);
+
+    let lease = lease::Lease::new(Arc::clone(&params.api), &settings, registration.clone());
+    let host = register::Host { machine, addresses };
+    let registrar = register::Registrar::new(params, host, registration_sender);
+    let (draining, closing) = (tasks.draining(), tasks.closing());
+    tasks.spawn_companion("node", async move {
+        // Held so that the channel stays open as long as the node lives.
+        let _facts = facts_sender;
+        registrar.run(draining, closing).await.map_err(Into::into)
+    });
+    let closing = tasks.closing();
+    tasks.spawn_companion("lease", async move {
+        lease.run(closing).await;
+        Ok(())
+    });
+    Ok(NodeHandle { facts, registration })
+}
+
+/// The address this host would speak from to the outside. Connecting a UDP socket sends nothing; it only looks the
+/// route up (the addresses are those RFC 5737 and RFC 3849 set aside for documentation).
+fn default_route_address() -> Option<IpAddr> {
+    let via = |from: IpAddr, to: IpAddr| -> Option<IpAddr> {
+        let socket = UdpSocket::bind(SocketAddr::new(from, 0)).ok()?;
+        socket.connect(SocketAddr::new(to, 9)).ok()?;
+        let address = socket.local_addr().ok()?.ip();
+        (!address.is_loopback() && !address.is_unspecified()).then_some(address)
+    };
+    via(Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::new(192, 0, 2, 1).into())
+        .or_else(|| via(Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()))
 }

@@ -1,0 +1,252 @@
+//! The way to the API server: the kubeconfig, who it makes us, and what its failures mean.
+
+use std::error::Error as StdError;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use base64::Engine;
+use jiff::Timestamp;
+use k8s_openapi::api::authentication::v1::SelfSubjectReview;
+use kube::api::PostParams;
+use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig, KubeconfigError};
+use kube::{Api, Client, Config};
+
+/// How long one request may take before it counts as failed. Watches are not requests in this sense.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why there is no client. Each is final: the file has to change first.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The file is not there.
+    #[error("there is no kubeconfig {path}: pass the right file with --kubeconfig", path = .0.display())]
+    Missing(PathBuf),
+    /// The file does not parse.
+    #[error("the kubeconfig {path} is malformed: {message}", path = path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// Where and what is wrong; never the content, which is secret.
+        message: String,
+    },
+    /// The file parses but names what is not there, or cannot be read.
+    #[error("the kubeconfig {path} cannot be used", path = path.display())]
+    Unusable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: KubeconfigError,
+    },
+    /// The client certificate is past its time.
+    #[error(
+        "the client certificate in the kubeconfig {path} expired at {at}: issue a new one (and check this host's \
+         clock if that surprises you)",
+        path = path.display()
+    )]
+    Expired {
+        /// The kubeconfig.
+        path: PathBuf,
+        /// Its notAfter.
+        at: Timestamp,
+    },
+    /// The certificate or key is not one.
+    #[error("the credentials in the kubeconfig {path} cannot be used", path = path.display())]
+    Credentials {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<kube::Error>,
+    },
+}
+
+/// A client and where it leads, for messages.
+#[derive(Clone)]
+pub struct ApiServer {
+    /// The client. Its requests have no timeout of their own; use [`ApiServer::request`].
+    pub client: Client,
+    /// The API server's URL.
+    pub url: String,
+    /// The kubeconfig the client was made from.
+    pub kubeconfig: PathBuf,
+}
+
+/// What kind of failure a request met, on which callers decide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// No connection, or no answer in time. A retry may help.
+    Unreachable,
+    /// The server's certificate is not signed by the kubeconfig's CA. A retry cannot help, since the CA is read once.
+    UnknownAuthority,
+    /// The server's certificate is wrong in another way (its time, its names). A retry may help once it is replaced.
+    ServerCertificate,
+    /// 401: the credentials are not accepted.
+    Unauthorized,
+    /// 403: they are, but may not do this.
+    Forbidden,
+    /// 404.
+    NotFound,
+    /// 409.
+    Conflict,
+    /// Anything else.
+    Other,
+}
+
+/// A failed request in words.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct RequestError {
+    /// Its kind.
+    pub trouble: Trouble,
+    message: String,
+    #[source]
+    source: Option<Box<kube::Error>>,
+}
+
+impl ApiServer {
+    /// A client from a kubeconfig; nothing is sent yet. Needs a tokio runtime around it.
+    ///
+    /// # Errors
+    /// See [`ConnectError`].
+    pub async fn from_kubeconfig(path: &Path) -> Result<Self, ConnectError> {
+        let config = load(path).await?;
+        let url = config.cluster_url.to_string();
+        let client = Client::try_from(config)
+            .map_err(|source| ConnectError::Credentials { path: path.to_owned(), source: Box::new(source) })?;
+        Ok(Self { client, url, kubeconfig: path.to_owned() })
+    }
+
+    /// Waits for a request, at most [`REQUEST_TIMEOUT`].
+    ///
+    /// # Errors
+    /// What went wrong and what to do about it, naming the server or the file.
+    pub async fn request<T>(&self, request: impl Future<Output = kube::Result<T>>) -> Result<T, RequestError> {
+        match tokio::time::timeout(REQUEST_TIMEOUT, request).await {
+            Ok(answer) => answer.map_err(|error| self.explain(error)),
+            Err(_) => Err(RequestError {
+                trouble: Trouble::Unreachable,
+                message: format!("the API server at {} did not answer within {REQUEST_TIMEOUT:?}", self.url),
+                source: None,
+            }),
+        }
+    }
+
+    /// Who the API server takes us for (`system:node:NAME`, `system:serviceaccount:…`).
+    ///
+    /// # Errors
+    /// As [`ApiServer::request`].
+    pub async fn whoami(&self) -> Result<String, RequestError> {
+        let reviews: Api<SelfSubjectReview> = Api::all(self.client.clone());
+        let review = self.request(reviews.create(&PostParams::default(), &SelfSubjectReview::default())).await?;
+        Ok(review.status.and_then(|status| status.user_info).and_then(|user| user.username).unwrap_or_default())
+    }
+
+    /// The error of a request in words.
+    pub fn explain(&self, error: kube::Error) -> RequestError {
+        let trouble = classify(&error);
+        let (url, file) = (&self.url, self.kubeconfig.display());
+        let message = match trouble {
+            Trouble::Unreachable => format!(
+                "the API server at {url} (from {file}) cannot be reached: check that it runs and that nothing blocks \
+                 the way"
+            ),
+            Trouble::UnknownAuthority => format!(
+                "the API server at {url} shows a certificate that the CA in {file} did not sign: take \
+                 certificate-authority-data from that very cluster"
+            ),
+            Trouble::ServerCertificate => {
+                format!("the certificate of the API server at {url} is not valid: check it, and this host's clock")
+            }
+            Trouble::Unauthorized => format!(
+                "the API server at {url} does not accept the credentials in {file}: they expired or belong to another \
+                 cluster, so issue new ones"
+            ),
+            Trouble::Forbidden => format!("the identity in {file} may not do this on {url}"),
+            Trouble::NotFound | Trouble::Conflict | Trouble::Other => format!("request to {url} failed"),
+        };
+        RequestError { trouble, message, source: Some(Box::new(error)) }
+    }
+}
+
+/// The API's own text of a 4xx/5xx answer.
+impl RequestError {
+    /// What the API server answered, if it did.
+    pub fn api_message(&self) -> &str {
+        match self.source.as_deref() {
+            Some(kube::Error::Api(status)) => &status.message,
+            _ => "",
+        }
+    }
+}
+
+async fn load(path: &Path) -> Result<Config, ConnectError> {
+    let unusable = |source| match source {
+        KubeconfigError::ReadConfig(error, _) if error.kind() == std::io::ErrorKind::NotFound => {
+            ConnectError::Missing(path.to_owned())
+        }
+        // Its Display quotes the file, keys included.
+        KubeconfigError::Parse(error) => {
+            ConnectError::Malformed { path: path.to_owned(), message: crate::config::file::yaml_error(&error) }
+        }
+        source => ConnectError::Unusable { path: path.to_owned(), source },
+    };
+    let kubeconfig = Kubeconfig::read_from(path).map_err(unusable)?;
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(unusable)?;
+    match certificate_end(&config.auth_info) {
+        Some(at) if at < Timestamp::now() => Err(ConnectError::Expired { path: path.to_owned(), at }),
+        _ => Ok(config),
+    }
+}
+
+/// When the client certificate ends; `None` without one, or if it cannot be read (the TLS set-up then says why).
+fn certificate_end(auth: &AuthInfo) -> Option<Timestamp> {
+    let pem = match (&auth.client_certificate_data, &auth.client_certificate) {
+        (Some(data), _) => base64::engine::general_purpose::STANDARD.decode(data.trim()).ok()?,
+        (None, Some(file)) => std::fs::read(file).ok()?,
+        (None, None) => return None,
+    };
+    let (_, pem) = x509_parser::pem::parse_x509_pem(&pem).ok()?;
+    let certificate = pem.parse_x509().ok()?;
+    Timestamp::from_second(certificate.validity().not_after.timestamp()).ok()
+}
+
+fn classify(error: &kube::Error) -> Trouble {
+    if let kube::Error::Api(status) = error {
+        return match status.code {
+            401 => Trouble::Unauthorized,
+            403 => Trouble::Forbidden,
+            404 => Trouble::NotFound,
+            409 => Trouble::Conflict,
+            _ => Trouble::Other,
+        };
+    }
+    let mut transport = matches!(error, kube::Error::HyperError(_));
+    let mut source: Option<&(dyn StdError + 'static)> = Some(error);
+    while let Some(cause) = source {
+        if let Some(tls) = tls_error(cause) {
+            return match tls {
+                rustls::Error::InvalidCertificate(
+                    rustls::CertificateError::UnknownIssuer | rustls::CertificateError::BadSignature,
+                ) => Trouble::UnknownAuthority,
+                rustls::Error::InvalidCertificate(_) => Trouble::ServerCertificate,
+                _ => Trouble::Other,
+            };
+        }
+        transport |= cause.is::<std::io::Error>() || cause.is::<hyper::Error>();
+        transport |= cause.is::<hyper_util::client::legacy::Error>();
+        source = cause.source();
+    }
+    if transport { Trouble::Unreachable } else { Trouble::Other }
+}
+
+/// A TLS error, also where it hides inside an I/O error (whose `source` skips it).
+fn tls_error<'a>(cause: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Error> {
+    let mut inner = cause;
+    loop {
+        if let Some(tls) = inner.downcast_ref::<rustls::Error>() {
+            return Some(tls);
+        }
+        let wrapped: &'a (dyn StdError + 'static) = inner.downcast_ref::<std::io::Error>()?.get_ref()?;
+        inner = wrapped;
+    }
+}

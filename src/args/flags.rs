@@ -1,0 +1,290 @@
+//! The flags of `run` and `check`, named as kubelet's where kubelet has them; each group lays itself over [`Settings`].
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use ipnet::IpNet;
+
+use crate::config::file::ConfigFile;
+use crate::config::values::{GoDuration, NodeLabel, NodeName, NodeTaint, RegistryHost, Reserved};
+use crate::config::{RuntimeKind, Settings};
+use crate::telemetry::LogFormat;
+
+/// Every flag of `run` and `check`.
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    #[command(flatten)]
+    node: NodeArgs,
+    #[command(flatten)]
+    serving: ServingArgs,
+    #[command(flatten)]
+    pods: PodArgs,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
+    #[command(flatten)]
+    pub(super) logging: LoggingArgs,
+}
+
+/// What flags and file come to.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// Everything the rooms need to know.
+    pub(super) settings: Settings,
+    /// The way to the API server.
+    pub(super) kubeconfig: Option<PathBuf>,
+    /// What an operator should be told once.
+    pub(super) warnings: Vec<String>,
+}
+
+impl RunArgs {
+    /// Defaults, then the file, then the flags.
+    pub(super) fn resolve(self) -> anyhow::Result<Plan> {
+        let Self { cluster, node, serving, pods, runtime, logging: _ } = self;
+        let mut settings = Settings::default();
+        let ClusterArgs { kubeconfig, config } = cluster;
+        let warnings = match config {
+            Some(path) => ConfigFile::read(&path)?.apply(&mut settings)?,
+            None => Vec::new(),
+        };
+        node.apply(&mut settings)?;
+        serving.apply(&mut settings);
+        pods.apply(&mut settings);
+        runtime.apply(&mut settings);
+        settings.node.port = settings.serving.port;
+        settings.node.runtime_name = settings.runtime.kind.name().to_owned();
+        settings.node.root_dir = settings.pods.root_dir.clone();
+        Ok(Plan { settings, kubeconfig, warnings })
+    }
+}
+
+/// Where the cluster is and what this node was told in a file.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Cluster")]
+struct ClusterArgs {
+    /// Kubeconfig with the API server's address and this node's credentials
+    #[arg(long, value_name = "FILE", env = "KUBECONFIG")]
+    kubeconfig: Option<PathBuf>,
+    /// KubeletConfiguration file (kubelet.config.k8s.io/v1beta1); flags win over it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+/// The Node object.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Node")]
+struct NodeArgs {
+    /// Name of the Node object [default: the host's name in lower case]
+    #[arg(long, alias = "hostname-override", value_name = "NAME")]
+    node_name: Option<NodeName>,
+    /// The node's address, or one of each family [default: that of the default route]
+    #[arg(long, value_name = "IP", value_delimiter = ',')]
+    node_ip: Vec<IpAddr>,
+    /// Labels for the Node, key=value
+    #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',')]
+    node_labels: Vec<NodeLabel>,
+    /// Taints the Node is registered with, key=value:Effect
+    #[arg(long, value_name = "TAINT", value_delimiter = ',')]
+    register_with_taints: Vec<NodeTaint>,
+    /// Create the Node object; if false, somebody else does [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    register_node: Option<bool>,
+    /// Most Pods at once [default: 110]
+    #[arg(long, value_name = "N")]
+    max_pods: Option<u32>,
+    /// Kept from Pods for the operating system, cpu=…,memory=…,ephemeral-storage=…
+    #[arg(long, value_name = "LIST")]
+    system_reserved: Option<Reserved>,
+    /// Kept from Pods for the node agent and the runtime, as --system-reserved
+    #[arg(long, value_name = "LIST")]
+    kube_reserved: Option<Reserved>,
+    /// How often the Node's status is computed [default: 10s]
+    #[arg(long, value_name = "DURATION")]
+    node_status_update_frequency: Option<GoDuration>,
+    /// Label the Node type=virtual-kubelet, which some schedulers and clients look for
+    #[arg(long)]
+    virtual_kubelet_label: bool,
+    /// On the first signal report NotReady and end the Pods, instead of leaving them running
+    #[arg(long)]
+    drain_on_exit: bool,
+}
+
+impl NodeArgs {
+    fn apply(self, settings: &mut Settings) -> anyhow::Result<()> {
+        let Self {
+            node_name,
+            node_ip,
+            node_labels,
+            register_with_taints,
+            register_node,
+            max_pods,
+            system_reserved,
+            kube_reserved,
+            node_status_update_frequency,
+            virtual_kubelet_label,
+            drain_on_exit,
+        } = self;
+        let node = &mut settings.node;
+        node.name = match node_name {
+            Some(name) => name.to_string(),
+            None => host_name()?,
+        };
+        anyhow::ensure!(node_ip.len() <= 2, "--node-ip takes one address, or one IPv4 and one IPv6 address");
+        if let [first, second] = node_ip[..] {
+            anyhow::ensure!(first.is_ipv4() != second.is_ipv4(), "--node-ip {first},{second}: both are of one family");
+        }
+        if let Some(address) = node_ip.iter().find(|ip| ip.is_unspecified() || ip.is_loopback() || ip.is_multicast()) {
+            anyhow::bail!("--node-ip {address}: the API server could not reach this node there");
+        }
+        node.addresses = node_ip;
+        node.labels.extend(node_labels.into_iter().map(|label| (label.key, label.value)));
+        if virtual_kubelet_label {
+            node.labels.insert("type".to_owned(), "virtual-kubelet".to_owned());
+        }
+        if !register_with_taints.is_empty() {
+            node.taints = register_with_taints;
+        }
+        set(&mut node.register, register_node);
+        set(&mut node.max_pods, max_pods);
+        set(&mut node.system_reserved, system_reserved);
+        set(&mut node.kube_reserved, kube_reserved);
+        if let Some(GoDuration(frequency)) = node_status_update_frequency {
+            anyhow::ensure!(!frequency.is_zero(), "--node-status-update-frequency must be longer than zero");
+            node.status_update_frequency = frequency;
+        }
+        node.drain_on_exit = drain_on_exit;
+        Ok(())
+    }
+}
+
+/// The host's name, if it can be a node's.
+fn host_name() -> anyhow::Result<String> {
+    let name = nix::unistd::gethostname().context("failed to read the host's name; pass --node-name")?;
+    let name = name.to_string_lossy().trim().to_lowercase();
+    let name: NodeName = name.parse().context("the host's name is no node name; pass --node-name")?;
+    Ok(name.to_string())
+}
+
+/// The HTTPS API that kubectl logs and scrapers reach.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Serving")]
+struct ServingArgs {
+    /// Address the HTTPS API listens on [default: 0.0.0.0]
+    #[arg(long, value_name = "IP")]
+    address: Option<IpAddr>,
+    /// Port it listens on [default: 10250]
+    #[arg(long, value_name = "PORT")]
+    port: Option<u16>,
+    /// CA bundle that client certificates are checked against
+    #[arg(long, value_name = "FILE")]
+    client_ca_file: Option<PathBuf>,
+    /// Certificate it shows [default: a self-signed one]
+    #[arg(long, value_name = "FILE", requires = "tls_private_key_file")]
+    tls_cert_file: Option<PathBuf>,
+    /// Key of that certificate
+    #[arg(long, value_name = "FILE", requires = "tls_cert_file")]
+    tls_private_key_file: Option<PathBuf>,
+}
+
+impl ServingArgs {
+    fn apply(self, settings: &mut Settings) {
+        let Self { address, port, client_ca_file, tls_cert_file, tls_private_key_file } = self;
+        let serving = &mut settings.serving;
+        set(&mut serving.address, address);
+        set(&mut serving.port, port);
+        set(&mut serving.client_ca_file, client_ca_file.map(Some));
+        set(&mut serving.tls_cert_file, tls_cert_file.map(Some));
+        set(&mut serving.tls_private_key_file, tls_private_key_file.map(Some));
+    }
+}
+
+/// What Pods find around them.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Pods")]
+struct PodArgs {
+    /// Where this node keeps volumes and what must survive its restart [default: /var/lib/lambdalet]
+    #[arg(long, value_name = "DIR")]
+    root_dir: Option<PathBuf>,
+    /// Name servers for Pods with dnsPolicy ClusterFirst
+    #[arg(long, value_name = "IP", value_delimiter = ',')]
+    cluster_dns: Vec<IpAddr>,
+    /// The cluster's DNS zone [default: cluster.local]
+    #[arg(long, value_name = "ZONE")]
+    cluster_domain: Option<String>,
+    /// Range of Pod addresses [default: the Node's spec.podCIDR, else 10.187.0.0/16]
+    #[arg(long, value_name = "CIDR")]
+    pod_cidr: Option<IpNet>,
+}
+
+impl PodArgs {
+    fn apply(self, settings: &mut Settings) {
+        let Self { root_dir, cluster_dns, cluster_domain, pod_cidr } = self;
+        let pods = &mut settings.pods;
+        set(&mut pods.root_dir, root_dir);
+        if !cluster_dns.is_empty() {
+            pods.cluster_dns = cluster_dns;
+        }
+        set(&mut pods.cluster_domain, cluster_domain);
+        set(&mut pods.pod_cidr, pod_cidr.map(Some));
+    }
+}
+
+/// What runs Pods.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Runtime")]
+struct RuntimeArgs {
+    /// What runs Pods [default: docker]
+    #[arg(long, value_name = "NAME")]
+    runtime: Option<RuntimeKind>,
+    /// The Docker daemon [default: unix:///var/run/docker.sock]
+    #[arg(long, value_name = "URL")]
+    docker_endpoint: Option<String>,
+    /// Image of the process that holds a Pod's namespaces [default: one made on the spot]
+    #[arg(long, value_name = "IMAGE")]
+    sandbox_image: Option<String>,
+    /// Registries that are spoken to in plain HTTP
+    #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
+    insecure_registries: Vec<RegistryHost>,
+}
+
+impl RuntimeArgs {
+    fn apply(self, settings: &mut Settings) {
+        let Self { runtime, docker_endpoint, sandbox_image, insecure_registries } = self;
+        let target = &mut settings.runtime;
+        set(&mut target.kind, runtime);
+        set(&mut target.docker_endpoint, docker_endpoint);
+        set(&mut target.sandbox_image, sandbox_image.map(Some));
+        settings.images.insecure_registries = insecure_registries.iter().map(|host| host.as_str().to_owned()).collect();
+    }
+}
+
+/// What the process says about itself.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Logging")]
+pub(super) struct LoggingArgs {
+    /// Verbosity: 0 what an operator needs, 2 libraries too, 4 debugging, 6 tracing; RUST_LOG wins
+    #[arg(long = "v", short = 'v', value_name = "N", default_value_t = 0)]
+    v: u8,
+    /// How log lines are written
+    #[arg(long, value_enum, default_value_t)]
+    log_format: LogFormat,
+}
+
+impl LoggingArgs {
+    pub(super) fn format(&self) -> LogFormat {
+        self.log_format
+    }
+
+    pub(super) fn verbosity(&self) -> u8 {
+        self.v
+    }
+}
+
+fn set<T>(target: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *target = value;
+    }
+}

@@ -1,0 +1,257 @@
+//! What this node was told: kubelet's defaults, then the `--config` file, then the flags, the later winning.
+//!
+//! [`Settings`] is the sum; every room takes the group it needs and knows neither flags nor files.
+
+pub mod file;
+pub mod values;
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use values::{NodeTaint, Reserved, Threshold};
+
+/// The Pod range where neither `--pod-cidr` nor `spec.podCIDR` names one.
+///
+/// Outside what its neighbours use by default: Docker (172.17.0.0/12, 192.168.0.0/16), kubeadm Services (10.96.0.0/12),
+/// flannel and kind (10.244.0.0/16), k3s (10.42.0.0/15), podman (10.88.0.0/16), AKS (10.224.0.0/12).
+pub const DEFAULT_POD_CIDR: &str = "10.187.0.0/16";
+
+/// Everything this node was told.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// The Node object and its lease.
+    pub node: NodeSettings,
+    /// The HTTPS API.
+    pub serving: ServingSettings,
+    /// How Pods are run.
+    pub pods: PodSettings,
+    /// How images are fetched.
+    pub images: ImageSettings,
+    /// What runs them.
+    pub runtime: RuntimeSettings,
+}
+
+/// The Node object and its lease.
+#[derive(Clone, Debug)]
+pub struct NodeSettings {
+    /// `metadata.name`; filled in from the host's name before any room starts.
+    pub name: String,
+    /// InternalIPs, the primary first; empty asks the host for the address of its default route.
+    pub addresses: Vec<IpAddr>,
+    /// Labels beside those every node carries.
+    pub labels: BTreeMap<String, String>,
+    /// Taints given at registration, never afterwards.
+    pub taints: Vec<NodeTaint>,
+    /// Create the Node object; without it an existing one is kept fresh.
+    pub register: bool,
+    /// Most Pods at once.
+    pub max_pods: u32,
+    /// Kept for the operating system.
+    pub system_reserved: Reserved,
+    /// Kept for this process and the runtime.
+    pub kube_reserved: Reserved,
+    /// By signal (`memory.available`, `nodefs.available`, `nodefs.inodesFree`, `pid.available`): below it the node is
+    /// under pressure, and as much is kept from allocatable.
+    pub eviction_hard: BTreeMap<String, Threshold>,
+    /// How long a pressure condition stays true after it was last seen.
+    pub pressure_transition: Duration,
+    /// How often the status is computed, and sent if it changed.
+    pub status_update_frequency: Duration,
+    /// How often it is sent although nothing changed.
+    pub status_report_frequency: Duration,
+    /// How long the lease holds without renewal.
+    pub lease_duration: Duration,
+    /// On the first signal: end the Pods and report NotReady at once.
+    pub drain_on_exit: bool,
+    /// Port in `daemonEndpoints.kubeletEndpoint`; the one the HTTPS API listens on.
+    pub port: u16,
+    /// Name of the runtime chosen, for `containerRuntimeVersion` while it does not answer.
+    pub runtime_name: String,
+    /// Measured for disk pressure and ephemeral storage.
+    pub root_dir: PathBuf,
+}
+
+impl Default for NodeSettings {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            addresses: Vec::new(),
+            labels: BTreeMap::new(),
+            taints: Vec::new(),
+            register: true,
+            max_pods: 110,
+            system_reserved: Reserved::default(),
+            kube_reserved: Reserved::default(),
+            eviction_hard: default_eviction_hard(),
+            pressure_transition: Duration::from_secs(5 * 60),
+            status_update_frequency: Duration::from_secs(10),
+            status_report_frequency: Duration::from_secs(5 * 60),
+            lease_duration: Duration::from_secs(40),
+            drain_on_exit: false,
+            port: 10250,
+            runtime_name: RuntimeKind::default().name().to_owned(),
+            root_dir: PathBuf::from("/var/lib/lambdalet"),
+        }
+    }
+}
+
+/// kubelet's hard thresholds on Linux, without those of the image file system, which is not measured.
+fn default_eviction_hard() -> BTreeMap<String, Threshold> {
+    let mebibytes = crate::quantity::Quantity::from_units(100 << 20);
+    BTreeMap::from([
+        ("memory.available".to_owned(), Threshold::Absolute(mebibytes)),
+        ("nodefs.available".to_owned(), Threshold::Percent(10.0)),
+        ("nodefs.inodesFree".to_owned(), Threshold::Percent(5.0)),
+    ])
+}
+
+/// The HTTPS API.
+#[derive(Clone, Debug)]
+pub struct ServingSettings {
+    /// Address to listen on.
+    pub address: IpAddr,
+    /// Port to listen on.
+    pub port: u16,
+    /// PEM certificate chain; without it a self-signed one is made.
+    pub tls_cert_file: Option<PathBuf>,
+    /// Its PEM key.
+    pub tls_private_key_file: Option<PathBuf>,
+    /// PEM bundle of the CAs client certificates are checked against; without it none is accepted.
+    pub client_ca_file: Option<PathBuf>,
+    /// Let callers without credentials be `system:anonymous`.
+    pub anonymous: bool,
+    /// Ask the API server whose a bearer token is.
+    pub token_review: bool,
+    /// How long its answer holds.
+    pub token_review_ttl: Duration,
+    /// Ask the API server what a caller may do; otherwise every authenticated caller may do everything.
+    pub authorize: bool,
+    /// How long "yes" holds.
+    pub authorized_ttl: Duration,
+    /// How long "no" holds.
+    pub unauthorized_ttl: Duration,
+}
+
+impl Default for ServingSettings {
+    fn default() -> Self {
+        Self {
+            address: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            port: 10250,
+            tls_cert_file: None,
+            tls_private_key_file: None,
+            client_ca_file: None,
+            anonymous: false,
+            token_review: true,
+            token_review_ttl: Duration::from_secs(2 * 60),
+            authorize: true,
+            authorized_ttl: Duration::from_secs(5 * 60),
+            unauthorized_ttl: Duration::from_secs(30),
+        }
+    }
+}
+
+/// How Pods are run.
+#[derive(Clone, Debug)]
+pub struct PodSettings {
+    /// Where this node keeps what must survive its own restart, and the Pods' volumes.
+    pub root_dir: PathBuf,
+    /// Name servers of Pods with `dnsPolicy: ClusterFirst`; without one they get the host's.
+    pub cluster_dns: Vec<IpAddr>,
+    /// The cluster's DNS zone.
+    pub cluster_domain: String,
+    /// The host's resolver file, whose content Pods with `dnsPolicy: Default` get; empty gives them none.
+    pub resolv_conf: PathBuf,
+    /// Range Pod addresses come from, if told; else `spec.podCIDR`, else [`DEFAULT_POD_CIDR`].
+    pub pod_cidr: Option<IpNet>,
+    /// Longest wait between two starts of a container that keeps ending.
+    pub max_restart_backoff: Duration,
+    /// Most processes and threads of one Pod; `None` is no limit.
+    pub pids_limit: Option<i64>,
+    /// Turn CPU limits into CFS quotas.
+    pub cpu_cfs_quota: bool,
+    /// Size in bytes at which a container's log is rotated.
+    pub log_max_size: u64,
+    /// How many files of a container's log are kept.
+    pub log_max_files: u32,
+}
+
+impl Default for PodSettings {
+    fn default() -> Self {
+        Self {
+            root_dir: PathBuf::from("/var/lib/lambdalet"),
+            cluster_dns: Vec::new(),
+            cluster_domain: "cluster.local".to_owned(),
+            resolv_conf: PathBuf::from("/etc/resolv.conf"),
+            pod_cidr: None,
+            max_restart_backoff: Duration::from_secs(300),
+            pids_limit: None,
+            cpu_cfs_quota: true,
+            log_max_size: 10 << 20,
+            log_max_files: 5,
+        }
+    }
+}
+
+/// How images are fetched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageSettings {
+    /// Pulls at once; `None` is no limit. kubelet's `serializeImagePulls: true` is `Some(1)`.
+    pub max_parallel_pulls: Option<u32>,
+    /// Pulls started per second; 0 is no limit.
+    pub pull_qps: u32,
+    /// Pulls that may start at once before `pull_qps` holds.
+    pub pull_burst: u32,
+    /// Registries spoken to in plain HTTP.
+    pub insecure_registries: Vec<String>,
+}
+
+impl Default for ImageSettings {
+    fn default() -> Self {
+        Self { max_parallel_pulls: Some(1), pull_qps: 5, pull_burst: 10, insecure_registries: Vec::new() }
+    }
+}
+
+/// What runs Pods.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuntimeSettings {
+    /// Which driver.
+    pub kind: RuntimeKind,
+    /// The Docker daemon, `unix:///path` .
+    pub docker_endpoint: String,
+    /// Image of the process that holds a sandbox; `None` is the driver's own.
+    pub sandbox_image: Option<String>,
+}
+
+impl Default for RuntimeSettings {
+    fn default() -> Self {
+        Self {
+            kind: RuntimeKind::default(),
+            docker_endpoint: "unix:///var/run/docker.sock".to_owned(),
+            sandbox_image: None,
+        }
+    }
+}
+
+/// A driver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum RuntimeKind {
+    /// Containers of a Docker daemon.
+    #[default]
+    Docker,
+    /// Nothing real: Pods are remembered, not run.
+    Fake,
+}
+
+impl RuntimeKind {
+    /// The name, as in `--runtime`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Docker => "docker",
+            Self::Fake => "fake",
+        }
+    }
+}

@@ -1,0 +1,427 @@
+//! The `--config` file: a `KubeletConfiguration` of `kubelet.config.k8s.io/v1beta1`, in YAML or JSON.
+//!
+//! Fields that are not supported here do not stop a node that a kubelet's file was carried to, but they are named: a
+//! setting that has no effect must not look as if it had.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::Settings;
+use super::values::{GoDuration, NodeTaint, Reserved, Threshold, ValueError, parse_quantity};
+
+/// The only kind and version read.
+const API_VERSION: &str = "kubelet.config.k8s.io/v1beta1";
+const KIND: &str = "KubeletConfiguration";
+
+/// Most bytes of a configuration file; kubelet's real ones have a few thousand.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// Signals of `evictionHard` that kubelet knows and this node does not measure.
+const UNMEASURED_SIGNALS: [&str; 5] = [
+    "imagefs.available",
+    "imagefs.inodesFree",
+    "containerfs.available",
+    "containerfs.inodesFree",
+    "allocatableMemory.available",
+];
+
+/// Why a configuration file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("failed to read the configuration file {path}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is not YAML or JSON, or a field has the wrong type.
+    #[error("failed to parse the configuration file {path}: {message}", path = path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Line, column and what is wrong there.
+        message: String,
+    },
+    /// It is some other document.
+    #[error(
+        "the configuration file {path} holds {found}, but {API_VERSION} {KIND} is what this node reads",
+        path = path.display()
+    )]
+    WrongKind {
+        /// The file.
+        path: PathBuf,
+        /// Its apiVersion and kind.
+        found: String,
+    },
+    /// A field's value is not acceptable.
+    #[error("field {field} in the configuration file {path} cannot be used", path = path.display())]
+    Field {
+        /// The file.
+        path: PathBuf,
+        /// The field, dotted.
+        field: String,
+        /// Why.
+        #[source]
+        source: ValueError,
+    },
+}
+
+/// The file's supported fields, as they are spelled there.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct KubeletConfiguration {
+    #[serde(rename = "apiVersion")]
+    api_version: Option<String>,
+    kind: Option<String>,
+    address: Option<IpAddr>,
+    port: Option<u16>,
+    tls_cert_file: Option<PathBuf>,
+    tls_private_key_file: Option<PathBuf>,
+    authentication: Option<Authentication>,
+    authorization: Option<Authorization>,
+    #[serde(rename = "clusterDNS")]
+    cluster_dns: Option<Vec<IpAddr>>,
+    cluster_domain: Option<String>,
+    max_pods: Option<u32>,
+    #[serde(rename = "podCIDR")]
+    pod_cidr: Option<String>,
+    system_reserved: Option<BTreeMap<String, String>>,
+    kube_reserved: Option<BTreeMap<String, String>>,
+    register_with_taints: Option<Vec<NodeTaint>>,
+    register_node: Option<bool>,
+    node_status_update_frequency: Option<GoDuration>,
+    node_status_report_frequency: Option<GoDuration>,
+    node_lease_duration_seconds: Option<u32>,
+    container_log_max_size: Option<String>,
+    container_log_max_files: Option<u32>,
+    eviction_hard: Option<BTreeMap<String, String>>,
+    eviction_pressure_transition_period: Option<GoDuration>,
+    serialize_image_pulls: Option<bool>,
+    max_parallel_image_pulls: Option<u32>,
+    #[serde(rename = "registryPullQPS")]
+    registry_pull_qps: Option<u32>,
+    registry_burst: Option<u32>,
+    resolv_conf: Option<PathBuf>,
+    crash_loop_back_off: Option<CrashLoopBackOff>,
+    #[serde(rename = "cpuCFSQuota")]
+    cpu_cfs_quota: Option<bool>,
+    pod_pids_limit: Option<i64>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Authentication {
+    x509: Option<X509>,
+    webhook: Option<WebhookAuthentication>,
+    anonymous: Option<Anonymous>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct X509 {
+    #[serde(rename = "clientCAFile")]
+    client_ca_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct WebhookAuthentication {
+    enabled: Option<bool>,
+    #[serde(rename = "cacheTTL")]
+    cache_ttl: Option<GoDuration>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct Anonymous {
+    enabled: Option<bool>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct Authorization {
+    mode: Option<AuthorizationMode>,
+    webhook: Option<WebhookAuthorization>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum AuthorizationMode {
+    AlwaysAllow,
+    Webhook,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct WebhookAuthorization {
+    #[serde(rename = "cacheAuthorizedTTL")]
+    cache_authorized_ttl: Option<GoDuration>,
+    #[serde(rename = "cacheUnauthorizedTTL")]
+    cache_unauthorized_ttl: Option<GoDuration>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct CrashLoopBackOff {
+    max_container_restart_period: Option<GoDuration>,
+}
+
+/// A file that was read and found to be right, to be laid over the defaults.
+#[derive(Clone, Debug)]
+pub struct ConfigFile {
+    path: PathBuf,
+    fields: KubeletConfiguration,
+    ignored: Vec<String>,
+}
+
+impl ConfigFile {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// If it cannot be read, does not parse (with line and column), or is not a `KubeletConfiguration`.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let read = |source| ConfigError::Read { path: path.to_owned(), source };
+        let size = std::fs::metadata(path).map_err(read)?.len();
+        if size > MAX_FILE_BYTES {
+            let message = format!("it has {size} bytes, more than the {MAX_FILE_BYTES} that are read");
+            return Err(ConfigError::Parse { path: path.to_owned(), message });
+        }
+        Self::parse(path, &std::fs::read_to_string(path).map_err(read)?)
+    }
+
+    /// Reads a file's text; `path` is what errors name.
+    ///
+    /// # Errors
+    /// As [`ConfigFile::read`].
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let parse = |message| ConfigError::Parse { path: path.to_owned(), message };
+        let raw: Value = decode(text).map_err(parse)?;
+        let named = |field: &str| raw.get(field).and_then(Value::as_str).unwrap_or_default();
+        if named("apiVersion") != API_VERSION || named("kind") != KIND {
+            let found = match (named("apiVersion"), named("kind")) {
+                ("", "") => "no apiVersion and kind".to_owned(),
+                (version, kind) => format!("apiVersion {version:?} and kind {kind:?}"),
+            };
+            return Err(ConfigError::WrongKind { path: path.to_owned(), found });
+        }
+        let fields: KubeletConfiguration = decode(text).map_err(parse)?;
+        // What does not come back when the supported fields are written out again was not read.
+        let known = serde_json::to_value(&fields).map_err(|error| parse(error.to_string()))?;
+        let mut ignored = Vec::new();
+        collect_unknown(&raw, &known, "", &mut ignored);
+        Ok(Self { path: path.to_owned(), fields, ignored })
+    }
+
+    /// Lays the file over `settings` and returns what an operator should be warned of, one sentence each.
+    ///
+    /// # Errors
+    /// [`ConfigError::Field`] for the first value that cannot be used.
+    pub fn apply(mut self, settings: &mut Settings) -> Result<Vec<String>, ConfigError> {
+        let fields = std::mem::take(&mut self.fields);
+        let mut overlay = Overlay { path: self.path, ignored: self.ignored };
+        let mut warnings = apply_serving(&fields, settings);
+        overlay.node(&fields, settings)?;
+        overlay.pods(&fields, settings)?;
+        apply_images(&fields, settings);
+        if !overlay.ignored.is_empty() {
+            let ignored = overlay.ignored.join(", ");
+            warnings.push(format!("ignored in the configuration file {}: fields {ignored}", overlay.path.display()));
+        }
+        Ok(warnings)
+    }
+}
+
+/// YAML, or JSON with its own line numbers (JSON may be indented with tabs, YAML may not).
+fn decode<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    if text.trim_start().starts_with('{') {
+        return serde_json::from_str(text).map_err(|error| error.to_string());
+    }
+    serde_saphyr::from_str(text).map_err(|error| yaml_error(&error))
+}
+
+/// A YAML error in one line with its place, and without the text around it (which may be secret).
+pub(crate) fn yaml_error(error: &serde_saphyr::Error) -> String {
+    let rendered = error.without_snippet().render();
+    match error.location() {
+        Some(at) if !rendered.contains("line ") => format!("line {}, column {}: {rendered}", at.line(), at.column()),
+        _ => rendered,
+    }
+}
+
+/// Names every field of `raw` that is not in `known`, dotted.
+fn collect_unknown(raw: &Value, known: &Value, prefix: &str, unknown: &mut Vec<String>) {
+    let (Value::Object(raw), Value::Object(known)) = (raw, known) else { return };
+    for (name, value) in raw {
+        let path = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
+        match known.get(name) {
+            None => unknown.push(path),
+            Some(known) => collect_unknown(value, known, &path, unknown),
+        }
+    }
+}
+
+fn set<T>(target: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *target = value;
+    }
+}
+
+fn set_duration(target: &mut Duration, value: Option<GoDuration>) {
+    set(target, value.map(|GoDuration(duration)| duration));
+}
+
+fn apply_serving(fields: &KubeletConfiguration, settings: &mut Settings) -> Vec<String> {
+    let serving = &mut settings.serving;
+    set(&mut serving.address, fields.address);
+    set(&mut serving.port, fields.port);
+    set(&mut serving.tls_cert_file, fields.tls_cert_file.clone().map(Some));
+    set(&mut serving.tls_private_key_file, fields.tls_private_key_file.clone().map(Some));
+    let authentication = fields.authentication.clone().unwrap_or_default();
+    let client_ca = authentication.x509.and_then(|x509| x509.client_ca_file);
+    set(&mut serving.client_ca_file, client_ca.map(Some));
+    let webhook = authentication.webhook.unwrap_or_default();
+    set(&mut serving.token_review, webhook.enabled);
+    set_duration(&mut serving.token_review_ttl, webhook.cache_ttl);
+    set(&mut serving.anonymous, authentication.anonymous.and_then(|anonymous| anonymous.enabled));
+    let authorization = fields.authorization.clone().unwrap_or_default();
+    set(&mut serving.authorize, authorization.mode.map(|mode| mode == AuthorizationMode::Webhook));
+    let webhook = authorization.webhook.unwrap_or_default();
+    set_duration(&mut serving.authorized_ttl, webhook.cache_authorized_ttl);
+    set_duration(&mut serving.unauthorized_ttl, webhook.cache_unauthorized_ttl);
+
+    let mut warnings = Vec::new();
+    if serving.anonymous {
+        warnings.push(
+            "authentication.anonymous.enabled is true: callers without credentials reach this node's API".to_owned(),
+        );
+    }
+    if !serving.authorize {
+        warnings.push(
+            "authorization.mode is AlwaysAllow: whoever is authenticated may read every log on this node".to_owned(),
+        );
+    }
+    warnings
+}
+
+fn apply_images(fields: &KubeletConfiguration, settings: &mut Settings) {
+    let images = &mut settings.images;
+    // As kubelet: one at a time unless serializeImagePulls is false, then as many as told, or any number.
+    if fields.serialize_image_pulls == Some(false) {
+        images.max_parallel_pulls = fields.max_parallel_image_pulls;
+    }
+    set(&mut images.pull_qps, fields.registry_pull_qps);
+    set(&mut images.pull_burst, fields.registry_burst);
+}
+
+/// The values that can be wrong in themselves.
+struct Overlay {
+    path: PathBuf,
+    ignored: Vec<String>,
+}
+
+impl Overlay {
+    fn check<T>(&self, field: &str, value: Result<T, impl Into<ValueError>>) -> Result<T, ConfigError> {
+        let field = field.to_owned();
+        value.map_err(|source| ConfigError::Field { path: self.path.clone(), field, source: source.into() })
+    }
+
+    fn node(&mut self, fields: &KubeletConfiguration, settings: &mut Settings) -> Result<(), ConfigError> {
+        let node = &mut settings.node;
+        set(&mut node.max_pods, fields.max_pods);
+        set(&mut node.register, fields.register_node);
+        if let Some(reserved) = &fields.system_reserved {
+            node.system_reserved = self.check("systemReserved", reserved_from(reserved))?;
+        }
+        if let Some(reserved) = &fields.kube_reserved {
+            node.kube_reserved = self.check("kubeReserved", reserved_from(reserved))?;
+        }
+        if let Some(taints) = &fields.register_with_taints {
+            let checked = taints.iter().cloned().map(NodeTaint::checked).collect::<Result<_, _>>();
+            node.taints = self.check("registerWithTaints", checked)?;
+        }
+        // Since 1.13 kubelet computes the status at one pace and reports it at another; a file that only says the
+        // first means both, as kubelet's defaulting has it.
+        if let Some(GoDuration(frequency)) = fields.node_status_update_frequency {
+            node.status_update_frequency = self.check("nodeStatusUpdateFrequency", positive(frequency))?;
+            node.status_report_frequency = node.status_update_frequency;
+        }
+        if let Some(GoDuration(frequency)) = fields.node_status_report_frequency {
+            node.status_report_frequency = self.check("nodeStatusReportFrequency", positive(frequency))?;
+        }
+        if let Some(seconds) = fields.node_lease_duration_seconds {
+            let duration = Duration::from_secs(seconds.into());
+            node.lease_duration = self.check("nodeLeaseDurationSeconds", positive(duration))?;
+        }
+        set_duration(&mut node.pressure_transition, fields.eviction_pressure_transition_period);
+        if let Some(thresholds) = &fields.eviction_hard {
+            node.eviction_hard = self.thresholds(thresholds)?;
+        }
+        Ok(())
+    }
+
+    fn thresholds(&mut self, texts: &BTreeMap<String, String>) -> Result<BTreeMap<String, Threshold>, ConfigError> {
+        let mut thresholds = BTreeMap::new();
+        for (signal, text) in texts {
+            let field = format!("evictionHard.{signal}");
+            match signal.as_str() {
+                "memory.available" | "nodefs.available" | "nodefs.inodesFree" | "pid.available" => {
+                    thresholds.insert(signal.clone(), self.check(&field, text.parse())?);
+                }
+                known if UNMEASURED_SIGNALS.contains(&known) => self.ignored.push(field),
+                _ => return self.check(&field, Err(ValueError::new("there is no such eviction signal"))),
+            }
+        }
+        Ok(thresholds)
+    }
+
+    fn pods(&mut self, fields: &KubeletConfiguration, settings: &mut Settings) -> Result<(), ConfigError> {
+        let pods = &mut settings.pods;
+        set(&mut pods.cluster_dns, fields.cluster_dns.clone());
+        set(&mut pods.cluster_domain, fields.cluster_domain.clone());
+        set(&mut pods.resolv_conf, fields.resolv_conf.clone());
+        if let Some(text) = fields.pod_cidr.as_deref().filter(|text| !text.is_empty()) {
+            let range = text.parse::<IpNet>().map_err(|_| {
+                ValueError::new(format!("{text:?} is not an address range such as {}", super::DEFAULT_POD_CIDR))
+            });
+            pods.pod_cidr = Some(self.check("podCIDR", range)?);
+        }
+        let backoff = fields.crash_loop_back_off.clone().unwrap_or_default().max_container_restart_period;
+        if let Some(GoDuration(longest)) = backoff {
+            // The bounds of KEP-4603.
+            let bounded = if (Duration::from_secs(1)..=Duration::from_secs(300)).contains(&longest) {
+                Ok(longest)
+            } else {
+                Err(ValueError::new(format!("{} is not between 1s and 300s", GoDuration(longest))))
+            };
+            pods.max_restart_backoff = self.check("crashLoopBackOff.maxContainerRestartPeriod", bounded)?;
+        }
+        set(&mut pods.cpu_cfs_quota, fields.cpu_cfs_quota);
+        // kubelet's -1 is "as many as the node has".
+        set(&mut pods.pids_limit, fields.pod_pids_limit.map(|limit| (limit > 0).then_some(limit)));
+        if let Some(text) = &fields.container_log_max_size {
+            let size = parse_quantity(text).map(|size| u64::try_from(size.nanos() / 1_000_000_000).unwrap_or(u64::MAX));
+            pods.log_max_size = self.check("containerLogMaxSize", size)?;
+        }
+        if let Some(files) = fields.container_log_max_files {
+            let enough = if files > 1 { Ok(files) } else { Err(ValueError::new("at least 2 files are needed")) };
+            pods.log_max_files = self.check("containerLogMaxFiles", enough)?;
+        }
+        Ok(())
+    }
+}
+
+fn reserved_from(pairs: &BTreeMap<String, String>) -> Result<Reserved, ValueError> {
+    Reserved::from_pairs(pairs.iter().map(|(name, text)| (name.as_str(), text.as_str())))
+}
+
+fn positive(duration: Duration) -> Result<Duration, ValueError> {
+    if duration.is_zero() { Err(ValueError::new("it must be longer than zero")) } else { Ok(duration) }
+}

@@ -1,0 +1,83 @@
+//! When to try again, and when to say so.
+
+use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
+
+/// kubelet's pace of registration attempts.
+const FIRST: Duration = Duration::from_millis(200);
+const LONGEST: Duration = Duration::from_secs(7);
+
+/// A failure that goes on is logged again this often.
+const REMINDER: Duration = Duration::from_secs(60);
+
+/// The failures of one piece of work in a row.
+#[derive(Debug)]
+pub(super) struct Retry {
+    what: &'static str,
+    streak: Option<Streak>,
+}
+
+#[derive(Debug)]
+struct Streak {
+    since: Instant,
+    delay: Duration,
+    logged: Instant,
+    text: String,
+}
+
+impl Retry {
+    /// No failures yet of `what` ("register the node").
+    pub(super) fn new(what: &'static str) -> Self {
+        Self { what, streak: None }
+    }
+
+    /// Notes a failure, logs it if it is news, and says how long to wait.
+    pub(super) fn failed(&mut self, text: String) -> Duration {
+        let now = Instant::now();
+        let what = self.what;
+        let Some(streak) = &mut self.streak else {
+            warn!("failed to {what}, trying again: {text}");
+            self.streak = Some(Streak { since: now, delay: FIRST, logged: now, text });
+            return jittered(FIRST);
+        };
+        if streak.text != text || now.duration_since(streak.logged) >= REMINDER {
+            let seconds = now.duration_since(streak.since).as_secs();
+            warn!("failed to {what} for {seconds} s, trying again: {text}");
+            streak.logged = now;
+            streak.text = text;
+        }
+        streak.delay = (streak.delay * 2).min(LONGEST);
+        jittered(streak.delay)
+    }
+
+    /// Notes a success, and logs the end of an outage.
+    pub(super) fn succeeded(&mut self) {
+        if let Some(streak) = self.streak.take() {
+            let seconds = streak.since.elapsed().as_secs();
+            info!("succeeded to {} after {seconds} s of failures", self.what);
+        }
+    }
+}
+
+/// Half to the whole of it, so that many nodes do not come back in step.
+fn jittered(delay: Duration) -> Duration {
+    delay.mul_f64(0.5 + rand::random::<f64>() / 2.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn delays_grow_to_the_longest_and_start_again_after_a_success() {
+        let mut retry = Retry::new("test");
+        assert!(retry.failed("x".to_owned()) <= FIRST);
+        for _ in 0..10 {
+            assert!(retry.failed("x".to_owned()) <= LONGEST);
+        }
+        assert!(retry.failed("x".to_owned()) >= LONGEST / 2);
+        retry.succeeded();
+        assert!(retry.failed("x".to_owned()) <= FIRST);
+    }
+}
