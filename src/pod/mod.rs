@@ -46,7 +46,7 @@ use self::volumes::VolumeManager;
 pub use self::watch::PodLoop;
 use crate::config::PodSettings;
 use crate::network::ipam::Ipam;
-use crate::node::NodeFacts;
+use crate::node::{NodeFacts, Registration};
 use crate::runtime::Runtime;
 
 /// What inputs and volumes are computed from.
@@ -86,6 +86,8 @@ pub struct Shared {
     pub images: Images,
     /// The node as Pods see it.
     pub facts: channel::Receiver<NodeFacts>,
+    /// The Node object, whose labels a Pod's selectors are checked against.
+    pub registration: channel::Receiver<Option<Registration>>,
     /// The node as translations see it.
     pub host: Host,
     /// What the operator told this node of Pods.
@@ -97,7 +99,8 @@ pub struct Shared {
 impl Shared {
     fn node_view(&self) -> NodeView {
         let facts = self.facts.borrow();
-        NodeView { labels: facts.labels.clone(), name: facts.name.clone(), allocatable: facts.allocatable.clone() }
+        let labels = self.registration.borrow().as_ref().map(|node| node.labels.clone()).unwrap_or_default();
+        NodeView { labels, name: facts.name.clone(), allocatable: facts.allocatable.clone() }
     }
 
     fn pod_dir(&self, uid: &str) -> PathBuf {

@@ -14,6 +14,7 @@ use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::Api;
 use kube::core::DeserializeGuard;
+use kube::core::error_boundary::InvalidObject;
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{self, Event, watcher};
 use tokio::sync::watch as channel;
@@ -139,7 +140,7 @@ impl PodLoop {
     }
 
     /// Gives the Pod's worker its newest spec. An object that does not parse keeps its last one.
-    fn apply(&mut self, pod: Result<Pod, kube::core::InvalidObject>) {
+    fn apply(&mut self, pod: Result<Pod, InvalidObject>) {
         let mut pod = match pod {
             Ok(pod) => pod,
             Err(invalid) => return self.refuse(&invalid),
@@ -154,7 +155,7 @@ impl PodLoop {
         }
     }
 
-    fn refuse(&self, invalid: &kube::core::InvalidObject) {
+    fn refuse(&self, invalid: &InvalidObject) {
         let meta = &invalid.metadata;
         tracing::error!(
             pod = meta.name,
