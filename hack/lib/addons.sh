@@ -52,16 +52,15 @@ addons_down() {
   proc_stop "$DIR/run" kube-proxy
   proc_stop "$DIR/run" coredns
   "$(tool kube-proxy)" --cleanup >>"$DIR/run/kube-proxy.log" 2>&1 || warn "kube-proxy --cleanup failed, see $DIR/run/kube-proxy.log"
-  drop_firewall_chain
+  [ -e "$DIR/run/had-firewall-chain" ] || drop_firewall_chain
   restore_sysctls
   rm -f "$ADDONS_OWNER"
 }
 
-# kube-proxy leaves this chain, in case a kubelet on the host still uses it. It
-# is taken away if it was not there before.
+# Both kube-proxy and a kubelet make this chain and leave it, for the other may
+# still use it.
 drop_firewall_chain() {
   local iptables hook
-  [ ! -e "$DIR/run/had-firewall-chain" ] || return 0
   for iptables in iptables ip6tables; do
     "$iptables" -w -n -L KUBE-FIREWALL >/dev/null 2>&1 || continue
     for hook in INPUT OUTPUT; do "$iptables" -w -D "$hook" -j KUBE-FIREWALL 2>/dev/null || true; done
