@@ -1,0 +1,214 @@
+//! The cgroup of a Pod: made before its sandbox starts, removed with it.
+//!
+//! Docker makes and removes the cgroups of containers; the one above them, which holds the Pod to its sum, is ours.
+//! Both cgroup versions are served: v1 as one tree per controller below `/sys/fs/cgroup`, v2 as a single tree.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::runtime::types::Resources;
+
+/// Where the host's cgroup file systems are mounted.
+const ROOT: &str = "/sys/fs/cgroup";
+/// A process just killed keeps its cgroup busy for a moment: how often and how long to wait for it.
+const RMDIR_TRIES: u32 = 20;
+const RMDIR_PAUSE: Duration = Duration::from_millis(10);
+
+/// The host's cgroups, as Docker uses them.
+#[derive(Clone, Debug)]
+pub(super) struct Cgroups {
+    root: PathBuf,
+    unified: bool,
+    systemd: bool,
+}
+
+impl Cgroups {
+    /// The host's own. `systemd` is whether Docker asks systemd for cgroups (its "cgroup driver").
+    pub(super) fn of_host(systemd: bool) -> Self {
+        Self::at(Path::new(ROOT), systemd)
+    }
+
+    fn at(root: &Path, systemd: bool) -> Self {
+        Self { root: root.into(), unified: root.join("cgroup.controllers").exists(), systemd }
+    }
+
+    /// What Docker wants as the parent of a container's cgroup.
+    pub(super) fn docker_parent(&self, path: &str) -> String {
+        if self.systemd { slices(path).pop().unwrap_or_default() } else { path.to_owned() }
+    }
+
+    /// The directory below each tree's root.
+    fn relative(&self, path: &str) -> PathBuf {
+        if self.systemd { slices(path).into_iter().collect() } else { parts(path).collect() }
+    }
+
+    /// Makes the cgroup and sets its limits. Doing it again is harmless.
+    pub(super) fn ensure(&self, path: &str, limits: &Resources) -> io::Result<()> {
+        let relative = self.relative(path);
+        if relative.as_os_str().is_empty() {
+            return Ok(());
+        }
+        if self.unified { self.ensure_v2(&relative, limits) } else { self.ensure_v1(&relative, limits) }
+    }
+
+    fn ensure_v1(&self, relative: &Path, limits: &Resources) -> io::Result<()> {
+        let files = [
+            ("cpu", "cpu.shares", limits.cpu_shares),
+            // The period first: a quota is checked against it.
+            ("cpu", "cpu.cfs_period_us", limits.cpu_quota.and(limits.cpu_period)),
+            ("cpu", "cpu.cfs_quota_us", limits.cpu_quota),
+            ("memory", "memory.limit_in_bytes", limits.memory_limit),
+            ("pids", "pids.max", limits.pids_limit),
+        ];
+        for (controller, file, value) in files {
+            let tree = self.root.join(controller);
+            if !tree.is_dir() {
+                continue;
+            }
+            let directory = tree.join(relative);
+            fs::create_dir_all(&directory)?;
+            if let Some(value) = value {
+                fs::write(directory.join(file), value.to_string())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn ensure_v2(&self, relative: &Path, limits: &Resources) -> io::Result<()> {
+        let mut directory = self.root.clone();
+        for part in relative {
+            for controller in ["+cpu", "+memory", "+pids"] {
+                // One that this host does not delegate is refused; its limit then fails below, with the file's name.
+                let _ = fs::write(directory.join("cgroup.subtree_control"), controller);
+            }
+            directory.push(part);
+            fs::create_dir_all(&directory)?;
+        }
+        let period = limits.cpu_period.unwrap_or(100_000);
+        let files = [
+            ("cpu.weight", limits.cpu_shares.map(|shares| weight(shares).to_string())),
+            ("cpu.max", limits.cpu_quota.map(|quota| format!("{quota} {period}"))),
+            ("memory.max", limits.memory_limit.map(|bytes| bytes.to_string())),
+            ("pids.max", limits.pids_limit.map(|most| most.to_string())),
+        ];
+        for (file, value) in files {
+            if let Some(value) = value {
+                fs::write(directory.join(file), value)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the cgroup and those below it, in every tree. What is gone already is fine.
+    pub(super) fn remove(&self, path: &str) -> io::Result<()> {
+        let relative = self.relative(path);
+        if relative.as_os_str().is_empty() {
+            return Ok(());
+        }
+        if self.unified {
+            return remove_tree(&self.root.join(relative));
+        }
+        for tree in fs::read_dir(&self.root)? {
+            remove_tree(&tree?.path().join(&relative))?;
+        }
+        Ok(())
+    }
+}
+
+/// The components of a cgroup path; nothing in it may lead out of the tree.
+fn parts(path: &str) -> impl Iterator<Item = &str> {
+    path.split('/').filter(|part| !part.is_empty() && *part != "." && *part != "..")
+}
+
+/// systemd's names for each level of a path: a slice carries the names of those it is in, joined by dashes, so a dash
+/// inside a name has to go (kubelet writes `_` too).
+fn slices(path: &str) -> Vec<String> {
+    let mut name = String::new();
+    parts(path)
+        .map(|part| {
+            if !name.is_empty() {
+                name.push('-');
+            }
+            name.push_str(&part.replace('-', "_"));
+            format!("{name}.slice")
+        })
+        .collect()
+}
+
+/// cpu.weight (1 to 10000) for v1 shares (2 to 262144), as runc converts them.
+fn weight(shares: i64) -> i64 {
+    1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
+}
+
+fn remove_tree(directory: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        }
+    }
+    let mut tries = 0;
+    loop {
+        match fs::remove_dir(directory) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && tries < RMDIR_TRIES => tries += 1,
+            Err(error) => return Err(error),
+        }
+        std::thread::sleep(RMDIR_PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_becomes_nested_slices() {
+        assert_eq!(
+            slices("/lambdalet-1a/burstable/pod12-34"),
+            ["lambdalet_1a.slice", "lambdalet_1a-burstable.slice", "lambdalet_1a-burstable-pod12_34.slice"]
+        );
+    }
+
+    #[test]
+    fn a_path_cannot_climb_out_of_the_tree() {
+        assert_eq!(parts("/../a/./b").collect::<Vec<_>>(), ["a", "b"]);
+    }
+
+    #[test]
+    fn shares_map_onto_the_whole_range_of_weights() {
+        assert_eq!((weight(2), weight(1024), weight(262_144), weight(0)), (1, 39, 10_000, 1));
+    }
+
+    #[test]
+    fn v1_limits_are_written_in_their_trees_and_removed_from_all() {
+        let root = tempfile::tempdir().unwrap();
+        for tree in ["cpu", "memory", "pids", "freezer"] {
+            fs::create_dir(root.path().join(tree)).unwrap();
+        }
+        let cgroups = Cgroups::at(root.path(), false);
+        let limits = Resources { cpu_shares: Some(512), memory_limit: Some(1 << 20), ..Resources::default() };
+        cgroups.ensure("/l/pod1", &limits).unwrap();
+        cgroups.ensure("/l/pod1", &limits).unwrap();
+        let read = |file: &str| fs::read_to_string(root.path().join(file)).unwrap();
+        assert_eq!(read("cpu/l/pod1/cpu.shares"), "512");
+        assert_eq!(read("memory/l/pod1/memory.limit_in_bytes"), "1048576");
+        // An ordinary file system keeps the files that a cgroup would take with it.
+        fs::remove_file(root.path().join("cpu/l/pod1/cpu.shares")).unwrap();
+        fs::remove_file(root.path().join("memory/l/pod1/memory.limit_in_bytes")).unwrap();
+        fs::create_dir_all(root.path().join("freezer/l/pod1/child")).unwrap();
+        cgroups.remove("/l/pod1").unwrap();
+        cgroups.remove("/l/pod1").unwrap();
+        for tree in ["cpu", "memory", "pids", "freezer"] {
+            assert!(!root.path().join(tree).join("l/pod1").exists(), "{tree}");
+        }
+    }
+}
