@@ -69,8 +69,11 @@ docker_env() {
 # release_docker USER: the counterpart of ensure_docker.
 release_docker() {
   rm -f "$DOCKER_STATE/users/$1"
-  [ -f "$DOCKER_STATE/started" ] || return 0
-  [ -z "$(ls -A "$DOCKER_STATE/users" 2>/dev/null)" ] || return 0
+  rmdir "$DOCKER_STATE/users" 2>/dev/null || [ ! -d "$DOCKER_STATE/users" ] || return 0
+  if [ ! -f "$DOCKER_STATE/started" ]; then
+    rmdir "$DOCKER_STATE" 2>/dev/null || true
+    return 0
+  fi
   say "stopping the docker daemon that was started here"
   if [ "$(cat "$DOCKER_STATE/started")" = systemd ]; then
     systemctl stop docker.socket docker >/dev/null 2>&1 || true
