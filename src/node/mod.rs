@@ -15,6 +15,7 @@ pub mod health;
 pub mod lease;
 pub mod machine;
 pub mod object;
+pub mod owner;
 mod register;
 mod retry;
 

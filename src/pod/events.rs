@@ -6,7 +6,9 @@ use k8s_openapi::api::core::v1::{ObjectReference, Pod};
 use kube::Resource as _;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::registry::Registry;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use crate::telemetry::chain;
 
@@ -28,6 +30,13 @@ pub struct Events {
 pub struct EventWriter {
     queue: mpsc::Receiver<(Event, ObjectReference)>,
     recorder: Recorder,
+}
+
+/// Counts events that were dropped since too many waited.
+pub fn dropped_counter(registry: &mut Registry) -> Counter {
+    let counter = Counter::default();
+    registry.register("events_dropped", "Events dropped since too many waited to be written", counter.clone());
+    counter
 }
 
 /// A queue and its writer. `node` names the reporting node.
@@ -64,9 +73,19 @@ impl Events {
 }
 
 impl EventWriter {
-    /// Writes until every [`Events`] is gone. An event that cannot be written is logged and dropped, as a kubelet does.
-    pub async fn run(mut self) {
-        while let Some((event, reference)) = self.queue.recv().await {
+    /// Writes until `stop`, or until every [`Events`] is gone. An event that cannot be written is logged and dropped, as
+    /// a kubelet does.
+    pub async fn run(mut self, stop: CancellationToken) {
+        loop {
+            let (event, reference) = tokio::select! {
+                // Cancel-safe: an event not taken stays in the queue.
+                next = self.queue.recv() => match next {
+                    Some(next) => next,
+                    None => return,
+                },
+                // Cancel-safe: a token stays cancelled.
+                () = stop.cancelled() => return,
+            };
             match tokio::time::timeout(TIMEOUT, self.recorder.publish(&event, &reference)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
