@@ -225,7 +225,7 @@ async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> a
     let volumes = VolumeManager::new(client.clone(), &settings.pods.root_dir);
     volumes.prepare().await.context("failed to set up the directory of the Pods' secrets")?;
     let inputs = Inputs::new(client);
-    let memory = facts.borrow().capacity_memory;
+    let memory = facts.borrow().capacity.get("memory").map_or(0, |memory| memory.value());
     Ok(pod::Shared {
         runtime: parts.runtime.clone(),
         runtime_name: settings.runtime.kind.name().to_owned(),

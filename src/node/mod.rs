@@ -47,6 +47,8 @@ pub struct NodeFacts {
     pub name: String,
     /// Its InternalIPs, the primary first.
     pub addresses: Vec<IpAddr>,
+    /// What the host has of the same.
+    pub capacity: std::collections::BTreeMap<String, crate::quantity::Quantity>,
     /// What Pods may use of it: `cpu`, `memory`, `ephemeral-storage`, `pods` (and `hugepages-*`), to a quantity each.
     pub allocatable: std::collections::BTreeMap<String, crate::quantity::Quantity>,
 }

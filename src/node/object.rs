@@ -185,6 +185,7 @@ pub fn facts(inputs: &Inputs<'_>) -> NodeFacts {
     NodeFacts {
         name: inputs.settings.name.clone(),
         addresses: inputs.addresses.to_vec(),
+        capacity: capacity(inputs.settings, inputs.machine),
         allocatable: allocatable(inputs.settings, inputs.machine),
     }
 }
