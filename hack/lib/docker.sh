@@ -12,7 +12,7 @@ docker_answers() { curl -fsS --max-time 5 --unix-socket /var/run/docker.sock htt
 ensure_docker() {
   local user=$1
   need_root
-  need_packages curl ca-certificates
+  need_packages curl ca-certificates procps
   mkdir -p "$DOCKER_STATE/users"
   if ! docker_answers >/dev/null 2>&1; then
     command -v dockerd >/dev/null || need_packages docker.io iptables iproute2
