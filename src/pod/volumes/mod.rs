@@ -191,6 +191,15 @@ impl VolumeManager {
         .await
     }
 
+    /// Unmounts what [`VolumeManager::prepare`] mounted; for a node that leaves this host with every Pod ended.
+    ///
+    /// # Errors
+    /// Something still uses it.
+    pub async fn close(&self) -> Result<(), VolumeError> {
+        let secrets = self.secrets();
+        blocking(move || mounts::remove_tree(&secrets).map_err(|source| host_error("remove", &secrets, source))).await
+    }
+
     /// The UIDs of Pods that have something on this host.
     ///
     /// # Errors
