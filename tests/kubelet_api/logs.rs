@@ -252,3 +252,30 @@ async fn a_followed_log_does_not_hold_up_shutdown() {
     assert!(ended.unwrap().unwrap().is_ok());
     assert!(dropped.load(Ordering::SeqCst));
 }
+
+#[tokio::test]
+async fn two_hundred_followers_each_get_every_line() {
+    let node = Node::start(Setup::default()).await;
+    let (sender, _) = tokio::sync::broadcast::channel::<LogChunk>(16);
+    let source = sender.clone();
+    node.world.set_log(move || {
+        let lines = stream::unfold(source.subscribe(), async |mut lines| Some((Ok(lines.recv().await.ok()?), lines)));
+        Ok(lines.boxed())
+    });
+    let mut followers = Vec::new();
+    for _ in 0..200 {
+        let mut client = node.api_server().await;
+        let body = client.open(&format!("{LOG}?follow=true&timestamps=true"), None).await.unwrap().into_body();
+        followers.push((client, body));
+    }
+    sender.send(out("hello\n")).unwrap();
+    for (_, body) in &mut followers {
+        let frame = tokio::time::timeout(Duration::from_secs(5), body.frame()).await.unwrap();
+        let text = frame.unwrap().unwrap().into_data().unwrap();
+        assert_eq!(text, "2026-01-02T03:04:05.100000000Z hello\n");
+    }
+    // Who follows does not keep others from asking, and who leaves leaves nothing.
+    assert_eq!(node.get("/healthz").await.0, 200);
+    drop(followers);
+    assert!(eventually(2, || sender.receiver_count() == 0).await);
+}

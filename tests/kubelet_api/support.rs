@@ -378,6 +378,7 @@ impl Client {
         };
         config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
         let tcp = TcpStream::connect(address).await?;
+        tcp.set_nodelay(true)?;
         let name = ServerName::try_from("localhost").unwrap();
         let tls = TlsConnector::from(Arc::new(config)).connect(name, tcp).await?;
         let session = tls.get_ref().1;
