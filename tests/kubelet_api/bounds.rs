@@ -67,16 +67,16 @@ async fn a_handshake_that_stalls_is_closed() {
 
 #[tokio::test]
 async fn a_connection_that_sends_no_request_is_closed() {
-    let node = Node::start(limited(Limits { request_head: Duration::from_millis(200), ..Limits::default() })).await;
+    let node = Node::start(limited(Limits { request_head: Duration::from_millis(600), ..Limits::default() })).await;
     let mut idle = node.api_server().await;
     assert_eq!(idle.status("/healthz", None).await, 200);
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    tokio::time::sleep(Duration::from_millis(1000)).await;
     assert!(idle.get("/healthz", None).await.is_err());
     // An answer that takes longer than that is not cut short.
     node.world.set_log(|| Ok(futures::stream::pending().boxed()));
     let mut following = node.api_server().await;
     let mut log = following.open("/containerLogs/ns/p/c?follow=true", None).await.unwrap().into_body();
-    let quiet = tokio::time::timeout(Duration::from_millis(600), http_body_util::BodyExt::frame(&mut log)).await;
+    let quiet = tokio::time::timeout(Duration::from_millis(1000), http_body_util::BodyExt::frame(&mut log)).await;
     assert!(quiet.is_err());
 }
 
