@@ -126,15 +126,17 @@ need_packages() {
   command -v apt-get >/dev/null || fail "missing: ${missing[*]}, and no apt-get" "install them with this system's package manager"
   need_root
   # The package lists may be absent or old; only then is an update worth its time.
-  apt_install "${missing[@]}" && return 0
+  if apt-get install --simulate --no-install-recommends "${missing[@]}" >/dev/null 2>&1 && apt_install "${missing[@]}"; then
+    return 0
+  fi
   run_logged "apt-get update" "$CACHE/log/apt-update.log" apt-get update ||
     fail "apt-get update does not work" "check /etc/apt and the network"
-  apt_install "${missing[@]}" || { show_tail "$CACHE/log/apt-install.log"; fail "could not install: $*"; }
+  apt_install "${missing[@]}" || fail "could not install: ${missing[*]}" "read $CACHE/log/apt-install.log"
 }
 
 apt_install() {
   DEBIAN_FRONTEND=noninteractive run_logged "installing $*" "$CACHE/log/apt-install.log" \
-    apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=300 "$@" 2>/dev/null
+    apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=300 "$@"
 }
 
 need_command() { # NAME WHAT-TO-DO

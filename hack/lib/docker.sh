@@ -42,16 +42,19 @@ start_dockerd() {
   wait_for 60 "the Docker socket" docker_answers || fail "Docker does not answer on /var/run/docker.sock"
 }
 
-# Without an init system nobody has mounted the cgroup hierarchy.
+# Without an init system nobody may have mounted the cgroup hierarchy: version 2
+# where its controllers are free, else one mount per controller.
 need_cgroups() {
-  local controller
-  if mountpoint -q /sys/fs/cgroup || grep -q ' /sys/fs/cgroup' /proc/mounts; then return 0; fi
-  say "mounting cgroup v2 on /sys/fs/cgroup"
-  mount -t cgroup2 cgroup2 /sys/fs/cgroup && return 0
+  if grep -q ' /sys/fs/cgroup' /proc/mounts; then return 0; fi
+  say "mounting cgroups on /sys/fs/cgroup"
+  if mount -t cgroup2 cgroup2 /sys/fs/cgroup; then
+    ! grep -qw memory /sys/fs/cgroup/cgroup.controllers || return 0
+    umount /sys/fs/cgroup
+  fi
   mount -t tmpfs -o mode=755 cgroup /sys/fs/cgroup
   awk '!/^#/ && $4 == 1 {print $1}' /proc/cgroups | while read -r controller; do
     mkdir -p "/sys/fs/cgroup/$controller"
-    mount -t cgroup -o "$controller" cgroup "/sys/fs/cgroup/$controller"
+    mount -t cgroup -o "$controller" cgroup "/sys/fs/cgroup/$controller" || rmdir "/sys/fs/cgroup/$controller"
   done
 }
 
