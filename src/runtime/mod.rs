@@ -12,8 +12,10 @@
 pub mod docker;
 pub mod error;
 pub mod fake;
+mod reference;
 pub mod traced;
 pub mod types;
+pub mod verb;
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
