@@ -1,5 +1,6 @@
 //! The life of a Pod on this node.
 
+pub mod files;
 pub mod inputs;
 pub mod volumes;
 
