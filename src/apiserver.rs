@@ -37,6 +37,12 @@ pub enum ConnectError {
         #[source]
         source: KubeconfigError,
     },
+    /// The CA is not one.
+    #[error(
+        "the certificate authority in the kubeconfig {path} holds no certificate: the API server could not be trusted",
+        path = .0.display()
+    )]
+    NoAuthority(PathBuf),
     /// The client certificate is past its time.
     #[error(
         "the client certificate in the kubeconfig {path} expired at {at}: issue a new one (and check this host's \
@@ -168,17 +174,6 @@ impl ApiServer {
     }
 }
 
-/// The API's own text of a 4xx/5xx answer.
-impl RequestError {
-    /// What the API server answered, if it did.
-    pub fn api_message(&self) -> &str {
-        match self.source.as_deref() {
-            Some(kube::Error::Api(status)) => &status.message,
-            _ => "",
-        }
-    }
-}
-
 async fn load(path: &Path) -> Result<Config, ConnectError> {
     let unusable = |source| match source {
         KubeconfigError::ReadConfig(error, _) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -192,6 +187,9 @@ async fn load(path: &Path) -> Result<Config, ConnectError> {
     };
     let kubeconfig = Kubeconfig::read_from(path).map_err(unusable)?;
     let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(unusable)?;
+    if config.root_cert.as_ref().is_some_and(Vec::is_empty) {
+        return Err(ConnectError::NoAuthority(path.to_owned()));
+    }
     match certificate_end(&config.auth_info) {
         Some(at) if at < Timestamp::now() => Err(ConnectError::Expired { path: path.to_owned(), at }),
         _ => Ok(config),
