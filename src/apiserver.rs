@@ -248,3 +248,49 @@ fn tls_error<'a>(cause: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Erro
         inner = wrapped;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::chain;
+
+    fn server() -> ApiServer {
+        let service = tower::service_fn(|_: http::Request<kube::client::Body>| async {
+            std::future::pending::<Result<http::Response<kube::client::Body>, std::io::Error>>().await
+        });
+        let client = Client::new(service, "default");
+        ApiServer { client, url: "https://api.test:6443/".to_owned(), kubeconfig: PathBuf::from("/etc/kc") }
+    }
+
+    fn api_error(code: u16, message: &str) -> kube::Error {
+        let status = kube::core::Status { code, message: message.to_owned(), ..kube::core::Status::default() };
+        kube::Error::Api(Box::new(status))
+    }
+
+    fn tls(error: rustls::Error) -> kube::Error {
+        // As hyper's connector wraps it.
+        kube::Error::Service(Box::new(std::io::Error::other(std::io::Error::other(error))))
+    }
+
+    #[tokio::test]
+    async fn each_failure_names_the_server_or_the_file_and_what_to_do() {
+        let server = server();
+        let unknown = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
+        let expired = rustls::Error::InvalidCertificate(rustls::CertificateError::Expired);
+        let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+        for (error, trouble, named) in [
+            (tls(unknown), Trouble::UnknownAuthority, "the CA in /etc/kc did not sign"),
+            (tls(expired), Trouble::ServerCertificate, "https://api.test:6443/"),
+            (kube::Error::Service(Box::new(refused)), Trouble::Unreachable, "https://api.test:6443/"),
+            (api_error(401, "Unauthorized"), Trouble::Unauthorized, "the credentials in /etc/kc"),
+            (api_error(403, "nodes is forbidden"), Trouble::Forbidden, "nodes is forbidden"),
+            (api_error(404, "gone"), Trouble::NotFound, "gone"),
+            (api_error(409, "exists"), Trouble::Conflict, "exists"),
+            (api_error(500, "etcd is full"), Trouble::Other, "etcd is full"),
+        ] {
+            let explained = server.explain(error);
+            assert_eq!(explained.trouble, trouble, "{explained}");
+            assert!(chain(&explained).contains(named), "{}", chain(&explained));
+        }
+    }
+}

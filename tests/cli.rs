@@ -1,5 +1,8 @@
 //! The binary as an operator meets it: help, version, completion, and one clear message for each mistake.
 
+// Helpers of tests may unwrap as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

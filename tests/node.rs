@@ -1,4 +1,7 @@
-//! The Node object's life against an API server in memory.
+//! The Node object's life against an API server in memory, and once against a real one.
+
+// Helpers of tests may unwrap as tests do.
+#![allow(clippy::unwrap_used)]
 
 #[path = "node/api.rs"]
 mod api;
@@ -9,6 +12,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::{Api, NODE};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::Node;
+use lambdalet::apiserver::ApiServer;
 use lambdalet::config::{DEFAULT_POD_CIDR, NodeSettings};
 use lambdalet::node::{self, Health, NodeHandle, Params};
 use lambdalet::shutdown::{Supervisor, Tasks};
@@ -43,14 +49,15 @@ fn settings() -> NodeSettings {
 }
 
 fn start(api: Api, settings: NodeSettings) -> World {
+    let server = api.server();
+    start_against(server, api, settings)
+}
+
+fn start_against(server: Arc<ApiServer>, api: Api, settings: NodeSettings) -> World {
     let (tasks, supervisor) = Tasks::new();
     let (health, receiver) = watch::channel(Ok(()));
-    let params = Params {
-        api: api.server(),
-        settings: Arc::new(settings),
-        runtime: Arc::new(runtime::Silent),
-        health: receiver,
-    };
+    let params =
+        Params { api: server, settings: Arc::new(settings), runtime: Arc::new(runtime::Silent), health: receiver };
     let handle = node::spawn(params, &tasks).unwrap();
     World { api, health, tasks, supervisor, handle }
 }
@@ -239,6 +246,30 @@ async fn the_identity_of_another_node_ends_the_process_with_an_explanation() {
 }
 
 #[tokio::test]
+async fn a_server_our_ca_did_not_sign_ends_the_process_with_an_explanation() {
+    let service = tower::service_fn(|_: http::Request<kube::client::Body>| async {
+        let unknown = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
+        Err::<http::Response<kube::client::Body>, _>(std::io::Error::other(unknown))
+    });
+    let (client, kubeconfig) = (kube::Client::new(service, "default"), "node.kubeconfig".into());
+    let server = Arc::new(ApiServer { client, url: "https://api.test".to_owned(), kubeconfig });
+    let world = start_against(server, Api::new(), settings());
+    let error = tokio::time::timeout(SOON, world.supervisor.run(SOON)).await.unwrap().unwrap_err();
+    let text = format!("{error:#}");
+    assert!(text.contains("the CA in node.kubeconfig did not sign"), "{text}");
+}
+
+#[tokio::test]
+async fn reservations_that_leave_nothing_are_refused() {
+    let (tasks, _supervisor) = Tasks::new();
+    let settings = NodeSettings { kube_reserved: "memory=1Pi".parse().unwrap(), ..settings() };
+    let (_health, health) = watch::channel(Ok(()));
+    let runtime = Arc::new(runtime::Silent);
+    let params = Params { api: Api::new().server(), settings: Arc::new(settings), runtime, health };
+    assert!(node::spawn(params, &tasks).unwrap_err().to_string().contains("memory"));
+}
+
+#[tokio::test]
 async fn an_identity_that_is_no_node_may_be_any() {
     let api = Api::new();
     api.state().identity = "system:serviceaccount:kube-system:lambdalet".to_owned();
@@ -288,4 +319,80 @@ async fn with_drain_on_exit_the_node_is_not_ready_while_its_pods_end_and_its_lea
 async fn without_a_range_from_anybody_the_default_holds() {
     let world = start(Api::new(), settings());
     assert_eq!(world.handle.pod_range(None).await.to_string(), DEFAULT_POD_CIDR);
+}
+
+async fn real_node_that_is_ready(nodes: &kube::Api<Node>, name: &str, status: &str) -> Node {
+    let begin = Instant::now();
+    loop {
+        let node = nodes.get_opt(name).await.unwrap();
+        let conditions = node.as_ref().and_then(|node| node.status.clone()?.conditions).unwrap_or_default();
+        if conditions.iter().any(|found| found.type_ == "Ready" && found.status == status) {
+            return node.unwrap();
+        }
+        assert!(begin.elapsed() < SOON, "waited in vain until Ready is {status}: {conditions:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Wants `KUBECONFIG` to lead to a real cluster as `system:node:NAME`, and `LAMBDALET_ADMIN_KUBECONFIG` as somebody who
+/// may delete Nodes.
+#[tokio::test]
+#[ignore = "needs cluster (KUBECONFIG of a system:node identity, LAMBDALET_ADMIN_KUBECONFIG)"]
+async fn a_real_api_server_takes_the_node_its_status_and_its_lease() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let connect = async |variable: &str| {
+        let path = std::env::var(variable).expect(variable);
+        Arc::new(ApiServer::from_kubeconfig(path.as_ref()).await.unwrap())
+    };
+    let (ours, admin) = (connect("KUBECONFIG").await, connect("LAMBDALET_ADMIN_KUBECONFIG").await);
+    let name = ours.whoami().await.unwrap().strip_prefix("system:node:").expect("a node identity").to_owned();
+    let labels = [("type".to_owned(), "virtual-kubelet".to_owned())].into();
+    let taints = vec!["dedicated=x:NoSchedule".parse().unwrap()];
+    let frequency = Duration::from_millis(500);
+    let settings = NodeSettings {
+        name: name.clone(),
+        labels,
+        taints,
+        status_update_frequency: frequency,
+        ..NodeSettings::default()
+    };
+    let world = start_against(ours, Api::new(), settings);
+
+    let nodes: kube::Api<Node> = kube::Api::all(admin.client.clone());
+    let ready = async |status: &str| real_node_that_is_ready(&nodes, &name, status).await;
+    let first = ready("True").await;
+    assert_eq!(first.metadata.labels.as_ref().unwrap()["type"], "virtual-kubelet");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let quiet = ready("True").await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let status = |node: &Node| node.status.clone().unwrap().conditions.unwrap();
+    assert_eq!(status(&ready("True").await), status(&quiet), "an unchanged status is not sent again");
+
+    world.health.send(Err("container runtime is down".to_owned())).unwrap();
+    ready("False").await;
+    world.health.send(Ok(())).unwrap();
+    ready("True").await;
+
+    nodes.delete(&name, &Default::default()).await.unwrap();
+    let begin = Instant::now();
+    let second = loop {
+        match nodes.get_opt(&name).await.unwrap() {
+            Some(node) if node.metadata.uid != first.metadata.uid => break node,
+            _ => assert!(begin.elapsed() < SOON, "the deleted Node did not come back"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    println!("registered again after {:?}", begin.elapsed());
+    println!("podCIDR: {:?}", world.handle.pod_range(None).await);
+    let leases: kube::Api<Lease> = kube::Api::namespaced(admin.client.clone(), "kube-node-lease");
+    let begin = Instant::now();
+    loop {
+        let lease = leases.get_opt(&name).await.unwrap();
+        let owners = lease.and_then(|lease| lease.metadata.owner_references).unwrap_or_default();
+        if owners.iter().any(|owner| Some(&owner.uid) == second.metadata.uid.as_ref()) {
+            break;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(30), "the lease does not belong to the new Node");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
 }
