@@ -15,6 +15,7 @@ pub mod health;
 pub mod lease;
 pub mod machine;
 pub mod object;
+pub mod owner;
 mod register;
 mod retry;
 
@@ -46,6 +47,8 @@ pub struct NodeFacts {
     pub name: String,
     /// Its InternalIPs, the primary first.
     pub addresses: Vec<IpAddr>,
+    /// What the host has of the same.
+    pub capacity: std::collections::BTreeMap<String, crate::quantity::Quantity>,
     /// What Pods may use of it: `cpu`, `memory`, `ephemeral-storage`, `pods` (and `hugepages-*`), to a quantity each.
     pub allocatable: std::collections::BTreeMap<String, crate::quantity::Quantity>,
 }

@@ -113,7 +113,7 @@ impl Shared {
 
     /// Removes the Pod's directory; its volumes must be gone before.
     async fn remove_pod_dir(&self, uid: &str) -> Result<(), volumes::VolumeError> {
-        self.volumes.remove_pod(uid).await
+        self.volumes.tear_down(uid).await
     }
 
     fn forget(&self, uid: &str) {

@@ -12,6 +12,7 @@
 pub mod docker;
 pub mod error;
 pub mod fake;
+pub mod late;
 pub mod traced;
 pub mod types;
 

@@ -150,6 +150,7 @@ impl DockerRuntime {
         let died = || RuntimeError::new(Kind::Internal, format!("the sandbox of {} ended at once", config.pod));
         let seen = self.see(id).await?.ok_or_else(died)?;
         let pid = pid(&seen.inspect).ok_or_else(died)?;
+        crate::failpoint::hit("plug");
         self.plug(pid, id, address).await
     }
 
