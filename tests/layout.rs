@@ -93,11 +93,6 @@ impl Tree {
 
     /// Files that no `mod` leads to, so that the compiler never sees them.
     fn unreachable(&self) -> Vec<Finding> {
-        let is_root = |path: &Path| {
-            path == Path::new("src/lib.rs")
-                || path == Path::new("src/main.rs")
-                || path.parent() == Some(Path::new("tests"))
-        };
         let mut open: Vec<PathBuf> = self.0.keys().filter(|path| is_root(path)).cloned().collect();
         let mut seen = BTreeSet::new();
         while let Some(path) = open.pop() {
@@ -331,6 +326,12 @@ fn quoted(text: &str, quote: char) -> usize {
     text.len()
 }
 
+/// Where the compiler starts: the library, the binary, and what cargo takes for an integration test.
+fn is_root(path: &Path) -> bool {
+    let parts: Vec<_> = path.iter().filter_map(|part| part.to_str()).collect();
+    matches!(parts[..], ["src", "lib.rs" | "main.rs"] | ["tests", _] | ["tests", _, "main.rs"])
+}
+
 /// The names of `mod name;` declarations.
 fn modules(text: &str) -> impl Iterator<Item = String> {
     let words: Vec<String> = words(&code(text)).into_iter().map(|(_, word)| word).collect();
@@ -355,10 +356,13 @@ fn length(path: &Path, text: &str) -> usize {
         return 0;
     }
     let lines: Vec<&str> = text.lines().collect();
+    // `mod tests;` ends a file; one further up does not hide what follows it.
+    let are_tests = |two: &[&str]| two[0] == "#[cfg(test)]" && two[1].starts_with("mod ");
     let tests = lines
         .windows(2)
-        .position(|two| two[0] == "#[cfg(test)]" && two[1].starts_with("mod ") && two[1].ends_with('{'));
-    tests.unwrap_or(lines.len())
+        .enumerate()
+        .find(|(at, two)| are_tests(two) && (two[1].ends_with('{') || at + 2 == lines.len()));
+    tests.map_or(lines.len(), |(at, _)| at)
 }
 
 fn assert_none(findings: &[Finding]) {
@@ -476,6 +480,8 @@ mod bad_examples {
             ("tests/support/mod.rs", "mod deep;"),
             ("tests/support/deep.rs", ""),
             ("tests/other/mod.rs", ""),
+            ("tests/big/main.rs", "mod part;"),
+            ("tests/big/part.rs", ""),
         ]);
         let lost: Vec<_> = tree.unreachable().into_iter().map(|finding| finding.file).collect();
         assert_eq!(lost, ["src/a/lost.rs", "src/b.rs", "tests/other/mod.rs"].map(PathBuf::from));
@@ -488,6 +494,7 @@ mod bad_examples {
         let apart = format!("#[cfg(test)]\nmod tests;\n{code}");
         assert_eq!(tree(&[("src/a.rs", &code)]).too_long(), []);
         assert_eq!(tree(&[("src/a.rs", &tests)]).too_long(), []);
+        assert_eq!(tree(&[("src/a.rs", &format!("{code}#[cfg(test)]\nmod tests;\n"))]).too_long(), []);
         assert_eq!(tree(&[("src/a/tests.rs", &apart)]).too_long(), []);
         assert_eq!(tree(&[("src/a.rs", &apart)]).too_long().len(), 1);
         assert_eq!(
