@@ -8,7 +8,7 @@ default:
 check:
     bash .ci/run
 
-# Formatting, lints, documentation and the tests that need no cluster: minutes, no root.
+# Formatting, lints, documentation and the tests that need no cluster.
 quick: fmt-check clippy doc unit
 
 # Format the code.
@@ -27,7 +27,7 @@ clippy:
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
 
-# Tests that need neither cluster nor Docker nor root.
+# Tests that need no cluster; those that make network namespaces and mounts need root.
 unit *FILTER:
     cargo test --locked -- {{FILTER}}
 

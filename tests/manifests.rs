@@ -142,7 +142,7 @@ fn pod_specs() -> Vec<(Document, PodSpec)> {
     let spec = |document: Document| {
         let spec = match document.text("/kind") {
             "Pod" => document.decode::<Pod>().spec,
-            "Deployment" => document.decode::<Deployment>().spec.and_then(|spec| spec.template.spec),
+            "Deployment" => document.decode::<Deployment>().spec.template.spec,
             _ => None,
         };
         spec.map(|spec| (document, spec))
