@@ -22,6 +22,7 @@ use crate::pod::directory::Directory;
 use crate::pod::files::FileWriter;
 use crate::pod::images::Images;
 use crate::pod::inputs::Inputs;
+use crate::pod::inputs::objects::Objects;
 use crate::pod::publish::{PublishCounters, Publisher};
 use crate::pod::translate::Host;
 use crate::pod::volumes::VolumeManager;
@@ -41,6 +42,9 @@ const DRAIN_PATIENCE: Duration = Duration::from_secs(10 * 60);
 
 /// How long an address rests between two Pods: clients that keep endpoints by address have noticed by then.
 const COOL_DOWN: Duration = Duration::from_secs(60);
+
+/// How long a ConfigMap or Secret that was read serves other Pods: a Deployment's replicas start together.
+const OBJECT_TTL: Duration = Duration::from_secs(1);
 
 /// Pulls at once where the operator sets no limit.
 const UNLIMITED_PULLS: usize = 64;
@@ -222,7 +226,8 @@ async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> a
         writer.run(closing).await;
         Ok(())
     });
-    let volumes = VolumeManager::new(client.clone(), &settings.pods.root_dir);
+    let objects = Arc::new(Objects::new(client.clone(), OBJECT_TTL));
+    let volumes = VolumeManager::new(client.clone(), Arc::clone(&objects), &settings.pods.root_dir);
     volumes.prepare().await.context("failed to set up the directory of the Pods' secrets")?;
     let inputs = Inputs::new(client);
     let memory = facts.borrow().capacity.get("memory").map_or(0, |memory| memory.value());
