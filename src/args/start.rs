@@ -1,6 +1,7 @@
 //! Starts the rooms and waits for the end.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use crate::network::uplink::Uplink;
 use crate::node::{self, NodeHandle, health, owner};
 use crate::pod::admission::Admission;
 use crate::pod::directory::Directory;
-use crate::pod::files::FileWriter;
+use crate::pod::files::DnsSettings;
 use crate::pod::images::Images;
 use crate::pod::inputs::Inputs;
 use crate::pod::inputs::objects::Objects;
@@ -99,7 +100,7 @@ async fn start_rooms(settings: Settings, api: Arc<ApiServer>, owner: String, tas
 /// The driver that was asked for; it connects when it is first used.
 fn driver(settings: &Settings, owner: &str, uplink: Uplink, metrics: &Metrics) -> Arc<dyn Runtime> {
     match settings.runtime.kind {
-        RuntimeKind::Fake => Arc::new(Traced::new(FakeRuntime::new(), metrics)),
+        RuntimeKind::Fake => Arc::new(metrics.register(|registry| Traced::new(FakeRuntime::new(), registry))),
         RuntimeKind::Docker => {
             let endpoint = &settings.runtime.docker_endpoint;
             let options = DockerOptions {
@@ -118,7 +119,7 @@ fn driver(settings: &Settings, owner: &str, uplink: Uplink, metrics: &Metrics) -
                     Ok(docker)
                 })
             });
-            Arc::new(Traced::new(late, metrics))
+            Arc::new(metrics.register(|registry| Traced::new(late, registry)))
         }
     }
 }
@@ -229,7 +230,7 @@ async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> a
     let objects = Arc::new(Objects::new(client.clone(), OBJECT_TTL));
     let volumes = VolumeManager::new(client.clone(), Arc::clone(&objects), &settings.pods.root_dir);
     volumes.prepare().await.context("failed to set up the directory of the Pods' secrets")?;
-    let inputs = Inputs::new(client);
+    let inputs = Inputs::new(client, objects);
     let memory = facts.borrow().capacity.get("memory").map_or(0, |memory| memory.value());
     Ok(pod::Shared {
         runtime: parts.runtime.clone(),
@@ -238,7 +239,7 @@ async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> a
         events,
         volumes,
         inputs,
-        files: FileWriter::new(&settings.pods),
+        dns: dns_settings(settings),
         ipam: Arc::new(ipam),
         admission: Admission::default(),
         directory: parts.directory.clone(),
@@ -255,4 +256,16 @@ async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> a
         settings: settings.pods.clone(),
         draining,
     })
+}
+
+/// What the node knows about names. The host's files are read once: a Pod keeps what it started with anyway.
+fn dns_settings(settings: &Settings) -> DnsSettings {
+    let read = |path: &Path| std::fs::read_to_string(path).unwrap_or_default();
+    DnsSettings {
+        cluster_dns: settings.pods.cluster_dns.clone(),
+        cluster_domain: settings.pods.cluster_domain.clone(),
+        host_resolv_conf: read(&settings.pods.resolv_conf),
+        host_hosts: read(Path::new("/etc/hosts")),
+        node_hostname: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+    }
 }

@@ -79,7 +79,7 @@ impl<R> Traced<R> {
     pub fn new(inner: R, registry: &mut Registry) -> Self {
         let durations = Durations::new_with_constructor(|| Histogram::new(buckets()));
         registry.register_with_unit(
-            "lambdalet_runtime_operation_duration",
+            "runtime_operation_duration",
             "Time runtime verbs took, by verb and outcome",
             Unit::Seconds,
             durations.clone(),
