@@ -311,7 +311,7 @@ mod tests {
 
     #[tokio::test]
     async fn each_call_is_counted_with_how_it_ended() {
-        let mut registry = Registry::default();
+        let mut registry = Registry::with_prefix("lambdalet");
         let traced = Traced::new(Arc::new(FakeRuntime::new()), &mut registry);
         traced.ready().await.unwrap();
         traced.inner().fail_next(Verb::Ready, RuntimeError::new(Kind::Unavailable, "down"));

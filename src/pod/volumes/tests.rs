@@ -1,3 +1,5 @@
+//! Volumes as a container finds them, made against a small API server in this process.
+
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::os::unix::fs::MetadataExt;
