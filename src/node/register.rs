@@ -21,9 +21,9 @@ use tracing::{debug, info, warn};
 
 use super::machine::{Load, Machine};
 use super::object::{self, Inputs, Pressure, PressureMemory, RuntimeFacts};
-use super::retry::{Delays, Retry};
 use super::{NodeError, Params, Registration};
 use crate::apiserver::{RequestError, Trouble};
+use crate::retry::{Delays, Retry};
 use crate::telemetry::chain;
 
 /// How often the runtime's images are listed; they are in the status only for the scheduler's image locality.

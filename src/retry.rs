@@ -14,7 +14,7 @@ const REMINDER: Duration = Duration::from_secs(60);
 
 /// Waits between attempts: doubling, each shortened at random so that many nodes do not come back in step.
 #[derive(Debug)]
-pub(super) struct Delays {
+pub struct Delays {
     next: Duration,
 }
 
@@ -42,7 +42,7 @@ impl Backoff for Delays {
 
 /// The failures of one piece of work in a row.
 #[derive(Debug)]
-pub(super) struct Retry {
+pub struct Retry {
     what: &'static str,
     delays: Delays,
     streak: Option<Streak>,
@@ -57,12 +57,12 @@ struct Streak {
 
 impl Retry {
     /// No failures yet of `what` ("register the node").
-    pub(super) fn new(what: &'static str) -> Self {
+    pub fn new(what: &'static str) -> Self {
         Self { what, delays: Delays::default(), streak: None }
     }
 
     /// Notes a failure, logs it if it is news, and says how long to wait.
-    pub(super) fn failed(&mut self, text: String) -> Duration {
+    pub fn failed(&mut self, text: String) -> Duration {
         let now = Instant::now();
         let what = self.what;
         match &mut self.streak {
@@ -82,7 +82,7 @@ impl Retry {
     }
 
     /// Notes a success, and logs the end of an outage.
-    pub(super) fn succeeded(&mut self) {
+    pub fn succeeded(&mut self) {
         self.delays.reset();
         if let Some(streak) = self.streak.take() {
             let seconds = streak.since.elapsed().as_secs();
