@@ -1,1 +1,3 @@
+//! What containers get from the API, against a small API server in this process.
+
 
