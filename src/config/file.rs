@@ -239,12 +239,24 @@ impl ConfigFile {
     }
 }
 
-/// YAML, or JSON with its own line numbers (JSON may be indented with tabs, YAML may not).
+/// YAML, or JSON with its own line numbers (JSON may be indented with tabs, YAML may not). An error names the field.
 fn decode<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
-    if text.trim_start().starts_with('{') {
-        return serde_json::from_str(text).map_err(|error| error.to_string());
-    }
-    serde_saphyr::from_str(text).map_err(|error| yaml_error(&error))
+    let mut track = serde_path_to_error::Track::new();
+    let decoded = if text.trim_start().starts_with('{') {
+        let mut json = serde_json::Deserializer::from_str(text);
+        T::deserialize(serde_path_to_error::Deserializer::new(&mut json, &mut track))
+            .and_then(|value| json.end().map(|()| value))
+            .map_err(|error| error.to_string())
+    } else {
+        let read = |yaml: serde_saphyr::Deserializer<'_, '_>| {
+            T::deserialize(serde_path_to_error::Deserializer::new(yaml, &mut track))
+        };
+        serde_saphyr::with_deserializer_from_str(text, read).map_err(|error| yaml_error(&error))
+    };
+    decoded.map_err(|message| match track.path().to_string() {
+        nowhere if nowhere == "." || nowhere.contains('?') => message,
+        field => format!("field {field}: {message}"),
+    })
 }
 
 /// A YAML error in one line with its place, and without the text around it (which may be secret).
@@ -561,13 +573,14 @@ mod tests {
     #[test]
     fn a_field_of_the_wrong_type_is_named_with_its_line() {
         let error = refused(&format!("{HEAD}port: many\n"));
-        assert!(error.contains("node.yaml") && error.contains("line 3"), "{error}");
+        assert!(error.contains("node.yaml: field port: ") && error.contains("line 3"), "{error}");
         let error = refused(&format!("{HEAD}maxPods: 1\nnodeStatusUpdateFrequency: soon\n"));
-        assert!(error.contains("line 4") && error.contains("\"soon\""), "{error}");
+        assert!(error.contains("field nodeStatusUpdateFrequency: ") && error.contains("\"soon\""), "{error}");
+        assert!(error.contains("line 4"), "{error}");
         let error = refused(
             "{\"apiVersion\": \"kubelet.config.k8s.io/v1beta1\",\n\"kind\": \"KubeletConfiguration\",\n\"port\": []}",
         );
-        assert!(error.contains("line 3"), "{error}");
+        assert!(error.contains("field port: ") && error.contains("line 3"), "{error}");
         let error = refused(&format!("{HEAD}port: [\n"));
         assert!(error.contains("line "), "{error}");
         assert!(refused(&format!("{HEAD}port: 1\nport: 2\n")).contains("port"));

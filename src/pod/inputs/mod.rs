@@ -43,10 +43,10 @@ pub enum InputError {
         message: String,
     },
     /// An object could not be read.
-    #[error("failed to prepare the environment of container {container}")]
+    #[error("failed to prepare {what}")]
     Object {
-        /// Whose environment.
-        container: String,
+        /// What it was needed for.
+        what: String,
         /// Which object, and why.
         #[source]
         source: ObjectError,
@@ -77,6 +77,7 @@ pub struct Inputs {
     client: Client,
     objects: Arc<Objects>,
     services: OnceCell<Services>,
+    services_timeout: Duration,
 }
 
 /// The Services of the cluster, and the task that keeps them current.
@@ -90,7 +91,7 @@ struct Services {
 impl Inputs {
     /// Fetches by `client`; shares `objects` with the volumes.
     pub fn new(client: Client, objects: Arc<Objects>) -> Self {
-        Self { client, objects, services: OnceCell::new() }
+        Self { client, objects, services: OnceCell::new(), services_timeout: SERVICES_TIMEOUT }
     }
 
     /// The container's environment. The first call for a Pod with service links (the default) starts the watch of
@@ -126,7 +127,7 @@ impl Inputs {
                 .objects
                 .secret(namespace, name)
                 .await
-                .map_err(|source| InputError::Object { container: format!("image {image}"), source })?;
+                .map_err(|source| InputError::Object { what: format!("the pull of {image}"), source })?;
             match found.as_deref().map(registry::keys) {
                 Some(Ok(more)) => keys.extend(more),
                 Some(Err(reason)) => {
@@ -141,7 +142,7 @@ impl Inputs {
     /// Every object that the container's environment names.
     async fn sources(&self, ctx: PodContext<'_>, container: &Container) -> Result<env::Sources, InputError> {
         let namespace = namespace(ctx.pod);
-        let failed = |source| InputError::Object { container: container.name.clone(), source };
+        let failed = |source| environment_error(&container.name, source);
         let mut sources = env::Sources::default();
         for name in env::config_maps(container) {
             let found = self.objects.config_map(namespace, name).await.map_err(failed)?;
@@ -162,7 +163,7 @@ impl Inputs {
         } else {
             let (namespace, name) = (services::MASTER_NAMESPACE, services::MASTER_SERVICE);
             let found = self.objects.service(namespace, name).await;
-            let found = found.map_err(|source| InputError::Object { container: container.to_owned(), source })?;
+            let found = found.map_err(|source| environment_error(container, source))?;
             services::variables(found.as_deref(), namespace, false)
         };
         Ok(variables.into_iter().collect())
@@ -170,7 +171,7 @@ impl Inputs {
 
     async fn services(&self) -> Result<Vec<Arc<Service>>, InputError> {
         let services = self.services.get_or_init(|| async { Services::watch(self.client.clone()) }).await;
-        match tokio::time::timeout(SERVICES_TIMEOUT, services.store.wait_until_ready()).await {
+        match tokio::time::timeout(self.services_timeout, services.store.wait_until_ready()).await {
             Ok(Ok(())) => Ok(services.store.state()),
             Ok(Err(_)) | Err(_) => Err(InputError::ServicesUnknown),
         }
@@ -198,6 +199,10 @@ impl Services {
         }));
         Self { store, _watch: watch }
     }
+}
+
+fn environment_error(container: &str, source: ObjectError) -> InputError {
+    InputError::Object { what: format!("the environment of container {container}"), source }
 }
 
 fn namespace(pod: &Pod) -> &str {

@@ -130,7 +130,7 @@ impl Worker {
 
     pub(super) async fn stop(&mut self, containers: &[ContainerId], grace: Duration) {
         let names: Vec<_> = self.observed.running().map(|c| c.name.clone()).collect();
-        if std::mem::replace(&mut self.memory.killing, Some(grace)).is_none_or(|before| grace < before) {
+        if self.memory.killing.replace(grace).is_none_or(|before| grace < before) {
             for name in &names {
                 self.shared.events.normal(&self.pod, Some(name), "Killing", format!("Stopping container {name}"));
             }
