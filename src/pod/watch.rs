@@ -72,6 +72,7 @@ impl PodLoop {
         let mut pods = watcher(api, watcher::Config::default().fields(&selector)).default_backoff().boxed();
         let mut events = self.subscribe().await;
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        let shared = Arc::clone(&self.shared);
         let mut leaving = false;
         loop {
             tokio::select! {
@@ -88,12 +89,14 @@ impl PodLoop {
                 _ = heartbeat.tick() => self.shared.directory.beat(),
                 // Cancel-safe: a token stays cancelled.
                 () = stop.cancelled(), if !leaving => {
+                    if !drain_on_exit {
+                        return;
+                    }
                     leaving = true;
-                    if drain_on_exit { self.start_drain(); }
+                    self.start_drain();
                 }
-            }
-            if leaving && (!drain_on_exit || self.shared.admission.is_empty()) {
-                return;
+                // Cancel-safe: asked anew each time round.
+                () = shared.admission.emptied(), if leaving => return,
             }
         }
     }
@@ -264,7 +267,9 @@ impl PodLoop {
         let addressed = self.shared.ipam.held().into_iter().map(|(_, uid)| uid);
         let uids: BTreeSet<String> = on_disk.into_iter().chain(addressed).collect();
         for uid in uids {
-            found.entry(uid.clone()).or_insert_with(|| ghost(&PodRef { uid, namespace: String::new(), name: String::new() }));
+            found
+                .entry(uid.clone())
+                .or_insert_with(|| ghost(&PodRef { uid, namespace: String::new(), name: String::new() }));
         }
         Ok(found)
     }

@@ -120,7 +120,12 @@ impl Worker {
     }
 
     pub(super) async fn stop_sandbox(&mut self, id: &SandboxId) {
-        self.shared.events.normal(&self.pod, None, "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.");
+        self.shared.events.normal(
+            &self.pod,
+            None,
+            "SandboxChanged",
+            "Pod sandbox changed, it will be killed and re-created.",
+        );
         if let Err(error) = self.shared.runtime.stop_pod_sandbox(id).await {
             tracing::warn!(pod = %self.reference, sandbox = %id, error = chain(&error), "failed to stop sandbox");
             tokio::time::sleep(TRY_AGAIN).await;
@@ -151,7 +156,7 @@ impl Worker {
             }
         }
         if let Some(error) = failed {
-            self.shared.events.warning(&self.pod, None, "FailedKillPod", chain(&error));
+            self.complain("FailedKillPod", chain(&error));
             tokio::time::sleep(TRY_AGAIN).await;
         }
     }
@@ -170,7 +175,8 @@ impl Worker {
     /// Gives back what an ended Pod does not need any more. Containers stay for their logs while the Pod object exists
     /// and is not being deleted.
     pub(super) async fn release(&mut self) {
-        if self.gone || self.is_deleted() {
+        // A node that leaves the host keeps no containers for their logs: nobody could ask for them.
+        if self.gone || self.is_deleted() || *self.shared.draining.borrow() {
             self.remove_everything_once().await;
         } else {
             let ids: Vec<_> = self.observed.sandbox_ids().cloned().collect();
@@ -182,13 +188,20 @@ impl Worker {
             }
         }
         if let Err(error) = self.shared.volumes.tear_down(&self.reference.uid).await {
-            self.shared.events.warning(&self.pod, None, "FailedUnMount", chain(&error));
+            self.complain("FailedUnMount", chain(&error));
             return tokio::time::sleep(TRY_AGAIN).await;
         }
         self.memory.places = None;
         self.memory.next_refresh = None;
         self.memory.released = true;
-        self.shared.admission.leave(&self.reference.uid);
+    }
+
+    /// A Warning event, unless it is what was said last: what is tried every second is not told every second.
+    fn complain(&mut self, reason: &str, text: String) {
+        if self.memory.complaint.as_ref() != Some(&text) {
+            self.shared.events.warning(&self.pod, None, reason, text.clone());
+            self.memory.complaint = Some(text);
+        }
     }
 
     /// Removes sandboxes and containers; tries until the runtime has done it.
@@ -198,7 +211,7 @@ impl Worker {
             match self.try_remove(&uid).await {
                 Ok(()) => return,
                 Err(error) => {
-                    tracing::warn!(pod = %self.reference, error = chain(&error), "failed to remove Pod; trying again");
+                    self.complain("FailedKillPod", format!("failed to remove the Pod: {}", chain(&error)));
                     tokio::time::sleep(TRY_AGAIN).await;
                 }
             }
