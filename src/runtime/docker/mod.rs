@@ -112,6 +112,7 @@ pub struct DockerRuntime {
     cable: Arc<dyn Cable>,
     cgroups: Cgroups,
     oom_floor: Option<i64>,
+    verdicts: oom::Verdicts,
     /// Whether this daemon leaves out the newline that ends a line longer than one log record.
     restores_newlines: bool,
     starts: Semaphore,
@@ -145,6 +146,7 @@ impl DockerRuntime {
         let daemon = http::peer_pid(&options.socket).await.unwrap_or_else(std::process::id).cast_signed();
         Ok(Self {
             oom_floor: oom::floor(daemon),
+            verdicts: oom::Verdicts::default(),
             restores_newlines: (version.major_version, version.minor_version) < API_WITH_WHOLE_LINES,
             cgroups: Cgroups::of_host(systemd),
             starts: Semaphore::new(options.starts_in_flight.max(1)),
