@@ -183,7 +183,7 @@ fn examples_land_on_this_node_and_lose_nothing_there() {
         let name = document.name();
         let selector = spec.node_selector.clone().unwrap_or_default();
         assert!(selector.contains_key(NODE_LABEL), "{name}: without nodeSelector {NODE_LABEL} it may land anywhere");
-        if let Some(trouble) = unsupported::refusal(&spec) {
+        if let Some(trouble) = unsupported::refusal(&Pod::default(), &spec) {
             panic!("{name}: this node refuses it: {}", trouble.message);
         }
         let omissions = unsupported::omissions(&spec);

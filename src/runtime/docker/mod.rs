@@ -105,6 +105,15 @@ impl DockerOptions {
     }
 }
 
+/// Removes the cgroup above those of every Pod, for a node that leaves this host with every Pod ended.
+///
+/// # Errors
+/// A process still runs in it.
+pub fn remove_cgroup_root(name: &str) -> std::io::Result<()> {
+    // Whichever way Docker made them: the other one finds nothing.
+    [false, true].into_iter().try_for_each(|systemd| Cgroups::of_host(systemd).remove(name))
+}
+
 /// Runs Pods on one Docker daemon.
 pub struct DockerRuntime {
     docker: Docker,
