@@ -30,6 +30,8 @@ pub(super) struct Memory {
     pub(super) holds: BTreeMap<String, Timestamp>,
     /// Until when volumes and sandbox are not tried.
     pub(super) pod_hold: Option<Timestamp>,
+    /// How often in a row volumes could not be set up.
+    pub(super) mount_failures: u32,
     /// Crash loops.
     pub(super) crashes: BTreeMap<String, Backoff>,
     /// Failing pulls.

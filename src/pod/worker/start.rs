@@ -23,6 +23,11 @@ use crate::telemetry::chain;
 /// How long a container says `ErrImagePull` before it says `ImagePullBackOff`.
 const PULL_NOTICE: Duration = Duration::from_secs(2);
 
+/// Wait after the first failure to set volumes up; doubled up to [`backoff::RETRY`].
+const FIRST_MOUNT_RETRY: Duration = Duration::from_millis(50);
+/// Failures in a row that are not told: together they last less than half a second.
+const QUIET_MOUNT_FAILURES: u32 = 3;
+
 impl Worker {
     /// Nothing of the Pod as a whole is tried for a while, and the user is told.
     fn hold_pod(&mut self, reason: &str, message: String) {
@@ -45,11 +50,26 @@ impl Worker {
                 let volumes = volumes.into_iter().map(|(name, v)| (name, (v.host_path, v.read_only))).collect();
                 self.memory.places = Some(Places { volumes, ..Places::default() });
                 self.memory.pod_hold = None;
+                self.memory.mount_failures = 0;
                 // The first refresh tells when the next is due; nothing can be stale yet.
                 self.memory.next_refresh = Some(Instant::now() + Duration::from_secs(30));
             }
-            Err(error) => self.hold_pod("FailedMount", chain(&error)),
+            Err(error) => self.hold_for_mount(chain(&error)),
         }
+    }
+
+    /// Volumes are tried again soon at first: right after a Pod was bound the API server may not know yet that this
+    /// node may read what it names. Only what lasts is told.
+    fn hold_for_mount(&mut self, message: String) {
+        let failures = self.memory.mount_failures;
+        self.memory.mount_failures = failures.saturating_add(1);
+        if failures < QUIET_MOUNT_FAILURES {
+            tracing::debug!(pod = %self.reference, message, "failed to set up volumes; trying again");
+        } else {
+            self.shared.events.warning(&self.pod, None, "FailedMount", message);
+        }
+        let wait = FIRST_MOUNT_RETRY.saturating_mul(2_u32.saturating_pow(failures)).min(backoff::RETRY);
+        self.memory.pod_hold = Some(Timestamp::now() + wait);
     }
 
     pub(super) async fn refresh_volumes(&mut self) {
