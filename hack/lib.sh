@@ -47,28 +47,35 @@ show_tail() { # FILE [LINES]
 }
 
 # run_logged LABEL LOG CMD...: run CMD with its output in LOG, and say every ten
-# seconds that it still works, with the last line it wrote.
+# seconds that it still works, with the last line it wrote. CMD stays in the
+# foreground, so that Ctrl-C reaches it.
 run_logged() {
-  local label=$1 log=$2 start=$SECONDS pid rc=0 beat=10
+  local label=$1 log=$2 start=$SECONDS rc=0 watcher
   shift 2
   mkdir -p "$(dirname "$log")"
   say "$label ..."
-  "$@" >"$log" 2>&1 </dev/null 9>&- &
-  pid=$!
-  while kill -0 "$pid" 2>/dev/null; do
-    sleep 0.2
-    if [ $((SECONDS - start)) -ge "$beat" ]; then
-      beat=$((SECONDS - start + 10))
-      say "  $label: $((SECONDS - start)) s, $(wc -l <"$log") lines: $(tail -n 1 "$log" | cut -c1-90)"
-    fi
-  done
-  wait "$pid" || rc=$?
+  : >"$log"
+  heartbeat "$label" "$log" 9>&- &
+  watcher=$!
+  "$@" >>"$log" 2>&1 </dev/null 9>&- || rc=$?
+  kill "$watcher" 2>/dev/null || true
+  wait "$watcher" 2>/dev/null || true
   if [ "$rc" -ne 0 ]; then
     say "error: $label failed (exit $rc) after $((SECONDS - start)) s"
     show_tail "$log" 40
     return "$rc"
   fi
   say "$label: done in $((SECONDS - start)) s"
+}
+
+heartbeat() { # LABEL LOG
+  local start=$SECONDS beat=10
+  while kill -0 $$ 2>/dev/null; do
+    sleep 0.3
+    [ $((SECONDS - start)) -ge "$beat" ] || continue
+    beat=$((beat + 10))
+    say "  $1: $((SECONDS - start)) s, $(wc -l <"$2") lines: $(tail -n 1 "$2" | cut -c1-90)"
+  done
 }
 
 # wait_for SECONDS WHAT CMD...: poll CMD until it succeeds.
@@ -119,15 +126,17 @@ need_packages() {
   command -v apt-get >/dev/null || fail "missing: ${missing[*]}, and no apt-get" "install them with this system's package manager"
   need_root
   # The package lists may be absent or old; only then is an update worth its time.
-  apt_install "${missing[@]}" && return 0
+  if apt-get install --simulate --no-install-recommends "${missing[@]}" >/dev/null 2>&1 && apt_install "${missing[@]}"; then
+    return 0
+  fi
   run_logged "apt-get update" "$CACHE/log/apt-update.log" apt-get update ||
     fail "apt-get update does not work" "check /etc/apt and the network"
-  apt_install "${missing[@]}" || { show_tail "$CACHE/log/apt-install.log"; fail "could not install: $*"; }
+  apt_install "${missing[@]}" || fail "could not install: ${missing[*]}" "read $CACHE/log/apt-install.log"
 }
 
 apt_install() {
   DEBIAN_FRONTEND=noninteractive run_logged "installing $*" "$CACHE/log/apt-install.log" \
-    apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=300 "$@" 2>/dev/null
+    apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=300 "$@"
 }
 
 need_command() { # NAME WHAT-TO-DO

@@ -37,6 +37,12 @@ pub enum ConnectError {
         #[source]
         source: KubeconfigError,
     },
+    /// The CA is not one.
+    #[error(
+        "the certificate authority in the kubeconfig {path} holds no certificate: the API server could not be trusted",
+        path = .0.display()
+    )]
+    NoAuthority(PathBuf),
     /// The client certificate is past its time.
     #[error(
         "the client certificate in the kubeconfig {path} expired at {at}: issue a new one (and check this host's \
@@ -168,17 +174,6 @@ impl ApiServer {
     }
 }
 
-/// The API's own text of a 4xx/5xx answer.
-impl RequestError {
-    /// What the API server answered, if it did.
-    pub fn api_message(&self) -> &str {
-        match self.source.as_deref() {
-            Some(kube::Error::Api(status)) => &status.message,
-            _ => "",
-        }
-    }
-}
-
 async fn load(path: &Path) -> Result<Config, ConnectError> {
     let unusable = |source| match source {
         KubeconfigError::ReadConfig(error, _) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -192,6 +187,9 @@ async fn load(path: &Path) -> Result<Config, ConnectError> {
     };
     let kubeconfig = Kubeconfig::read_from(path).map_err(unusable)?;
     let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(unusable)?;
+    if config.root_cert.as_ref().is_some_and(Vec::is_empty) {
+        return Err(ConnectError::NoAuthority(path.to_owned()));
+    }
     match certificate_end(&config.auth_info) {
         Some(at) if at < Timestamp::now() => Err(ConnectError::Expired { path: path.to_owned(), at }),
         _ => Ok(config),
@@ -248,5 +246,51 @@ fn tls_error<'a>(cause: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Erro
         }
         let wrapped: &'a (dyn StdError + 'static) = inner.downcast_ref::<std::io::Error>()?.get_ref()?;
         inner = wrapped;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::chain;
+
+    fn server() -> ApiServer {
+        let service = tower::service_fn(|_: http::Request<kube::client::Body>| async {
+            std::future::pending::<Result<http::Response<kube::client::Body>, std::io::Error>>().await
+        });
+        let client = Client::new(service, "default");
+        ApiServer { client, url: "https://api.test:6443/".to_owned(), kubeconfig: PathBuf::from("/etc/kc") }
+    }
+
+    fn api_error(code: u16, message: &str) -> kube::Error {
+        let status = kube::core::Status { code, message: message.to_owned(), ..kube::core::Status::default() };
+        kube::Error::Api(Box::new(status))
+    }
+
+    fn tls(error: rustls::Error) -> kube::Error {
+        // As hyper's connector wraps it.
+        kube::Error::Service(Box::new(std::io::Error::other(std::io::Error::other(error))))
+    }
+
+    #[tokio::test]
+    async fn each_failure_names_the_server_or_the_file_and_what_to_do() {
+        let server = server();
+        let unknown = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
+        let expired = rustls::Error::InvalidCertificate(rustls::CertificateError::Expired);
+        let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+        for (error, trouble, named) in [
+            (tls(unknown), Trouble::UnknownAuthority, "the CA in /etc/kc did not sign"),
+            (tls(expired), Trouble::ServerCertificate, "https://api.test:6443/"),
+            (kube::Error::Service(Box::new(refused)), Trouble::Unreachable, "https://api.test:6443/"),
+            (api_error(401, "Unauthorized"), Trouble::Unauthorized, "the credentials in /etc/kc"),
+            (api_error(403, "nodes is forbidden"), Trouble::Forbidden, "nodes is forbidden"),
+            (api_error(404, "gone"), Trouble::NotFound, "gone"),
+            (api_error(409, "exists"), Trouble::Conflict, "exists"),
+            (api_error(500, "etcd is full"), Trouble::Other, "etcd is full"),
+        ] {
+            let explained = server.explain(error);
+            assert_eq!(explained.trouble, trouble, "{explained}");
+            assert!(chain(&explained).contains(named), "{}", chain(&explained));
+        }
     }
 }

@@ -1,4 +1,41 @@
 //! lambdalet: a Kubernetes node in one binary.
+//!
+//! It registers a Node, takes the Pods that the scheduler binds to it, runs each as a group of Docker containers with
+//! an address of its own, and says how they are. This page is the tour; `--document-private-items` shows all of it.
+//!
+//! ```text
+//! API server --watch--> pod::watch --spec--> pod::worker --verb--> runtime::SandboxRuntime --> docker
+//!     ^                                          |    '--address--> network::ipam                 |
+//!     |                                          '--observed--> pod::status                       |
+//!     |                                                             |                             v
+//!     |<----------------------- PATCH ---------------------- pod::publish           network::bridge (cable)
+//!     |<---- POST, PATCH, PUT ---- node::{object, lease}
+//!     '----- GET logs ----> kubelet_api --PodTargets--> pod::directory
+//!                               '-----------------verb-----------------> runtime::SandboxRuntime
+//! ```
+//!
+//! In the order in which things happen:
+//!
+//! * [`args`] reads the command line and wires the rooms; nothing else names concrete types.
+//! * [`config`] is what the node was told: kubelet's defaults, then the file, then the flags.
+//! * [`check`] says what is missing on this host, for `lambdalet check`.
+//! * [`apiserver`] is the way to the API server, and what its failures mean.
+//! * [`node`] registers the Node, keeps its status true and renews its lease.
+//! * [`pod`] owns every Pod from the first look to the last: one worker per UID, plan, status, events.
+//! * [`runtime`] is the seam: verbs with CRI's names and rules, and the Docker driver behind them.
+//! * [`network`] gives each Pod an address and plugs its cable.
+//! * [`kubelet_api`] is the node's HTTPS API: logs, Pods, health and metrics, for those who may.
+//!
+//! What all of them use:
+//!
+//! * [`shutdown`] holds the named tasks: the first signal drains, the second aborts, a failure ends the process.
+//! * [`telemetry`] writes log lines, and errors with their whole chain of causes.
+//! * [`metrics`] is the registry behind `/metrics`.
+//! * [`quantity`] reads and writes Kubernetes quantities exactly.
+//! * [`failpoint`] names the steps at which a test may kill the process.
+//!
+//! Imports point one way: [`args`], then [`node`], [`pod`], [`kubelet_api`] and [`check`], then [`runtime`], then
+//! [`network`]. `tests/layout.rs` holds the code to it.
 
 pub mod apiserver;
 pub mod args;

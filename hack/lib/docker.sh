@@ -12,7 +12,7 @@ docker_answers() { curl -fsS --max-time 5 --unix-socket /var/run/docker.sock htt
 ensure_docker() {
   local user=$1
   need_root
-  need_packages curl ca-certificates
+  need_packages curl ca-certificates procps
   mkdir -p "$DOCKER_STATE/users"
   if ! docker_answers >/dev/null 2>&1; then
     command -v dockerd >/dev/null || need_packages docker.io iptables iproute2
@@ -42,16 +42,19 @@ start_dockerd() {
   wait_for 60 "the Docker socket" docker_answers || fail "Docker does not answer on /var/run/docker.sock"
 }
 
-# Without an init system nobody has mounted the cgroup hierarchy.
+# Without an init system nobody may have mounted the cgroup hierarchy: version 2
+# where its controllers are free, else one mount per controller.
 need_cgroups() {
-  local controller
-  if mountpoint -q /sys/fs/cgroup || grep -q ' /sys/fs/cgroup' /proc/mounts; then return 0; fi
-  say "mounting cgroup v2 on /sys/fs/cgroup"
-  mount -t cgroup2 cgroup2 /sys/fs/cgroup && return 0
+  if grep -q ' /sys/fs/cgroup' /proc/mounts; then return 0; fi
+  say "mounting cgroups on /sys/fs/cgroup"
+  if mount -t cgroup2 cgroup2 /sys/fs/cgroup; then
+    ! grep -qw memory /sys/fs/cgroup/cgroup.controllers || return 0
+    umount /sys/fs/cgroup
+  fi
   mount -t tmpfs -o mode=755 cgroup /sys/fs/cgroup
   awk '!/^#/ && $4 == 1 {print $1}' /proc/cgroups | while read -r controller; do
     mkdir -p "/sys/fs/cgroup/$controller"
-    mount -t cgroup -o "$controller" cgroup "/sys/fs/cgroup/$controller"
+    mount -t cgroup -o "$controller" cgroup "/sys/fs/cgroup/$controller" || rmdir "/sys/fs/cgroup/$controller"
   done
 }
 
@@ -69,8 +72,11 @@ docker_env() {
 # release_docker USER: the counterpart of ensure_docker.
 release_docker() {
   rm -f "$DOCKER_STATE/users/$1"
-  [ -f "$DOCKER_STATE/started" ] || return 0
-  [ -z "$(ls -A "$DOCKER_STATE/users" 2>/dev/null)" ] || return 0
+  rmdir "$DOCKER_STATE/users" 2>/dev/null || [ ! -d "$DOCKER_STATE/users" ] || return 0
+  if [ ! -f "$DOCKER_STATE/started" ]; then
+    rmdir "$DOCKER_STATE" 2>/dev/null || true
+    return 0
+  fi
   say "stopping the docker daemon that was started here"
   if [ "$(cat "$DOCKER_STATE/started")" = systemd ]; then
     systemctl stop docker.socket docker >/dev/null 2>&1 || true

@@ -54,6 +54,7 @@ impl RunArgs {
         serving.apply(&mut settings);
         pods.apply(&mut settings);
         runtime.apply(&mut settings);
+        anyhow::ensure!(settings.serving.port != 0, "port 0 cannot be written into the Node object: choose one");
         settings.node.port = settings.serving.port;
         settings.node.runtime_name = settings.runtime.kind.name().to_owned();
         settings.node.root_dir = settings.pods.root_dir.clone();

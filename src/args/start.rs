@@ -1,16 +1,38 @@
 //! Starts the rooms and waits for the end.
 
+use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use tokio::sync::watch;
 use tracing::info;
 
 use super::flags::Plan;
 use crate::apiserver::ApiServer;
-use crate::config::{RuntimeSettings, Settings};
-use crate::node::{self, health};
+use crate::config::{RuntimeKind, Settings};
+use crate::kubelet_api::{self, KubeletApi};
+use crate::metrics::Metrics;
+use crate::network::bridge::Bridge;
+use crate::network::ipam::Ipam;
+use crate::network::uplink::Uplink;
+use crate::node::{self, NodeHandle, health, owner};
+use crate::pod::admission::Admission;
+use crate::pod::directory::Directory;
+use crate::pod::files::DnsSettings;
+use crate::pod::images::Images;
+use crate::pod::inputs::Inputs;
+use crate::pod::inputs::objects::Objects;
+use crate::pod::publish::{PublishCounters, Publisher};
+use crate::pod::translate::Host;
+use crate::pod::volumes::VolumeManager;
+use crate::pod::{self, PodLoop, events};
 use crate::runtime::Runtime;
+use crate::runtime::docker::{DockerOptions, DockerRuntime};
+use crate::runtime::fake::FakeRuntime;
+use crate::runtime::late::Late;
+use crate::runtime::traced::Traced;
 use crate::shutdown::Tasks;
 
 /// How long tasks have to end when Pods are left running: time to finish a request, not to end a Pod.
@@ -19,28 +41,231 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long they have with `--drain-on-exit`: the longest grace period that is honoured then.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(10 * 60);
 
+/// How long an address rests between two Pods: clients that keep endpoints by address have noticed by then.
+const COOL_DOWN: Duration = Duration::from_secs(60);
+
+/// How long a ConfigMap or Secret that was read serves other Pods: a Deployment's replicas start together.
+const OBJECT_TTL: Duration = Duration::from_secs(1);
+
+/// Pulls at once where the operator sets no limit.
+const UNLIMITED_PULLS: usize = 64;
+
+/// What the rooms are made from.
+#[derive(Clone)]
+struct Parts {
+    settings: Arc<Settings>,
+    api: Arc<ApiServer>,
+    owner: String,
+    metrics: Metrics,
+    runtime: Arc<dyn Runtime>,
+    directory: Arc<Directory>,
+    node: NodeHandle,
+    tasks: Tasks,
+}
+
 /// Runs the node until a signal or a failure.
 pub(super) async fn node(plan: Plan) -> anyhow::Result<()> {
     let Plan { settings, kubeconfig, warnings: _ } = plan;
     let kubeconfig = kubeconfig.context("there is no way to the API server: pass --kubeconfig FILE")?;
     let api = Arc::new(ApiServer::from_kubeconfig(&kubeconfig).await?);
     info!(node = %settings.node.name, server = %api.url, runtime = settings.runtime.kind.name(), "starting");
+    let owner = owner::owner(&api, &settings.pods.root_dir, &settings.node.name).await?;
     let (tasks, supervisor) = Tasks::new();
     let patience = if settings.node.drain_on_exit { DRAIN_PATIENCE } else { PATIENCE };
-    start_rooms(settings, api, &tasks)?;
+    start_rooms(settings, api, owner, &tasks).await?;
     supervisor.run(patience).await
 }
 
 /// Wires every room to its neighbours.
-fn start_rooms(settings: Settings, api: Arc<ApiServer>, tasks: &Tasks) -> anyhow::Result<()> {
-    let runtime = driver(&settings.runtime)?;
+async fn start_rooms(settings: Settings, api: Arc<ApiServer>, owner: String, tasks: &Tasks) -> anyhow::Result<()> {
+    let settings = Arc::new(settings);
+    let metrics = Metrics::new();
+    let (uplink, bridge) = Uplink::new();
+    let runtime = driver(&settings, &owner, uplink, &metrics);
     let health = health::spawn(Arc::clone(&runtime), health::INTERVAL, tasks);
-    let params = node::Params { api, settings: Arc::new(settings.node), runtime, health };
-    let _node = node::spawn(params, tasks)?;
+    let params = node::Params {
+        api: Arc::clone(&api),
+        settings: Arc::new(settings.node.clone()),
+        runtime: Arc::clone(&runtime),
+        health,
+    };
+    let node = node::spawn(params, tasks)?;
+    let directory = Arc::new(Directory::default());
+    let parts = Parts { settings, api, owner, metrics, runtime, directory, node, tasks: tasks.clone() };
+    serve_api(&parts).await?;
+    tasks.spawn("pods", pods(parts, bridge));
     Ok(())
 }
 
-/// The driver that was asked for.
-fn driver(settings: &RuntimeSettings) -> anyhow::Result<Arc<dyn Runtime>> {
-    anyhow::bail!("the runtime {} is not part of this build", settings.kind.name())
+/// The driver that was asked for; it connects when it is first used.
+fn driver(settings: &Settings, owner: &str, uplink: Uplink, metrics: &Metrics) -> Arc<dyn Runtime> {
+    match settings.runtime.kind {
+        RuntimeKind::Fake => Arc::new(metrics.register(|registry| Traced::new(FakeRuntime::new(), registry))),
+        RuntimeKind::Docker => {
+            let endpoint = &settings.runtime.docker_endpoint;
+            let options = DockerOptions {
+                socket: endpoint.strip_prefix("unix://").unwrap_or(endpoint).into(),
+                log_max_size: settings.pods.log_max_size.to_string(),
+                log_max_files: settings.pods.log_max_files,
+                sandbox_image: settings.runtime.sandbox_image.clone(),
+                insecure_registries: settings.images.insecure_registries.clone(),
+                ..DockerOptions::new(owner)
+            };
+            let cable = Arc::new(uplink);
+            let late = Late::new(move || {
+                let (options, cable) = (options.clone(), Arc::clone(&cable));
+                Box::pin(async move {
+                    let docker: Arc<dyn Runtime> = Arc::new(DockerRuntime::connect(options, cable).await?);
+                    Ok(docker)
+                })
+            });
+            Arc::new(metrics.register(|registry| Traced::new(late, registry)))
+        }
+    }
+}
+
+/// The node's HTTPS API.
+async fn serve_api(parts: &Parts) -> anyhow::Result<()> {
+    let serving = &parts.settings.serving;
+    let facts = parts.node.facts.borrow().clone();
+    let files = serving.tls_cert_file.clone().zip(serving.tls_private_key_file.clone());
+    let params = kubelet_api::Params {
+        listen: SocketAddr::new(serving.address, serving.port),
+        node_name: facts.name.clone(),
+        tls: kubelet_api::TlsParams {
+            serving: match files {
+                Some((certificate, key)) => kubelet_api::Serving::Files { certificate, key },
+                None => kubelet_api::Serving::SelfSigned(kubelet_api::SelfSigned {
+                    directory: parts.settings.pods.root_dir.join("pki"),
+                    names: vec![facts.name],
+                    addresses: facts.addresses,
+                }),
+            },
+            client_ca_file: serving.client_ca_file.clone(),
+        },
+        access: kubelet_api::Access {
+            anonymous: serving.anonymous,
+            token_webhook: serving.token_review,
+            token_ttl: serving.token_review_ttl,
+            authorization: match serving.authorize {
+                true => kubelet_api::Authorization::Webhook,
+                false => kubelet_api::Authorization::AlwaysAllow,
+            },
+            authorized_ttl: serving.authorized_ttl,
+            unauthorized_ttl: serving.unauthorized_ttl,
+        },
+        client: parts.api.client.clone(),
+        targets: parts.directory.clone(),
+        runtime: parts.runtime.clone(),
+        metrics: parts.metrics.clone(),
+        limits: kubelet_api::Limits::default(),
+    };
+    let api = KubeletApi::bind(params).await?;
+    let draining = parts.tasks.draining();
+    parts.tasks.spawn("node API", async move {
+        api.serve(draining).await;
+        Ok(())
+    });
+    Ok(())
+}
+
+/// The Pod network and the Pod loop on it.
+async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Result<()> {
+    let Parts { settings, api, tasks, .. } = &parts;
+    let draining = tasks.draining();
+    let range = tokio::select! {
+        // Cancel-safe: nothing was made yet.
+        range = parts.node.pod_range(settings.pods.pod_cidr) => range,
+        () = draining.cancelled() => return Ok(()),
+    };
+    let root = &settings.pods.root_dir;
+    let ipam = Ipam::open(&root.join("addresses"), range, COOL_DOWN).context("failed to open the Pod addresses")?;
+    if settings.runtime.kind == RuntimeKind::Docker {
+        let name = format!("ll{}", &parts.owner[..8]);
+        let made = Bridge::ensure(&name, ipam.gateway(), ipam.range()).await;
+        let made = made.context("failed to set up the Pod network")?;
+        info!(bridge = name, %range, "the Pod network is up");
+        bridge.send_replace(Some(made));
+    }
+    let (drain, drained) = watch::channel(false);
+    let shared = Arc::new(shared(&parts, ipam, drained).await?);
+    PodLoop::new(Arc::clone(&shared), api.client.clone(), drain).run(draining, settings.node.drain_on_exit).await;
+    if settings.node.drain_on_exit {
+        take_down(&shared, &bridge).await;
+    }
+    Ok(())
+}
+
+/// With every Pod ended, nothing of the node stays on the host.
+async fn take_down(shared: &pod::Shared, bridge: &watch::Sender<Option<Bridge>>) {
+    if let Some(bridge) = bridge.send_replace(None)
+        && let Err(error) = bridge.remove().await
+    {
+        tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the Pod network");
+    }
+    if let Err(error) = shared.volumes.close().await {
+        tracing::warn!(error = crate::telemetry::chain(&error), "failed to unmount the Pods' secrets");
+    }
+}
+
+/// What every Pod's worker uses, and the tasks behind it.
+async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> anyhow::Result<pod::Shared> {
+    let Parts { settings, api, tasks, .. } = parts;
+    let client = api.client.clone();
+    let counters = PublishCounters::registered(&parts.metrics);
+    let publisher = Publisher::new(client.clone(), counters);
+    let (closing, running) = (tasks.closing(), publisher.clone());
+    tasks.spawn_companion("Pod status", async move {
+        running.run(closing).await;
+        Ok(())
+    });
+    let facts = parts.node.facts.clone();
+    let dropped = parts.metrics.register(events::dropped_counter);
+    let (events, writer) = events::events(client.clone(), &settings.node.name, dropped);
+    let closing = tasks.closing();
+    tasks.spawn_companion("events", async move {
+        writer.run(closing).await;
+        Ok(())
+    });
+    let objects = Arc::new(Objects::new(client.clone(), OBJECT_TTL));
+    let volumes = VolumeManager::new(client.clone(), Arc::clone(&objects), &settings.pods.root_dir);
+    volumes.prepare().await.context("failed to set up the directory of the Pods' secrets")?;
+    let inputs = Inputs::new(client, objects);
+    let memory = facts.borrow().capacity.get("memory").map_or(0, |memory| memory.value());
+    Ok(pod::Shared {
+        runtime: parts.runtime.clone(),
+        runtime_name: settings.runtime.kind.name().to_owned(),
+        publisher,
+        events,
+        volumes,
+        inputs,
+        dns: dns_settings(settings),
+        ipam: Arc::new(ipam),
+        admission: Admission::default(),
+        directory: parts.directory.clone(),
+        images: Images::new(settings.images.max_parallel_pulls.map_or(UNLIMITED_PULLS, |n| n as usize)),
+        facts,
+        registration: parts.node.registration.clone(),
+        host: Host {
+            cgroup_root: format!("lambdalet-{}", parts.owner),
+            seccomp_root: settings.pods.root_dir.join("seccomp"),
+            memory,
+            cpu_quota: settings.pods.cpu_cfs_quota,
+            pids_limit: settings.pods.pids_limit,
+        },
+        settings: settings.pods.clone(),
+        draining,
+    })
+}
+
+/// What the node knows about names. The host's files are read once: a Pod keeps what it started with anyway.
+fn dns_settings(settings: &Settings) -> DnsSettings {
+    let read = |path: &Path| std::fs::read_to_string(path).unwrap_or_default();
+    DnsSettings {
+        cluster_dns: settings.pods.cluster_dns.clone(),
+        cluster_domain: settings.pods.cluster_domain.clone(),
+        host_resolv_conf: read(&settings.pods.resolv_conf),
+        host_hosts: read(Path::new("/etc/hosts")),
+        node_hostname: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+    }
 }

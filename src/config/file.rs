@@ -239,12 +239,24 @@ impl ConfigFile {
     }
 }
 
-/// YAML, or JSON with its own line numbers (JSON may be indented with tabs, YAML may not).
+/// YAML, or JSON with its own line numbers (JSON may be indented with tabs, YAML may not). An error names the field.
 fn decode<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
-    if text.trim_start().starts_with('{') {
-        return serde_json::from_str(text).map_err(|error| error.to_string());
-    }
-    serde_saphyr::from_str(text).map_err(|error| yaml_error(&error))
+    let mut track = serde_path_to_error::Track::new();
+    let decoded = if text.trim_start().starts_with('{') {
+        let mut json = serde_json::Deserializer::from_str(text);
+        T::deserialize(serde_path_to_error::Deserializer::new(&mut json, &mut track))
+            .and_then(|value| json.end().map(|()| value))
+            .map_err(|error| error.to_string())
+    } else {
+        let read = |yaml: serde_saphyr::Deserializer<'_, '_>| {
+            T::deserialize(serde_path_to_error::Deserializer::new(yaml, &mut track))
+        };
+        serde_saphyr::with_deserializer_from_str(text, read).map_err(|error| yaml_error(&error))
+    };
+    decoded.map_err(|message| match track.path().to_string() {
+        nowhere if nowhere == "." || nowhere.contains('?') => message,
+        field => format!("field {field}: {message}"),
+    })
 }
 
 /// A YAML error in one line with its place, and without the text around it (which may be secret).
@@ -424,4 +436,204 @@ fn reserved_from(pairs: &BTreeMap<String, String>) -> Result<Reserved, ValueErro
 
 fn positive(duration: Duration) -> Result<Duration, ValueError> {
     if duration.is_zero() { Err(ValueError::new("it must be longer than zero")) } else { Ok(duration) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::config::ImageSettings;
+    use crate::quantity::Quantity;
+
+    const HEAD: &str = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n";
+
+    fn applied(body: &str) -> (Settings, Vec<String>) {
+        let mut settings = Settings::default();
+        let file = ConfigFile::parse(Path::new("node.yaml"), &format!("{HEAD}{body}")).unwrap();
+        let warnings = file.apply(&mut settings).unwrap();
+        (settings, warnings)
+    }
+
+    fn refused(text: &str) -> String {
+        let result = ConfigFile::parse(Path::new("node.yaml"), text)
+            .and_then(|file| file.apply(&mut Settings::default()).map(|_| ()));
+        crate::telemetry::chain(&result.unwrap_err())
+    }
+
+    #[test]
+    fn an_empty_file_leaves_the_defaults() {
+        let (settings, warnings) = applied("");
+        assert!(warnings.is_empty(), "{warnings:?}");
+        assert_eq!(format!("{settings:?}"), format!("{:?}", Settings::default()));
+    }
+
+    #[test]
+    fn serving_fields_are_read() {
+        let (settings, warnings) = applied(
+            "address: 10.0.0.1\nport: 10255\ntlsCertFile: /c\ntlsPrivateKeyFile: /k\n\
+             authentication:\n  x509: {clientCAFile: /ca}\n  webhook: {enabled: false, cacheTTL: 1m}\n  \
+             anonymous: {enabled: false}\n\
+             authorization:\n  mode: Webhook\n  webhook: {cacheAuthorizedTTL: 3m0s, cacheUnauthorizedTTL: 10s}\n",
+        );
+        assert!(warnings.is_empty(), "{warnings:?}");
+        let serving = settings.serving;
+        assert_eq!((serving.address.to_string().as_str(), serving.port), ("10.0.0.1", 10255));
+        assert_eq!(serving.tls_cert_file, Some(PathBuf::from("/c")));
+        assert_eq!(serving.tls_private_key_file, Some(PathBuf::from("/k")));
+        assert_eq!(serving.client_ca_file, Some(PathBuf::from("/ca")));
+        assert!(!serving.token_review && !serving.anonymous && serving.authorize);
+        assert_eq!(serving.token_review_ttl, Duration::from_secs(60));
+        assert_eq!(serving.authorized_ttl, Duration::from_secs(180));
+        assert_eq!(serving.unauthorized_ttl, Duration::from_secs(10));
+    }
+
+    #[test]
+    fn open_doors_are_honoured_and_warned_of() {
+        let (settings, warnings) =
+            applied("authentication: {anonymous: {enabled: true}}\nauthorization: {mode: AlwaysAllow}\n");
+        assert!(settings.serving.anonymous && !settings.serving.authorize);
+        assert_eq!(warnings.len(), 2, "{warnings:?}");
+        assert!(warnings[0].contains("anonymous") && warnings[1].contains("AlwaysAllow"), "{warnings:?}");
+    }
+
+    #[test]
+    fn node_fields_are_read() {
+        let (settings, warnings) = applied(
+            "maxPods: 50\nregisterNode: false\nsystemReserved: {cpu: 100m, memory: 1Gi}\nkubeReserved: {cpu: 1}\n\
+             registerWithTaints: [{key: a, value: b, effect: NoSchedule}, {key: c, effect: NoExecute}]\n\
+             nodeStatusUpdateFrequency: 5s\nnodeStatusReportFrequency: 1m\nnodeLeaseDurationSeconds: 20\n\
+             evictionPressureTransitionPeriod: 30s\n\
+             evictionHard: {memory.available: 200Mi, nodefs.available: 5%, nodefs.inodesFree: 1%, pid.available: 10%}\n",
+        );
+        assert!(warnings.is_empty(), "{warnings:?}");
+        let node = settings.node;
+        assert_eq!((node.max_pods, node.register), (50, false));
+        assert_eq!(node.system_reserved.0["cpu"], Quantity::from_millis(100));
+        assert_eq!(node.kube_reserved.0["cpu"], Quantity::from_units(1));
+        assert_eq!(node.taints.len(), 2);
+        assert_eq!(node.status_update_frequency, Duration::from_secs(5));
+        assert_eq!(node.status_report_frequency, Duration::from_secs(60));
+        assert_eq!(node.lease_duration, Duration::from_secs(20));
+        assert_eq!(node.pressure_transition, Duration::from_secs(30));
+        assert_eq!(node.eviction_hard.len(), 4);
+        assert_eq!(node.eviction_hard["nodefs.available"], Threshold::Percent(5.0));
+    }
+
+    #[test]
+    fn a_status_frequency_alone_sets_both_paces() {
+        let (settings, _) = applied("nodeStatusUpdateFrequency: 20s\n");
+        assert_eq!(settings.node.status_report_frequency, Duration::from_secs(20));
+    }
+
+    #[test]
+    fn pod_and_image_fields_are_read() {
+        let (settings, warnings) = applied(
+            "clusterDNS: [10.96.0.10]\nclusterDomain: c.example\npodCIDR: 10.1.0.0/24\nresolvConf: /r\n\
+             crashLoopBackOff: {maxContainerRestartPeriod: 60s}\ncpuCFSQuota: false\npodPidsLimit: 100\n\
+             containerLogMaxSize: 5Mi\ncontainerLogMaxFiles: 3\n\
+             serializeImagePulls: false\nmaxParallelImagePulls: 4\nregistryPullQPS: 7\nregistryBurst: 9\n",
+        );
+        assert!(warnings.is_empty(), "{warnings:?}");
+        let pods = settings.pods;
+        assert_eq!(pods.cluster_dns, ["10.96.0.10".parse::<IpAddr>().unwrap()]);
+        assert_eq!(
+            (pods.cluster_domain.as_str(), pods.pod_cidr.unwrap().to_string()),
+            ("c.example", "10.1.0.0/24".to_owned())
+        );
+        assert_eq!((pods.resolv_conf, pods.max_restart_backoff), (PathBuf::from("/r"), Duration::from_secs(60)));
+        assert_eq!((pods.cpu_cfs_quota, pods.pids_limit), (false, Some(100)));
+        assert_eq!((pods.log_max_size, pods.log_max_files), (5 << 20, 3));
+        let images =
+            ImageSettings { max_parallel_pulls: Some(4), pull_qps: 7, pull_burst: 9, ..ImageSettings::default() };
+        assert_eq!(settings.images, images);
+        assert_eq!(applied("podPidsLimit: -1\n").0.pods.pids_limit, None);
+        assert_eq!(applied("serializeImagePulls: false\n").0.images.max_parallel_pulls, None);
+        assert_eq!(applied("maxParallelImagePulls: 4\n").0.images.max_parallel_pulls, Some(1), "serialized by default");
+    }
+
+    #[test]
+    fn what_has_no_effect_is_named_once() {
+        let (_, warnings) = applied(
+            "staticPodPath: /m\nnotAField: 1\nauthentication: {x509: {clientCAFile: /ca, other: 1}}\n\
+             evictionHard: {imagefs.available: 10%}\nfeatureGates: {A: true}\n",
+        );
+        assert_eq!(warnings.len(), 1, "{warnings:?}");
+        for field in [
+            "staticPodPath",
+            "notAField",
+            "authentication.x509.other",
+            "evictionHard.imagefs.available",
+            "featureGates",
+        ] {
+            assert!(warnings[0].contains(field), "{field}: {}", warnings[0]);
+        }
+    }
+
+    #[test]
+    fn a_field_of_the_wrong_type_is_named_with_its_line() {
+        let error = refused(&format!("{HEAD}port: many\n"));
+        assert!(error.contains("node.yaml: field port: ") && error.contains("line 3"), "{error}");
+        let error = refused(&format!("{HEAD}maxPods: 1\nnodeStatusUpdateFrequency: soon\n"));
+        assert!(error.contains("field nodeStatusUpdateFrequency: ") && error.contains("\"soon\""), "{error}");
+        assert!(error.contains("line 4"), "{error}");
+        let error = refused(
+            "{\"apiVersion\": \"kubelet.config.k8s.io/v1beta1\",\n\"kind\": \"KubeletConfiguration\",\n\"port\": []}",
+        );
+        assert!(error.contains("field port: ") && error.contains("line 3"), "{error}");
+        let error = refused(&format!("{HEAD}port: [\n"));
+        assert!(error.contains("line "), "{error}");
+        assert!(refused(&format!("{HEAD}port: 1\nport: 2\n")).contains("port"));
+    }
+
+    #[test]
+    fn another_document_is_refused_by_what_it_is() {
+        let error = refused("apiVersion: v1\nkind: Pod\n");
+        assert!(error.contains("\"Pod\"") && error.contains("KubeletConfiguration"), "{error}");
+        assert!(refused("port: 1\n").contains("no apiVersion and kind"));
+        assert!(refused("").contains("node.yaml"));
+        assert!(refused("- a\n- b\n").contains("no apiVersion and kind"));
+    }
+
+    #[test]
+    fn a_value_that_cannot_be_used_is_named_by_its_field() {
+        for (body, field) in [
+            ("systemReserved: {gpu: 1}\n", "systemReserved"),
+            ("kubeReserved: {cpu: x}\n", "kubeReserved"),
+            ("evictionHard: {memory.available: x}\n", "evictionHard.memory.available"),
+            ("evictionHard: {cpu.available: 1}\n", "evictionHard.cpu.available"),
+            ("registerWithTaints: [{key: 'a b', effect: NoSchedule}]\n", "registerWithTaints"),
+            ("podCIDR: 10.0.0.1\n", "podCIDR"),
+            ("nodeStatusUpdateFrequency: 0s\n", "nodeStatusUpdateFrequency"),
+            ("nodeLeaseDurationSeconds: 0\n", "nodeLeaseDurationSeconds"),
+            ("crashLoopBackOff: {maxContainerRestartPeriod: 1h}\n", "crashLoopBackOff.maxContainerRestartPeriod"),
+            ("containerLogMaxSize: big\n", "containerLogMaxSize"),
+            ("containerLogMaxFiles: 1\n", "containerLogMaxFiles"),
+        ] {
+            let error = refused(&format!("{HEAD}{body}"));
+            assert!(error.contains(&format!("field {field} in")), "{error}");
+        }
+    }
+
+    #[test]
+    fn json_may_be_indented_with_tabs() {
+        let text = "{\n\t\"apiVersion\": \"kubelet.config.k8s.io/v1beta1\",\n\t\"kind\": \"KubeletConfiguration\",\n\t\"port\": 1\n}";
+        let mut settings = Settings::default();
+        ConfigFile::parse(Path::new("c.json"), text).unwrap().apply(&mut settings).unwrap();
+        assert_eq!(settings.serving.port, 1);
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = ConfigFile::read(Path::new("/nowhere/node.yaml")).unwrap_err();
+        assert!(error.to_string().contains("/nowhere/node.yaml"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_the_parser_panic(text in "[a-z:{}\\[\\]\"'&*!|>\\- \n\t0-9]{0,80}") {
+            let _ = ConfigFile::parse(Path::new("x"), &text);
+            let _ = ConfigFile::parse(Path::new("x"), &format!("{HEAD}{text}"));
+        }
+    }
 }

@@ -1,7 +1,8 @@
 //! `/containerLogs`: finds the container, then hands its log through line by line, holding no more than a batch of it.
 
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::rejection::QueryRejection;
@@ -12,6 +13,7 @@ use futures::stream::{BoxStream, Stream, StreamExt};
 use http::{StatusCode, header};
 use jiff::Timestamp;
 use prometheus_client::metrics::counter::Counter;
+use tokio::time::{Sleep, sleep};
 use tracing::warn;
 
 use super::log_query::{LogFormat, LogQuery, QueryError};
@@ -26,6 +28,10 @@ use crate::telemetry::chain;
 const BATCH: usize = 16 << 10;
 /// Chunks looked at before others get their turn, where a filter lets none through.
 const TURN: usize = 256;
+
+/// Between the last bytes and a broken connection. hyper throws away what it has not written yet when a body fails, so
+/// without a pause the client would lose lines, or even the answer's head.
+const BREAK_PAUSE: Duration = Duration::from_millis(200);
 
 /// Why there is no log. `Display` is the body of the answer, so it says what kubectl should print.
 #[derive(Debug, thiserror::Error)]
@@ -146,8 +152,8 @@ struct LogStream {
     batch: BytesMut,
     /// A large piece that follows the batch.
     large: Bytes,
-    /// An error that follows both.
-    failed: Option<RuntimeError>,
+    /// An error that follows both, after a pause.
+    failed: Option<(RuntimeError, Pin<Box<Sleep>>)>,
     sent: Counter,
 }
 
@@ -185,6 +191,14 @@ impl LogStream {
         }
     }
 
+    /// The end of the body, or the error it breaks off with.
+    fn end(&mut self, cx: &mut Context<'_>) -> Poll<Option<RuntimeResult<Bytes>>> {
+        if let Some((_, pause)) = &mut self.failed {
+            ready!(pause.as_mut().poll(cx));
+        }
+        Poll::Ready(self.failed.take().map(|(error, _)| Err(error)))
+    }
+
     fn flush(&mut self) -> Poll<Option<RuntimeResult<Bytes>>> {
         if self.batch.is_empty() {
             return Poll::Pending;
@@ -203,14 +217,14 @@ impl Stream for LogStream {
                 return Poll::Ready(Some(Ok(bytes)));
             }
             let Some(chunks) = &mut self.chunks else {
-                return Poll::Ready(self.failed.take().map(Err));
+                return self.end(cx);
             };
             match chunks.poll_next_unpin(cx) {
                 Poll::Ready(Some(Ok(chunk))) => self.take_in(chunk),
                 Poll::Ready(Some(Err(error))) => {
                     // The connection is broken off, so that the client does not take this for the log's end.
                     warn!(error = chain(&error), "a container log broke off");
-                    self.failed = Some(error);
+                    self.failed = Some((error, Box::pin(sleep(BREAK_PAUSE))));
                     self.chunks = None;
                 }
                 Poll::Ready(None) => self.chunks = None,
@@ -318,12 +332,12 @@ mod tests {
         assert!(futures::executor::block_on(pieces.next()).is_none());
     }
 
-    #[test]
-    fn an_error_comes_after_everything_before_it() {
+    #[tokio::test]
+    async fn an_error_comes_after_everything_before_it() {
         let broken = RuntimeError::new(Kind::Unavailable, "gone");
         let chunks = stream::iter(vec![Ok(out(1, "a\n")), Ok(out(2, &"b".repeat(BATCH))), Err(broken)]);
         let pieces = LogStream::new(chunks.boxed(), LogFormat::default(), Counter::default());
-        let all = futures::executor::block_on(pieces.collect::<Vec<_>>());
+        let all = pieces.collect::<Vec<_>>().await;
         let (last, good) = all.split_last().unwrap();
         assert!(last.is_err());
         let delivered: usize = good.iter().map(|piece| piece.as_ref().unwrap().len()).sum();

@@ -14,6 +14,7 @@ mod log_query;
 mod logs;
 mod meters;
 mod peer;
+mod seldom;
 mod self_signed;
 mod server;
 mod slots;
@@ -105,6 +106,9 @@ impl KubeletApi {
     /// What cannot be read, parsed, written or listened on.
     pub async fn bind(params: Params) -> Result<Self, ApiError> {
         let tls = Arc::new(Tls::load(params.tls).map_err(ApiError::Tls)?);
+        let failed = |source| ApiError::Listen { address: params.listen, source };
+        let listener = TcpListener::bind(params.listen).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
         let meters = Meters::new(&params.metrics);
         let gate = auth::Gate::new(params.node_name, params.access, params.client, tls.clone(), meters.clone());
         let app =
@@ -113,10 +117,7 @@ impl KubeletApi {
             .layer(from_fn_with_state(Arc::new(gate), auth::gate))
             .layer(from_fn_with_state(app.clone(), observe))
             .with_state(app);
-        let failed = |source| ApiError::Listen { address: params.listen, source };
-        let listener = TcpListener::bind(params.listen).await.map_err(failed)?;
-        let address = listener.local_addr().map_err(failed)?;
-        let server = Arc::new(Server { tls, router, limits: params.limits, meters });
+        let server = Arc::new(Server::new(tls, router, params.limits, meters));
         Ok(Self { listener, address, server })
     }
 
@@ -162,6 +163,8 @@ const NOT_SERVED: [&str; 28] = [
     "/checkpoint/{*rest}",
     "/configz",
     "/debug/flags/v",
+    "/debug/pprof",
+    "/debug/pprof/",
     "/debug/pprof/{*rest}",
     "/exec/{*rest}",
     "/flagz",
@@ -184,8 +187,6 @@ const NOT_SERVED: [&str; 28] = [
     "/stats/summary",
     "/stats/{*rest}",
     "/statusz",
-    "/debug/pprof",
-    "/debug/pprof/",
 ];
 
 /// GET `/healthz`: `ok`, or 500 with what is stuck.

@@ -10,7 +10,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::response::{IntoResponse, Response};
@@ -31,6 +31,7 @@ use tracing::{debug, error, info, warn};
 
 use super::meters::{Lost, Meters};
 use super::peer::Peer;
+use super::seldom::{Last, Seldom};
 use super::slots::{Admission, Slot, Slots};
 use super::tls::Tls;
 use crate::telemetry::chain;
@@ -80,10 +81,12 @@ impl Default for Limits {
 
 /// What every connection needs.
 pub(super) struct Server {
-    pub(super) tls: Arc<Tls>,
-    pub(super) router: Router,
-    pub(super) limits: Limits,
-    pub(super) meters: Meters,
+    tls: Arc<Tls>,
+    router: Router,
+    limits: Limits,
+    meters: Meters,
+    handshake_lines: Seldom,
+    refusal_lines: Seldom,
 }
 
 /// Serves until `shutdown`, then lets what is being answered end, but not for long.
@@ -150,7 +153,9 @@ fn place(
             tasks.spawn(async move {
                 let _place = place;
                 let limit = server.limits.connections;
-                warn!(peer = %address, limit, "refused a connection: all are in use");
+                if let Some(Last(last)) = server.refusal_lines.allow(Instant::now()) {
+                    warn!(peer = %address, limit, last_this_minute = last, "refused a connection: all are in use");
+                }
                 // An error here is the client's leaving, and it was not to be served anyway.
                 let _ = timeout(REFUSAL_TIMEOUT, server.refuse(tcp)).await;
             });
@@ -191,6 +196,11 @@ async fn reload(server: Arc<Server>, shutdown: CancellationToken) {
 }
 
 impl Server {
+    pub(super) fn new(tls: Arc<Tls>, router: Router, limits: Limits, meters: Meters) -> Self {
+        let (handshake_lines, refusal_lines) = (Seldom::default(), Seldom::default());
+        Self { tls, router, limits, meters, handshake_lines, refusal_lines }
+    }
+
     async fn serve(&self, tcp: TcpStream, address: SocketAddr, slot: Slot, shutdown: CancellationToken) {
         self.meters.connections.inc();
         tokio::select! {
@@ -240,11 +250,18 @@ impl Server {
     /// A connection that is opened and closed is a port check, anything else deserves a line.
     fn handshake_failed(&self, peer: SocketAddr, cause: &io::Error) {
         self.meters.lost(Lost::Handshake);
-        match cause.kind() {
-            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
-                debug!(%peer, error = chain(cause), "client left during the TLS handshake");
-            }
-            _ => warn!(%peer, error = chain(cause), "TLS handshake failed"),
+        if matches!(
+            cause.kind(),
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+        ) {
+            return debug!(%peer, error = chain(cause), "client left during the TLS handshake");
+        }
+        let Some(Last(last)) = self.handshake_lines.allow(Instant::now()) else { return };
+        let inner = cause.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        if matches!(inner, Some(rustls::Error::InvalidCertificate(_))) {
+            warn!(%peer, error = chain(cause), last_this_minute = last, "refused a client certificate: the client CA file does not vouch for it");
+        } else {
+            warn!(%peer, error = chain(cause), last_this_minute = last, "TLS handshake failed");
         }
     }
 

@@ -291,9 +291,10 @@ fn configure(inside: &mut Netlink, settings: &Settings, address: IpAddr) -> io::
     inside.set_up(interface)?;
     inside.add_link_route(interface, settings.gateway)?;
     inside.add_default_route(interface, settings.gateway)?;
+    let family = if address.is_ipv4() { "ipv4" } else { "ipv6" };
     for key in ["all", INTERFACE] {
         // See the module: neighbours are reached through the gateway, whatever another router may advise.
-        if let Err(error) = set_sysctl(&format!("net/ipv4/conf/{key}/accept_redirects"), "0") {
+        if let Err(error) = set_sysctl(&format!("net/{family}/conf/{key}/accept_redirects"), "0") {
             debug!(error = crate::telemetry::chain(&error), "redirects stay accepted in a sandbox");
         }
     }

@@ -15,6 +15,7 @@ pub mod bridge;
 mod firewall;
 pub mod ipam;
 mod netlink;
+pub mod uplink;
 
 use std::io;
 use std::net::IpAddr;

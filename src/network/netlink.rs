@@ -193,8 +193,8 @@ impl Netlink {
         let answers = self.exchange(RouteNetlinkMessage::GetAddress(message), NLM_F_REQUEST | NLM_F_DUMP)?;
         for answer in answers {
             let RouteNetlinkMessage::NewAddress(found) = answer else { continue };
-            let wanted = found.header.prefix_len == prefix
-                && found.attributes.iter().any(|attribute| *attribute == AddressAttribute::Address(address));
+            let wanted =
+                found.header.prefix_len == prefix && found.attributes.contains(&AddressAttribute::Address(address));
             if found.header.index == index && found.header.scope == AddressScope::Universe && !wanted {
                 self.change(RouteNetlinkMessage::DelAddress(found), 0)?;
             }

@@ -55,13 +55,20 @@ impl Lease {
             let node = registration.borrow_and_update().as_ref().map(|node| node.uid.clone());
             let pause = match node {
                 None => None,
-                Some(uid) => Some(match self.renew(&uid).await {
-                    Ok(()) => {
-                        retry.succeeded();
-                        self.duration / RENEW_FRACTION
-                    }
-                    Err(error) => retry.failed(chain(&error)),
-                }),
+                Some(uid) => {
+                    // Cancel-safe: this is the end, and a renewal more or less does not matter.
+                    let renewal = tokio::select! {
+                        () = closing.cancelled() => return,
+                        renewal = self.renew(&uid) => renewal,
+                    };
+                    Some(match renewal {
+                        Ok(()) => {
+                            retry.succeeded();
+                            self.duration / RENEW_FRACTION
+                        }
+                        Err(error) => retry.failed(chain(&error)),
+                    })
+                }
             };
             let sleep = async {
                 match pause {

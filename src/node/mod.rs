@@ -15,6 +15,7 @@ pub mod health;
 pub mod lease;
 pub mod machine;
 pub mod object;
+pub mod owner;
 mod register;
 mod retry;
 
@@ -46,6 +47,8 @@ pub struct NodeFacts {
     pub name: String,
     /// Its InternalIPs, the primary first.
     pub addresses: Vec<IpAddr>,
+    /// What the host has of the same.
+    pub capacity: std::collections::BTreeMap<String, crate::quantity::Quantity>,
     /// What Pods may use of it: `cpu`, `memory`, `ephemeral-storage`, `pods` (and `hugepages-*`), to a quantity each.
     pub allocatable: std::collections::BTreeMap<String, crate::quantity::Quantity>,
 }
@@ -72,6 +75,9 @@ pub enum NodeError {
     /// No address was told or found.
     #[error("this host has no route to take its address from: pass --node-ip")]
     NoAddress,
+    /// The reservations and thresholds take everything.
+    #[error("nothing of {0} is left for Pods: lower --system-reserved, --kube-reserved or evictionHard")]
+    NothingLeft(String),
     /// The credentials are those of another node.
     #[error(
         "the identity in {kubeconfig} is {identity}, which may only be the node {theirs:?}, but this node is called \
@@ -166,6 +172,11 @@ pub fn spawn(params: Params, tasks: &Tasks) -> Result<NodeHandle, NodeError> {
         previous: &[],
         now: Timestamp::now(),
     });
+    for resource in ["cpu", "memory"] {
+        if facts.allocatable.get(resource).is_none_or(|amount| amount.is_zero()) {
+            return Err(NodeError::NothingLeft(resource.to_owned()));
+        }
+    }
     let (facts_sender, facts) = watch::channel(facts);
     let (registration_sender, registration) = watch::channel(None);
 

@@ -182,90 +182,56 @@ pub fn status(inputs: &Inputs<'_>) -> NodeStatus {
 
 /// What Pods may ask of the node.
 pub fn facts(inputs: &Inputs<'_>) -> NodeFacts {
-    let allocatable = allocatable(inputs.settings, inputs.machine);
     NodeFacts {
         name: inputs.settings.name.clone(),
         addresses: inputs.addresses.to_vec(),
-        allocatable: allocatable.into_iter().map(|(name, amount)| (name, amount.quantity())).collect(),
+        capacity: capacity(inputs.settings, inputs.machine),
+        allocatable: allocatable(inputs.settings, inputs.machine),
     }
 }
 
-/// An amount in the unit its resource is reported in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Amount {
-    /// Thousandths of a core.
-    Millicores(i64),
-    /// Bytes, reported in kibibytes, rounded down.
-    Bytes(i64),
-    /// Things.
-    Count(i64),
+fn api_quantities(amounts: BTreeMap<String, Quantity>) -> BTreeMap<String, ApiQuantity> {
+    amounts.into_iter().map(|(name, amount)| (name, amount.into())).collect()
 }
 
-impl Amount {
-    /// The same as a number.
-    pub fn quantity(self) -> Quantity {
-        match self {
-            Self::Millicores(millis) => Quantity::from_millis(millis),
-            Self::Bytes(units) | Self::Count(units) => Quantity::from_units(units),
-        }
-    }
-}
-
-fn api_quantities(amounts: BTreeMap<String, Amount>) -> BTreeMap<String, ApiQuantity> {
-    let text = |amount| match amount {
-        Amount::Millicores(millis) if millis % 1000 == 0 => (millis / 1000).to_string(),
-        Amount::Millicores(millis) => format!("{millis}m"),
-        Amount::Bytes(0) => "0".to_owned(),
-        Amount::Bytes(bytes) => format!("{}Ki", bytes >> 10),
-        Amount::Count(count) => count.to_string(),
-    };
-    amounts.into_iter().map(|(name, amount)| (name, ApiQuantity(text(amount)))).collect()
-}
-
-fn bytes(amount: u64) -> Amount {
-    Amount::Bytes(i64::try_from(amount).unwrap_or(i64::MAX))
+/// Bytes in whole kibibytes, as kubelet reports them.
+fn kibibytes(bytes: u64) -> Quantity {
+    Quantity::from_units(i64::try_from(bytes & !1023).unwrap_or(i64::MAX))
 }
 
 /// What the node has.
-pub fn capacity(settings: &NodeSettings, machine: &Machine) -> BTreeMap<String, Amount> {
+pub fn capacity(settings: &NodeSettings, machine: &Machine) -> BTreeMap<String, Quantity> {
     let mut capacity = BTreeMap::from([
-        ("cpu".to_owned(), Amount::Millicores(i64::from(machine.cpus) * 1000)),
-        ("memory".to_owned(), bytes(machine.memory)),
-        ("ephemeral-storage".to_owned(), bytes(machine.storage)),
-        ("pods".to_owned(), Amount::Count(i64::from(settings.max_pods))),
+        ("cpu".to_owned(), Quantity::from_units(machine.cpus.into())),
+        ("memory".to_owned(), kibibytes(machine.memory)),
+        ("ephemeral-storage".to_owned(), kibibytes(machine.storage)),
+        ("pods".to_owned(), Quantity::from_units(settings.max_pods.into())),
     ]);
-    capacity.extend(machine.hugepages.iter().map(|(name, amount)| (name.clone(), bytes(*amount))));
+    capacity.extend(machine.hugepages.iter().map(|(name, amount)| (name.clone(), kibibytes(*amount))));
     capacity
 }
 
 /// What Pods may use: capacity less the reservations, less the hard eviction thresholds, and for memory less huge pages
 /// (kubelet's Node Allocatable). Never below zero.
-pub fn allocatable(settings: &NodeSettings, machine: &Machine) -> BTreeMap<String, Amount> {
-    let reserved = |name: &str, per_unit: i128| -> i64 {
-        let lists = [&settings.system_reserved, &settings.kube_reserved];
-        let nanos: i128 = lists.iter().filter_map(|list| list.0.get(name)).map(|quantity| quantity.nanos()).sum();
-        i64::try_from(nanos * per_unit / 1_000_000_000).unwrap_or(i64::MAX)
+pub fn allocatable(settings: &NodeSettings, machine: &Machine) -> BTreeMap<String, Quantity> {
+    let reserved = |name: &str| -> Quantity {
+        [&settings.system_reserved, &settings.kube_reserved].iter().filter_map(|list| list.0.get(name).copied()).sum()
     };
-    let threshold = |signal: &str, capacity: u64| -> i64 {
-        let threshold = settings.eviction_hard.get(signal).map_or(0, |threshold| threshold.of(capacity));
-        i64::try_from(threshold).unwrap_or(i64::MAX)
+    let threshold = |signal: &str, capacity: u64| {
+        kibibytes(settings.eviction_hard.get(signal).map_or(0, |threshold| threshold.of(capacity)))
     };
-    let huge: u64 = machine.hugepages.values().sum();
-    let less = |amount: i64, parts: &[i64]| parts.iter().fold(amount, |left, part| left.saturating_sub(*part)).max(0);
     let mut allocatable = capacity(settings, machine);
     for (name, amount) in &mut allocatable {
-        match (name.as_str(), amount) {
-            ("cpu", Amount::Millicores(millis)) => *millis = less(*millis, &[reserved("cpu", 1000)]),
-            ("memory", Amount::Bytes(bytes)) => {
-                let huge = i64::try_from(huge).unwrap_or(i64::MAX);
-                *bytes = less(*bytes, &[reserved("memory", 1), threshold("memory.available", machine.memory), huge]);
+        let kept = match name.as_str() {
+            "cpu" => reserved("cpu"),
+            "memory" => {
+                let huge = kibibytes(machine.hugepages.values().sum());
+                reserved("memory") + threshold("memory.available", machine.memory) + huge
             }
-            ("ephemeral-storage", Amount::Bytes(bytes)) => {
-                let kept = threshold("nodefs.available", machine.storage);
-                *bytes = less(*bytes, &[reserved("ephemeral-storage", 1), kept]);
-            }
-            _ => {}
-        }
+            "ephemeral-storage" => reserved("ephemeral-storage") + threshold("nodefs.available", machine.storage),
+            _ => Quantity::ZERO,
+        };
+        *amount = (*amount - kept).max(Quantity::ZERO);
     }
     allocatable
 }
@@ -376,5 +342,276 @@ fn condition(inputs: &Inputs<'_>, type_: &str, holds: bool, (reason, mut message
         message: Some(message),
         last_heartbeat_time: Some(Time(now)),
         last_transition_time: Some(kept.unwrap_or(Time(now))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::config::values::{NodeTaint, Reserved, Threshold};
+    use crate::runtime::types::ImageId;
+
+    const GI: u64 = 1 << 30;
+
+    fn machine() -> Machine {
+        Machine {
+            cpus: 4,
+            memory: 16 * GI,
+            storage: 100 * GI,
+            inodes: 1000,
+            machine_id: "m".to_owned(),
+            boot_id: "b".to_owned(),
+            kernel: "6.1.0".to_owned(),
+            os_image: "Debian 12".to_owned(),
+            ..Machine::default()
+        }
+    }
+
+    fn load() -> Load {
+        Load { memory_available: 8 * GI, storage_available: 50 * GI, inodes_free: 500, pids: 1000, pids_available: 900 }
+    }
+
+    fn settings() -> NodeSettings {
+        NodeSettings { name: "n1".to_owned(), ..NodeSettings::default() }
+    }
+
+    fn runtime() -> RuntimeFacts {
+        let version = RuntimeVersion { name: "docker".to_owned(), version: "20.10.24".to_owned() };
+        RuntimeFacts { version: Some(version), images: Vec::new(), health: Ok(()) }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    /// Owned inputs, a healthy node unless a test changes something.
+    struct World {
+        settings: NodeSettings,
+        machine: Machine,
+        runtime: RuntimeFacts,
+        pressure: Pressure,
+        draining: bool,
+        previous: Vec<NodeCondition>,
+        now: Timestamp,
+    }
+
+    impl World {
+        fn node(&self) -> Node {
+            node(&Inputs {
+                settings: &self.settings,
+                addresses: &["10.0.0.5".parse().unwrap()],
+                machine: &self.machine,
+                runtime: &self.runtime,
+                pressure: self.pressure,
+                draining: self.draining,
+                previous: &self.previous,
+                now: self.now,
+            })
+        }
+    }
+
+    fn node_with(change: impl FnOnce(&mut World)) -> Node {
+        let mut world = World {
+            settings: settings(),
+            machine: machine(),
+            runtime: runtime(),
+            pressure: Pressure::default(),
+            draining: false,
+            previous: Vec::new(),
+            now: at(1000),
+        };
+        change(&mut world);
+        world.node()
+    }
+
+    fn status_with(change: impl FnOnce(&mut World)) -> NodeStatus {
+        node_with(change).status.unwrap()
+    }
+
+    fn condition_of(status: &NodeStatus, type_: &str) -> (String, String) {
+        let condition = status.conditions.as_ref().unwrap().iter().find(|condition| condition.type_ == type_).unwrap();
+        (condition.status.clone(), condition.reason.clone().unwrap())
+    }
+
+    #[test]
+    fn a_healthy_node_reads_as_a_kubelet_does() {
+        let status = status_with(|_| {});
+        let types: Vec<_> = status.conditions.as_ref().unwrap().iter().map(|c| c.type_.as_str()).collect();
+        assert_eq!(types, ["MemoryPressure", "DiskPressure", "PIDPressure", "Ready"]);
+        for (type_, value, reason) in [
+            ("MemoryPressure", "False", "KubeletHasSufficientMemory"),
+            ("DiskPressure", "False", "KubeletHasNoDiskPressure"),
+            ("PIDPressure", "False", "KubeletHasSufficientPID"),
+            ("Ready", "True", "KubeletReady"),
+        ] {
+            assert_eq!(condition_of(&status, type_), (value.to_owned(), reason.to_owned()));
+        }
+        let info = status.node_info.unwrap();
+        assert_eq!(info.container_runtime_version, "docker://20.10.24");
+        assert!(info.kubelet_version.starts_with("v1.36.0+lambdalet."), "{}", info.kubelet_version);
+        assert_eq!(status.daemon_endpoints.unwrap().kubelet_endpoint.unwrap().port, 10250);
+        let addresses: Vec<_> = status.addresses.unwrap().into_iter().map(|a| (a.type_, a.address)).collect();
+        assert_eq!(
+            addresses,
+            [("InternalIP".to_owned(), "10.0.0.5".to_owned()), ("Hostname".to_owned(), "n1".to_owned())]
+        );
+    }
+
+    #[test]
+    fn each_shortage_is_its_own_condition() {
+        let status = status_with(|world| world.pressure.memory = true);
+        assert_eq!(condition_of(&status, "MemoryPressure").1, "KubeletHasInsufficientMemory");
+        assert_eq!(condition_of(&status, "DiskPressure").0, "False");
+        let status = status_with(|world| world.pressure.disk = true);
+        assert_eq!(condition_of(&status, "DiskPressure"), ("True".to_owned(), "KubeletHasDiskPressure".to_owned()));
+        let status = status_with(|world| world.pressure.pids = true);
+        assert_eq!(condition_of(&status, "PIDPressure"), ("True".to_owned(), "KubeletHasInsufficientPID".to_owned()));
+        assert_eq!(condition_of(&status, "Ready").0, "True", "pressure alone does not make a node unready");
+    }
+
+    #[test]
+    fn a_runtime_that_is_down_makes_the_node_unready_with_its_words() {
+        let down = RuntimeFacts { health: Err("container runtime is down: no socket".to_owned()), ..runtime() };
+        let status = status_with(|world| world.runtime = down);
+        let ready = status.conditions.unwrap().into_iter().find(|condition| condition.type_ == "Ready").unwrap();
+        assert_eq!((ready.status.as_str(), ready.reason.as_deref()), ("False", Some("KubeletNotReady")));
+        assert_eq!(ready.message.as_deref(), Some("container runtime is down: no socket"));
+        let long = RuntimeFacts { health: Err("\u{e9}".repeat(3000)), ..runtime() };
+        let status = status_with(|world| world.runtime = long);
+        assert!(status.conditions.unwrap()[3].message.as_ref().unwrap().len() <= MAX_MESSAGE);
+    }
+
+    #[test]
+    fn a_draining_node_is_not_ready() {
+        let status = status_with(|world| world.draining = true);
+        assert_eq!(condition_of(&status, "Ready"), ("False".to_owned(), "KubeletNotReady".to_owned()));
+    }
+
+    #[test]
+    fn a_runtime_that_never_answered_is_named_without_a_version() {
+        let silent = RuntimeFacts { version: None, ..runtime() };
+        let status = status_with(|world| world.runtime = silent);
+        assert_eq!(status.node_info.unwrap().container_runtime_version, "docker://Unknown");
+    }
+
+    #[test]
+    fn transition_times_hold_until_the_status_changes() {
+        let before = status_with(|_| {}).conditions.unwrap();
+        let later = status_with(|world| {
+            world.previous = before;
+            world.now = at(2000);
+            world.pressure.disk = true;
+        });
+        for condition in later.conditions.unwrap() {
+            let expected = if condition.type_ == "DiskPressure" { 2000 } else { 1000 };
+            assert_eq!(condition.last_transition_time.unwrap().0, at(expected), "{}", condition.type_);
+            assert_eq!(condition.last_heartbeat_time.unwrap().0, at(2000));
+        }
+    }
+
+    #[test]
+    fn allocatable_is_what_is_left_after_reservations_thresholds_and_huge_pages() {
+        let machine = Machine { hugepages: BTreeMap::from([("hugepages-2Mi".to_owned(), GI)]), ..machine() };
+        let settings = NodeSettings {
+            system_reserved: "cpu=250m,memory=1Gi".parse().unwrap(),
+            kube_reserved: "cpu=250m,memory=1Gi,ephemeral-storage=10Gi".parse().unwrap(),
+            ..settings()
+        };
+        let left = api_quantities(allocatable(&settings, &machine));
+        assert_eq!(left["cpu"].0, "3500m");
+        assert_eq!(left["memory"].0, format!("{}Mi", 13 * 1024 - 100));
+        assert_eq!(left["ephemeral-storage"].0, "80Gi");
+        assert_eq!(left["pods"].0, "110");
+        assert_eq!(left["hugepages-2Mi"].0, "1Gi");
+        let whole = api_quantities(capacity(&settings, &machine));
+        assert_eq!((whole["cpu"].0.as_str(), whole["memory"].0.as_str()), ("4", "16Gi"));
+    }
+
+    #[test]
+    fn reserving_more_than_there_is_leaves_nothing() {
+        let settings = NodeSettings { system_reserved: "cpu=100,memory=1Ti".parse().unwrap(), ..settings() };
+        let left = allocatable(&settings, &machine());
+        assert!(left["cpu"].is_zero() && left["memory"].is_zero());
+    }
+
+    #[test]
+    fn pressure_follows_the_thresholds() {
+        let (settings, machine) = (settings(), machine());
+        assert_eq!(Pressure::of(&settings, &machine, &load()), Pressure::default());
+        let short = Load { memory_available: 50 << 20, ..load() };
+        assert!(Pressure::of(&settings, &machine, &short).memory);
+        let short = Load { storage_available: 9 * GI, ..load() };
+        assert!(Pressure::of(&settings, &machine, &short).disk);
+        let short = Load { inodes_free: 49, ..load() };
+        assert!(Pressure::of(&settings, &machine, &short).disk);
+        let none = Machine { inodes: 0, ..machine.clone() };
+        assert!(!Pressure::of(&settings, &none, &Load { inodes_free: 0, ..load() }).disk);
+        let short = Load { pids_available: 1, ..load() };
+        assert!(!Pressure::of(&settings, &machine, &short).pids, "kubelet has no default threshold for process ids");
+        let mut strict = settings;
+        strict.eviction_hard.insert("pid.available".to_owned(), Threshold::Percent(10.0));
+        assert!(Pressure::of(&strict, &machine, &short).pids);
+    }
+
+    #[test]
+    fn a_pressure_stays_up_for_its_transition_period() {
+        let (mut memory, hold) = (PressureMemory::default(), Duration::from_secs(300));
+        let short = Pressure { memory: true, ..Pressure::default() };
+        assert!(!memory.observe(Pressure::default(), hold, at(0)).memory);
+        assert!(memory.observe(short, hold, at(10)).memory);
+        assert!(memory.observe(Pressure::default(), hold, at(309)).memory);
+        assert!(!memory.observe(Pressure::default(), hold, at(310)).memory);
+        assert!(!memory.observe(Pressure::default(), hold, at(311)).disk);
+    }
+
+    #[test]
+    fn labels_and_taints_are_those_told_besides_those_of_every_node() {
+        let mut settings = settings();
+        settings.name = format!("{}.example", "a".repeat(62));
+        settings.labels.insert("type".to_owned(), "virtual-kubelet".to_owned());
+        settings.taints = vec!["dedicated=x:NoSchedule".parse::<NodeTaint>().unwrap()];
+        let node = node_with(|world| world.settings = settings);
+        let labels = node.metadata.labels.unwrap();
+        assert_eq!(labels["kubernetes.io/hostname"], "a".repeat(62), "cut to a valid label value");
+        assert_eq!(labels["kubernetes.io/os"], "linux");
+        assert_eq!(labels["beta.kubernetes.io/arch"], labels["kubernetes.io/arch"]);
+        assert_eq!(labels["type"], "virtual-kubelet");
+        let taints = node.spec.unwrap().taints.unwrap();
+        assert_eq!((taints[0].key.as_str(), taints[0].effect.as_str()), ("dedicated", "NoSchedule"));
+    }
+
+    #[test]
+    fn the_largest_fifty_named_images_are_listed() {
+        let image = |number: u64| Image {
+            id: ImageId::from(format!("sha256:{number}")),
+            tags: if number == 100 { Vec::new() } else { vec![format!("i:{number}")] },
+            digests: Vec::new(),
+            size: number,
+            user: String::new(),
+        };
+        let many = RuntimeFacts { images: (1..=100).map(image).collect(), ..runtime() };
+        let listed = status_with(|world| world.runtime = many).images.unwrap();
+        assert_eq!(listed.len(), 50);
+        assert_eq!(listed[0].size_bytes, Some(99), "an image without a name is of no use to anybody");
+        assert_eq!(listed[0].names, Some(vec!["i:99".to_owned()]));
+    }
+
+    proptest! {
+        #[test]
+        fn allocatable_is_never_more_than_capacity(
+            memory in 0_u64..1 << 50, storage in 0_u64..1 << 50, cpus in 1_u32..512,
+            reserved in 0_i64..1 << 50, percent in 0.0..100.0_f64,
+        ) {
+            let machine = Machine { cpus, memory, storage, ..machine() };
+            let mut settings = settings();
+            settings.kube_reserved = Reserved(BTreeMap::from([("memory".to_owned(), Quantity::from_units(reserved))]));
+            settings.eviction_hard.insert("nodefs.available".to_owned(), Threshold::Percent(percent));
+            let (whole, left) = (capacity(&settings, &machine), allocatable(&settings, &machine));
+            for (name, amount) in left {
+                prop_assert!(amount >= Quantity::ZERO && amount <= whole[&name], "{name}");
+            }
+        }
     }
 }

@@ -32,6 +32,9 @@ const IMAGES_INTERVAL: Duration = Duration::from_secs(30);
 /// A runtime that takes longer to list images or tell its version keeps the last answer.
 const RUNTIME_PATIENCE: Duration = Duration::from_secs(5);
 
+/// Pause before conditions that somebody else wrote are put right again, so that two agents of one name do not race.
+const CONTEST_PAUSE: Duration = Duration::from_secs(1);
+
 /// How long the first registration waits for the runtime's first answer, so that a healthy node is never seen NotReady.
 const HEALTH_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -110,7 +113,12 @@ impl Registrar {
         loop {
             self.observe(&mut health).await;
             if retry_at.is_none_or(|at| at <= Instant::now()) {
-                retry_at = match self.reconcile().await {
+                // Cancel-safe: this is the end, and the next start takes the Node as it finds it.
+                let outcome = tokio::select! {
+                    () = closing.cancelled() => return Ok(()),
+                    outcome = self.reconcile() => outcome,
+                };
+                retry_at = match outcome {
                     Ok(()) => {
                         retry.succeeded();
                         None
@@ -304,7 +312,7 @@ impl Registrar {
                 at.elapsed() >= self.params.settings.status_report_frequency
                     || steady(sent) != steady(&wanted)
                     // Somebody else wrote them: the node lifecycle controller, when we were silent for too long.
-                    || !conditions_hold(&wanted, &previous)
+                    || at.elapsed() >= CONTEST_PAUSE && !conditions_hold(&wanted, &previous)
             }
         };
         if !due {
@@ -359,4 +367,45 @@ fn status_patch(status: &NodeStatus) -> serde_json::Value {
         addresses.push(json!({ "$patch": "replace" }));
     }
     json!({ "status": status })
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::NodeAddress;
+
+    use super::*;
+
+    fn status(ready: &str) -> NodeStatus {
+        let condition = NodeCondition {
+            type_: "Ready".to_owned(),
+            status: ready.to_owned(),
+            last_heartbeat_time: Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::now())),
+            ..NodeCondition::default()
+        };
+        let address = NodeAddress { type_: "InternalIP".to_owned(), address: "10.0.0.5".to_owned() };
+        NodeStatus { conditions: Some(vec![condition]), addresses: Some(vec![address]), ..NodeStatus::default() }
+    }
+
+    #[test]
+    fn addresses_are_replaced_and_not_merged() {
+        let patch = status_patch(&status("True"));
+        let expected = json!([{ "type": "InternalIP", "address": "10.0.0.5" }, { "$patch": "replace" }]);
+        assert_eq!(patch["status"]["addresses"], expected);
+    }
+
+    #[test]
+    fn a_heartbeat_alone_is_no_change_but_a_condition_is() {
+        let (first, second) = (status("True"), status("True"));
+        assert_ne!(first, second);
+        assert_eq!(steady(&first), steady(&second));
+        assert_ne!(steady(&first), steady(&status("False")));
+    }
+
+    #[test]
+    fn conditions_hold_only_if_each_of_ours_is_there_as_it_is() {
+        let ours = status("True");
+        assert!(conditions_hold(&ours, &ours.conditions.clone().unwrap()));
+        assert!(!conditions_hold(&ours, &status("Unknown").conditions.unwrap()));
+        assert!(!conditions_hold(&ours, &[]));
+    }
 }

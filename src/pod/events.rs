@@ -1,12 +1,23 @@
 //! Events on Pods, with the kubelet's reasons: bounded, off the Pod's path, never a reason for a Pod to wait.
+//!
+//! They are `v1` Events whose source is the component `kubelet`, since that is what tools and Kubernetes' own
+//! conformance tests select on. An event that is told again counts up instead of making a new object. (kube's recorder
+//! is not used: it takes two events of one reason for the same whatever they say, and shows only the first text.)
 
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{ObjectReference, Pod};
-use kube::Resource as _;
-use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use kube::api::{Api, Patch, PatchParams, PostParams};
+use kube::{Client, Resource as _};
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::registry::Registry;
+use serde_json::json;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use crate::telemetry::chain;
 
@@ -16,65 +27,177 @@ const QUEUE: usize = 2048;
 const MAX_NOTE: usize = 1024;
 /// Longest time one event may take to write.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// How many written events are remembered, so that telling them again counts them up.
+const REMEMBERED: usize = 1024;
+/// What the field calls the component that runs Pods on a node.
+const COMPONENT: &str = "kubelet";
 
 /// Takes events. Cheap to clone.
 #[derive(Clone)]
 pub struct Events {
-    queue: mpsc::Sender<(Event, ObjectReference)>,
+    queue: mpsc::Sender<Told>,
     dropped: Counter,
 }
 
 /// Writes what [`Events`] takes.
 pub struct EventWriter {
-    queue: mpsc::Receiver<(Event, ObjectReference)>,
-    recorder: Recorder,
+    queue: mpsc::Receiver<Told>,
+    client: Client,
+    node: String,
+    written: Written,
+}
+
+/// What was told, once; equal ones are counted.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Told {
+    warning: bool,
+    namespace: String,
+    name: String,
+    uid: String,
+    field_path: Option<String>,
+    reason: String,
+    note: String,
+}
+
+/// The events written last, oldest first.
+#[derive(Default)]
+struct Written {
+    objects: HashMap<Told, (String, i32)>,
+    order: VecDeque<Told>,
+}
+
+/// Counts events that were dropped since too many waited.
+pub fn dropped_counter(registry: &mut Registry) -> Counter {
+    let counter = Counter::default();
+    registry.register("events_dropped", "Events dropped since too many waited to be written", counter.clone());
+    counter
 }
 
 /// A queue and its writer. `node` names the reporting node.
-pub fn events(client: kube::Client, node: &str, dropped: Counter) -> (Events, EventWriter) {
+pub fn events(client: Client, node: &str, dropped: Counter) -> (Events, EventWriter) {
     let (sender, receiver) = mpsc::channel(QUEUE);
-    let reporter = Reporter { controller: "lambdalet".to_owned(), instance: Some(node.to_owned()) };
-    let writer = EventWriter { queue: receiver, recorder: Recorder::new(client, reporter) };
+    let writer = EventWriter { queue: receiver, client, node: node.to_owned(), written: Written::default() };
     (Events { queue: sender, dropped }, writer)
 }
 
 impl Events {
     /// A Normal event on the Pod, or on one of its containers.
     pub fn normal(&self, pod: &Pod, container: Option<&str>, reason: &str, note: impl Into<String>) {
-        self.put(EventType::Normal, (pod, container), reason, note.into());
+        self.put((pod, container), false, reason, note.into());
     }
 
-    /// A Warning event on the Pod, or on one of its containers.
+    /// A Warning event on the Pod, or on one of its containers; also a line in the log.
     pub fn warning(&self, pod: &Pod, container: Option<&str>, reason: &str, note: impl Into<String>) {
         let note = note.into();
         tracing::warn!(pod = pod.metadata.name, namespace = pod.metadata.namespace, reason, "{note}");
-        self.put(EventType::Warning, (pod, container), reason, note);
+        self.put((pod, container), true, reason, note);
     }
 
-    fn put(&self, type_: EventType, (pod, container): (&Pod, Option<&str>), reason: &str, note: String) {
-        let mut reference = pod.object_ref(&());
-        reference.resource_version = None;
-        reference.field_path = container.map(|name| field_path(pod, name));
-        let note = Some(shorten(note));
-        let event = Event { type_, reason: reason.to_owned(), note, action: reason.to_owned(), secondary: None };
-        if self.queue.try_send((event, reference)).is_err() {
+    fn put(&self, (pod, container): (&Pod, Option<&str>), warning: bool, reason: &str, note: String) {
+        let told = Told {
+            warning,
+            namespace: pod.metadata.namespace.clone().unwrap_or_default(),
+            name: pod.metadata.name.clone().unwrap_or_default(),
+            uid: pod.metadata.uid.clone().unwrap_or_default(),
+            field_path: container.map(|name| field_path(pod, name)),
+            reason: reason.to_owned(),
+            note: shorten(note),
+        };
+        if self.queue.try_send(told).is_err() {
             self.dropped.inc();
         }
     }
 }
 
 impl EventWriter {
-    /// Writes until every [`Events`] is gone. An event that cannot be written is logged and dropped, as a kubelet does.
-    pub async fn run(mut self) {
-        while let Some((event, reference)) = self.queue.recv().await {
-            match tokio::time::timeout(TIMEOUT, self.recorder.publish(&event, &reference)).await {
+    /// Writes until `stop`, or until every [`Events`] is gone. An event that cannot be written is logged and dropped, as
+    /// a kubelet does.
+    pub async fn run(mut self, stop: CancellationToken) {
+        loop {
+            let told = tokio::select! {
+                // Cancel-safe: an event not taken stays in the queue.
+                next = self.queue.recv() => match next {
+                    Some(next) => next,
+                    None => return,
+                },
+                // Cancel-safe: a token stays cancelled.
+                () = stop.cancelled() => return,
+            };
+            let reason = told.reason.clone();
+            match tokio::time::timeout(TIMEOUT, self.write(told)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    tracing::debug!(reason = event.reason, error = chain(&error), "failed to write event");
-                }
-                Err(_) => tracing::debug!(reason = event.reason, "writing an event took longer than {TIMEOUT:?}"),
+                Ok(Err(error)) => tracing::debug!(reason, error = chain(&error), "failed to write event"),
+                Err(_) => tracing::debug!(reason, "writing an event took longer than {TIMEOUT:?}"),
             }
         }
+    }
+
+    async fn write(&mut self, told: Told) -> kube::Result<()> {
+        let api: Api<Event> = Api::namespaced(self.client.clone(), &told.namespace);
+        let now = Timestamp::now();
+        if let Some((name, count)) = self.written.again(&told) {
+            let patch = json!({ "count": count, "lastTimestamp": Time(now) });
+            match api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await {
+                Err(kube::Error::Api(answer)) if answer.code == 404 => {}
+                answer => return answer.map(drop),
+            }
+        }
+        let event = event(&told, &self.node, now);
+        api.create(&PostParams::default(), &event).await?;
+        self.written.put(told, event.metadata.name.unwrap_or_default());
+        Ok(())
+    }
+}
+
+impl Written {
+    /// Name and new count of the object that tells this already.
+    fn again(&mut self, told: &Told) -> Option<(String, i32)> {
+        let (name, count) = self.objects.get_mut(told)?;
+        *count += 1;
+        Some((name.clone(), *count))
+    }
+
+    fn put(&mut self, told: Told, name: String) {
+        if self.objects.insert(told.clone(), (name, 1)).is_none() {
+            self.order.push_back(told);
+        }
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.objects.remove(&oldest);
+        }
+    }
+}
+
+fn event(told: &Told, node: &str, now: Timestamp) -> Event {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    // Unique among the Pod's events, also over restarts of this process, as kubelet's names are.
+    let number = now.as_nanosecond().unsigned_abs() + u128::from(NUMBER.fetch_add(1, Ordering::Relaxed));
+    Event {
+        metadata: ObjectMeta {
+            name: Some(format!("{}.{number:x}", told.name)),
+            namespace: Some(told.namespace.clone()),
+            ..ObjectMeta::default()
+        },
+        involved_object: ObjectReference {
+            api_version: Some(Pod::api_version(&()).into_owned()),
+            kind: Some(Pod::kind(&()).into_owned()),
+            namespace: Some(told.namespace.clone()),
+            name: Some(told.name.clone()),
+            uid: Some(told.uid.clone()),
+            field_path: told.field_path.clone(),
+            ..ObjectReference::default()
+        },
+        type_: Some(if told.warning { "Warning" } else { "Normal" }.to_owned()),
+        reason: Some(told.reason.clone()),
+        message: Some(told.note.clone()),
+        source: Some(EventSource { component: Some(COMPONENT.to_owned()), host: Some(node.to_owned()) }),
+        reporting_component: Some(COMPONENT.to_owned()),
+        reporting_instance: Some(node.to_owned()),
+        first_timestamp: Some(Time(now)),
+        last_timestamp: Some(Time(now)),
+        count: Some(1),
+        ..Event::default()
     }
 }
 
@@ -99,10 +222,42 @@ fn shorten(mut note: String) -> String {
 mod tests {
     use super::*;
 
+    fn told(note: &str) -> Told {
+        Told {
+            warning: true,
+            namespace: "ns".into(),
+            name: "p".into(),
+            uid: "u".into(),
+            field_path: None,
+            reason: "Failed".into(),
+            note: note.into(),
+        }
+    }
+
     #[test]
     fn a_long_note_is_cut_at_a_character() {
         let long = shorten("ä".repeat(1000));
         assert!(long.len() <= MAX_NOTE && long.ends_with('…'));
         assert_eq!(shorten("short".to_owned()), "short");
+    }
+
+    #[test]
+    fn the_same_event_counts_up_and_another_text_is_another_event() {
+        let mut written = Written::default();
+        assert_eq!(written.again(&told("a")), None);
+        written.put(told("a"), "p.1".into());
+        assert_eq!(written.again(&told("a")), Some(("p.1".into(), 2)));
+        assert_eq!(written.again(&told("a")), Some(("p.1".into(), 3)));
+        assert_eq!(written.again(&told("b")), None);
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let mut written = Written::default();
+        for number in 0..REMEMBERED + 10 {
+            written.put(told(&number.to_string()), format!("p.{number}"));
+        }
+        assert_eq!((written.objects.len(), written.order.len()), (REMEMBERED, REMEMBERED));
+        assert_eq!(written.again(&told("0")), None);
     }
 }

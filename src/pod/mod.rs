@@ -37,7 +37,7 @@ use tokio::sync::watch as channel;
 use self::admission::{Admission, NodeView};
 use self::directory::Directory;
 use self::events::Events;
-use self::files::FileWriter;
+use self::files::DnsSettings;
 use self::images::Images;
 use self::inputs::Inputs;
 use self::publish::Publisher;
@@ -74,8 +74,8 @@ pub struct Shared {
     pub volumes: VolumeManager,
     /// Reads ConfigMaps, Secrets and Services.
     pub inputs: Inputs,
-    /// Writes `/etc/hosts` and its neighbours.
-    pub files: FileWriter,
+    /// What the node knows about names.
+    pub dns: DnsSettings,
     /// Who has which address.
     pub ipam: Arc<Ipam>,
     /// Who was let in.
@@ -113,7 +113,7 @@ impl Shared {
 
     /// Removes the Pod's directory; its volumes must be gone before.
     async fn remove_pod_dir(&self, uid: &str) -> Result<(), volumes::VolumeError> {
-        self.volumes.remove_pod(uid).await
+        self.volumes.tear_down(uid).await
     }
 
     fn forget(&self, uid: &str) {

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use crate::metrics::Metrics;
 use crate::runtime::types::PodRef;
 use crate::telemetry::chain;
 
@@ -38,6 +39,20 @@ pub struct PublishCounters {
     pub failed: Counter,
     /// PATCHes given up since the Pod is gone.
     pub gone: Counter,
+}
+
+impl PublishCounters {
+    /// Counters that `/metrics` shows.
+    pub fn registered(metrics: &Metrics) -> Self {
+        let counters = Self::default();
+        metrics.register(|registry| {
+            let Self { written, failed, gone } = &counters;
+            registry.register("pod_status_writes", "Pod statuses written", written.clone());
+            registry.register("pod_status_write_failures", "Pod status writes that failed and were retried", failed.clone());
+            registry.register("pod_status_drops", "Pod statuses dropped since the Pod was gone", gone.clone());
+        });
+        counters
+    }
 }
 
 /// Hands statuses to the writer. Cheap to clone.

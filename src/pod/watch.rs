@@ -32,6 +32,15 @@ const SUBSCRIBE_AGAIN: Duration = Duration::from_secs(1);
 /// Annotation of a container with the Pod's grace period in seconds, for Pods whose object is gone after a restart.
 pub(super) const GRACE_ANNOTATION: &str = "grace-seconds";
 
+/// Why what earlier Pods left cannot be told.
+#[derive(Debug, thiserror::Error)]
+enum LookError {
+    #[error("failed to list what the runtime holds")]
+    Runtime(#[from] crate::runtime::RuntimeError),
+    #[error("failed to list the Pods' directories")]
+    Disk(#[from] super::volumes::VolumeError),
+}
+
 type Guarded = DeserializeGuard<Pod>;
 
 /// The Pod loop.
@@ -240,7 +249,7 @@ impl PodLoop {
     }
 
     /// Everything on this node that belongs to a Pod: in the runtime, on disk, and among the addresses.
-    async fn orphans(&self) -> Result<BTreeMap<String, Pod>, crate::runtime::RuntimeError> {
+    async fn orphans(&self) -> Result<BTreeMap<String, Pod>, LookError> {
         let mut found = BTreeMap::new();
         for sandbox in self.shared.runtime.list_pod_sandboxes(None).await? {
             found.entry(sandbox.pod.uid.clone()).or_insert_with(|| ghost(&sandbox.pod));
@@ -251,7 +260,7 @@ impl PodLoop {
             let spec = pod.spec.get_or_insert_default();
             spec.termination_grace_period_seconds = spec.termination_grace_period_seconds.max(grace);
         }
-        let on_disk = self.shared.volumes.uids();
+        let on_disk = self.shared.volumes.uids().await?;
         let addressed = self.shared.ipam.held().into_iter().map(|(_, uid)| uid);
         let uids: BTreeSet<String> = on_disk.into_iter().chain(addressed).collect();
         for uid in uids {

@@ -12,8 +12,11 @@
 pub mod docker;
 pub mod error;
 pub mod fake;
+pub mod late;
+mod reference;
 pub mod traced;
 pub mod types;
+pub mod verb;
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;

@@ -1,3 +1,5 @@
+//! What the bridge and its cables look like from the kernel, in a network namespace of the test's own.
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
@@ -131,6 +133,60 @@ fn pods_reach_the_host_and_each_other_and_survive_a_second_plug() {
         assert!(a.sees("ip -o addr show eth0").contains("10.77.0.2/24"));
         assert!(!a.sees("ip route").contains("10.77.0.0/24"));
         assert!(shell("bridge -d link show").contains("hairpin on"));
+    });
+}
+
+#[test]
+fn a_service_between_two_pods_of_the_node_needs_no_bridge_filtering() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let (a, b) = (Namespace::new(), Namespace::new());
+        bridge.plug(a.tid, "sandbox-a", ip("10.77.0.2")).await.unwrap();
+        bridge.plug(b.tid, "sandbox-b", ip("10.77.0.3")).await.unwrap();
+        a.listen(ip("10.77.0.2"));
+        shell("sysctl -q -w net.bridge.bridge-nf-call-iptables=0 2>/dev/null || true");
+        shell("iptables -t nat -A PREROUTING -d 10.96.0.1 -p tcp -j DNAT --to-destination 10.77.0.2:80");
+        assert_eq!(b.ask(ip("10.96.0.1")).unwrap(), "10.77.0.3");
+    });
+}
+
+#[test]
+fn pods_leave_the_node_under_its_address_and_pass_a_closed_forward_chain() {
+    on_a_host(|| async {
+        shell("iptables -P FORWARD DROP");
+        // Beyond is another machine that knows the node and not the Pods.
+        let beyond = Namespace::new();
+        shell(&format!("ip link add up0 type veth peer name eth0 netns {}", beyond.tid));
+        shell("ip addr add 192.0.2.1/24 dev up0 && ip link set up0 up");
+        beyond.sees("ip addr add 192.0.2.9/24 dev eth0 && ip link set eth0 up");
+        beyond.listen(ip("192.0.2.9"));
+        let bridge = bridge().await;
+        let pod = Namespace::new();
+        bridge.plug(pod.tid, "sandbox", ip("10.77.0.2")).await.unwrap();
+        assert_eq!(pod.ask(ip("192.0.2.9")).unwrap(), "192.0.2.1");
+        bridge.remove().await.unwrap();
+    });
+}
+
+#[test]
+fn thirty_plugs_at_once_are_quick_and_all_there() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let pods: Vec<Namespace> = (0..30).map(|_| Namespace::new()).collect();
+        let begun = Instant::now();
+        let plugs = pods.iter().zip(2_u8..).map(|(pod, last)| {
+            let bridge = bridge.clone();
+            async move { bridge.plug(pod.tid, &format!("s{last}"), [10, 77, 0, last].into()).await.unwrap() }
+        });
+        futures::future::join_all(plugs).await;
+        println!("thirty plugs took {:?}", begun.elapsed());
+        let live: HashSet<String> = (2..32).map(|last| format!("s{last}")).collect();
+        assert_eq!(bridge.stale_ports(&HashSet::new()).await.unwrap().len(), 30);
+        assert!(bridge.stale_ports(&live).await.unwrap().is_empty());
+        let begun = Instant::now();
+        futures::future::join_all(live.iter().map(|sandbox| bridge.unplug(sandbox))).await;
+        println!("thirty unplugs took {:?}", begun.elapsed());
+        assert_eq!(bridge.stale_ports(&HashSet::new()).await.unwrap().len(), 0);
     });
 }
 

@@ -1,3 +1,5 @@
+//! What is to be done next, by example and by property.
+
 use std::net::IpAddr;
 
 use proptest::prelude::*;

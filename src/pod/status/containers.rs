@@ -104,10 +104,12 @@ fn wait(trouble: Trouble) -> ApiState {
 }
 
 fn terminated(input: &StatusInput<'_>, status: &ContainerStatus) -> ApiState {
+    let container_id = format!("{}://{}", input.runtime_name, status.id);
     let left = input.messages.get(&status.id).filter(|m| !m.is_empty()).cloned();
+    let left = left.or_else(|| reported_message(input, &status.name, &container_id));
     ApiState {
         terminated: Some(ContainerStateTerminated {
-            container_id: Some(format!("{}://{}", input.runtime_name, status.id)),
+            container_id: Some(container_id),
             exit_code: status.exit_code,
             finished_at: status.finished_at.map(Time),
             started_at: status.started_at.map(Time),
@@ -117,6 +119,14 @@ fn terminated(input: &StatusInput<'_>, status: &ContainerStatus) -> ApiState {
         }),
         ..ApiState::default()
     }
+}
+
+/// What this attempt left according to the API server: after a restart the file may be gone.
+fn reported_message(input: &StatusInput<'_>, name: &str, container_id: &str) -> Option<String> {
+    let before = reported(input, name, true).or_else(|| reported(input, name, false))?;
+    let states = [before.state.as_ref(), before.last_state.as_ref()];
+    let ended = states.into_iter().flatten().filter_map(|state| state.terminated.as_ref());
+    ended.into_iter().find(|t| t.container_id.as_deref() == Some(container_id))?.message.clone()
 }
 
 /// Why a container ended.

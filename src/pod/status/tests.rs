@@ -1,3 +1,5 @@
+//! Phases, conditions and reasons, by example.
+
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, PodCondition, PodReadinessGate};

@@ -11,6 +11,7 @@ use super::{Worker, trouble};
 use crate::failpoint;
 use crate::pod::PodContext;
 use crate::pod::backoff;
+use crate::pod::files;
 use crate::pod::images::{self, Local, Wanted};
 use crate::pod::status::Trouble;
 use crate::pod::translate::{self, Places};
@@ -72,7 +73,10 @@ impl Worker {
             Err(message) => return self.hold_pod("FailedCreatePodSandBox", message),
         };
         failpoint::hit("address");
-        let hostname = crate::pod::files::hostname(&pod, &self.shared.settings.cluster_domain);
+        let hostname = match files::hostname(&pod, &self.shared.dns) {
+            Ok(name) => name.hostname,
+            Err(error) => return self.hold_pod("FailedCreatePodSandBox", chain(&error)),
+        };
         let network = translate::network(spec, address);
         let config =
             SandboxConfig { attempt, ..translate::sandbox(&self.shared.host, &pod, spec, &hostname, network) };
@@ -112,17 +116,37 @@ impl Worker {
 
     /// `/etc/hosts`, `/etc/resolv.conf` and `/etc/hostname` of the Pod, which need its address.
     fn write_files(&mut self) -> Result<(), String> {
-        let facts = self.shared.facts.borrow().clone();
-        let addresses: Vec<_> = match self.memory.address {
-            Some(address) => vec![address],
-            None => facts.addresses.clone(),
-        };
-        let context = PodContext { pod: &self.pod, node: &facts, addresses: &addresses };
-        let files = self.shared.files.write(context).map_err(|error| chain(&error))?;
+        let (dns, pod) = (&self.shared.dns, &self.pod);
+        let addresses = self.addresses();
+        let name = files::hostname(pod, dns).map_err(|error| chain(&error))?;
+        let resolv_conf = files::resolv_conf(pod, dns);
+        for warning in &resolv_conf.warnings {
+            self.shared.events.warning(pod, None, "DNSConfigForming", warning.clone());
+        }
+        let contents = [
+            ("hosts", files::hosts(pod, &addresses, &name, dns)),
+            ("resolv.conf", resolv_conf.render()),
+            ("hostname", format!("{}\n", name.hostname)),
+        ];
+        let dir = self.shared.pod_dir(&self.reference.uid);
+        let mut written = Vec::new();
+        for (file, text) in contents {
+            let path = dir.join(file);
+            files::write(&path, &text).map_err(|error| format!("failed to write {}: {error}", path.display()))?;
+            written.push((path, format!("/etc/{file}")));
+        }
         if let Some(places) = &mut self.memory.places {
-            places.files = files;
+            places.files = written;
         }
         Ok(())
+    }
+
+    /// The Pod's addresses: its own, or the node's on the host's network.
+    fn addresses(&self) -> Vec<std::net::IpAddr> {
+        match self.memory.address {
+            Some(address) => vec![address],
+            None => self.shared.facts.borrow().addresses.clone(),
+        }
     }
 
     pub(super) async fn start(&mut self, name: &str, attempt: u32) {
@@ -175,7 +199,12 @@ impl Worker {
 
     async fn auths(&self, pod: &Pod, container: &Container) -> Vec<crate::runtime::types::RegistryAuth> {
         match self.shared.inputs.registry_auths(pod, images::reference(container)).await {
-            Ok(auths) => auths,
+            Ok(found) => {
+                for warning in found.warnings {
+                    self.shared.events.warning(pod, None, "FailedToRetrieveImagePullSecret", warning);
+                }
+                found.auths
+            }
             Err(error) => {
                 // The pull goes on without: a public image needs none.
                 let text = format!("Unable to retrieve some image pull secrets: {}", chain(&error));
@@ -194,19 +223,20 @@ impl Worker {
     ) -> Result<ContainerConfig, Trouble> {
         let config_error = |error: &(dyn std::error::Error + 'static)| trouble("CreateContainerConfigError", error);
         let facts = self.shared.facts.borrow().clone();
-        let addresses: Vec<_> = match self.memory.address {
-            Some(address) => vec![address],
-            None => facts.addresses.clone(),
-        };
+        let addresses = self.addresses();
         let context = PodContext { pod, node: &facts, addresses: &addresses };
-        let env = self.shared.inputs.env(context, container).await.map_err(|e| config_error(&e))?;
+        let environment = self.shared.inputs.env(context, container).await.map_err(|e| config_error(&e))?;
+        for warning in environment.warnings {
+            self.shared.events.warning(pod, Some(&container.name), "InvalidEnvironmentVariableNames", warning);
+        }
+        let env = environment.variables;
         let log = self.termination_log(&container.name, attempt).map_err(|e| config_error(&e))?;
         let mut places = self.memory.places.clone().unwrap_or_default();
         places.termination_log = Some(log);
         let config =
             translate::container(&self.shared.host, pod, container, image, &places).map_err(|e| config_error(&e))?;
-        let command = crate::pod::inputs::expand(container.command.as_deref().unwrap_or_default(), &env);
-        let args = crate::pod::inputs::expand(container.args.as_deref().unwrap_or_default(), &env);
+        let expand = |words: &Option<Vec<String>>| self.shared.inputs.expand(words.as_deref().unwrap_or_default(), &env);
+        let (command, args) = (expand(&container.command), expand(&container.args));
         let grace = crate::pod::plan::grace(pod).as_secs().to_string();
         let annotations = std::collections::BTreeMap::from([(GRACE_ANNOTATION.to_owned(), grace)]);
         Ok(ContainerConfig { attempt, env, command, args, annotations, ..config })

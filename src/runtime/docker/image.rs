@@ -12,6 +12,7 @@ use serde::Deserialize;
 use super::container::INSPECTS_IN_FLIGHT;
 use super::failure::{self, failed, is_absent, status as http_status};
 use super::{DockerRuntime, http, plain_registry};
+use crate::runtime::reference::parse;
 use crate::runtime::types::{Image, ImageId, RegistryAuth};
 use crate::runtime::{Kind, Result, RuntimeError};
 
@@ -20,13 +21,6 @@ use crate::runtime::{Kind, Result, RuntimeError};
 struct Progress {
     #[serde(default)]
     error: Option<String>,
-}
-
-/// Parses what a user wrote, with Docker's defaults for what was left out.
-fn parse(reference: &str) -> Result<Reference> {
-    reference.parse().map_err(|error: oci_client::ParseError| {
-        RuntimeError::new(Kind::Invalid, format!("{reference:?} is not an image reference")).with_source(error)
-    })
 }
 
 /// What Docker is asked for: with a digest the tag says nothing.
@@ -177,6 +171,5 @@ mod tests {
         ] {
             assert_eq!(whole(&parse(written).unwrap()), meant);
         }
-        assert_eq!(parse("UPPER case").map_err(|error| error.kind()), Err(Kind::Invalid));
     }
 }

@@ -43,6 +43,7 @@ use super::types::{
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime};
+use crate::network::{Cable, NetworkError};
 
 /// Seconds until Docker must have begun to answer. No verb that waits (stop, logs, events) is a single request that is
 /// silent for long, so only a stuck daemon reaches it; a start under heavy load may take tens of seconds.
@@ -50,31 +51,17 @@ const ANSWER_TIMEOUT: u64 = 240;
 /// API versions from this on end the last part of a long log line with its newline themselves.
 const API_WITH_WHOLE_LINES: (usize, usize) = (1, 42);
 
-/// What joins a sandbox to the Pod network; both calls may be repeated.
-#[async_trait]
-pub trait Cable: Send + Sync + 'static {
-    /// Brings up loopback, the link to the host with `address`, and the default route in the network namespace of
-    /// process `pid`. What is there already is left as it is.
-    async fn plug(&self, pid: i32, sandbox: &str, address: IpAddr) -> Result<(), CableError>;
-
-    /// Takes the sandbox's link away; Ok if it is gone.
-    async fn unplug(&self, sandbox: &str) -> Result<(), CableError>;
-}
-
-/// Why a cable could not be plugged.
-pub type CableError = Box<dyn std::error::Error + Send + Sync>;
-
 /// Leaves sandboxes without a network of their own; for tests.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoCable;
 
 #[async_trait]
 impl Cable for NoCable {
-    async fn plug(&self, _pid: i32, _sandbox: &str, _address: IpAddr) -> Result<(), CableError> {
+    async fn plug(&self, _pid: i32, _sandbox: &str, _address: IpAddr) -> Result<(), NetworkError> {
         Ok(())
     }
 
-    async fn unplug(&self, _sandbox: &str) -> Result<(), CableError> {
+    async fn unplug(&self, _sandbox: &str) -> Result<(), NetworkError> {
         Ok(())
     }
 }

@@ -54,13 +54,13 @@ pub(super) enum Malformed {
 pub(super) struct Decoder {
     buffer: BytesMut,
     framed: bool,
-    /// Without frames: the record before did not end its line.
+    /// Without frames: the record before did not end its line, or (at the beginning) may not have.
     continued: bool,
 }
 
 impl Decoder {
     pub(super) fn new(framed: bool) -> Self {
-        Self { buffer: BytesMut::new(), framed, continued: false }
+        Self { buffer: BytesMut::new(), framed, continued: true }
     }
 
     pub(super) fn push(&mut self, bytes: &[u8]) {

@@ -150,6 +150,7 @@ impl DockerRuntime {
         let died = || RuntimeError::new(Kind::Internal, format!("the sandbox of {} ended at once", config.pod));
         let seen = self.see(id).await?.ok_or_else(died)?;
         let pid = pid(&seen.inspect).ok_or_else(died)?;
+        crate::failpoint::hit("plug");
         self.plug(pid, id, address).await
     }
 
@@ -233,14 +234,27 @@ impl DockerRuntime {
             }
             cgroup = Some(seen.facts.cgroup.clone());
         }
-        if let Some(path) = cgroup {
-            let cgroups = self.cgroups.clone();
-            blocking(format!("failed to remove cgroup {path}"), move || cgroups.remove(&path)).await?;
+        let Some(path) = cgroup else { return Ok(()) };
+        let removed = self.remove_cgroup(&path, id).await?;
+        if let Some(seen) = holder {
+            self.remove(seen.id()).await?;
         }
-        match holder {
-            Some(seen) => self.remove(seen.id()).await,
-            None => Ok(()),
+        // Of two sandboxes that share it and go at the same time, each may have left it to the other.
+        if !removed {
+            self.remove_cgroup(&path, id).await?;
         }
+        Ok(())
+    }
+
+    /// Removes the Pod's cgroup unless another sandbox of the Pod is in it; whether it is gone.
+    async fn remove_cgroup(&self, path: &str, but: &SandboxId) -> Result<bool> {
+        let holders = self.list_ids(labels::KIND_SANDBOX, &[(labels::CGROUP, path)]).await?;
+        if holders.iter().any(|holder| holder.id != but.as_str()) {
+            return Ok(false);
+        }
+        let (cgroups, owned) = (self.cgroups.clone(), path.to_owned());
+        blocking(format!("failed to remove cgroup {path}"), move || cgroups.remove(&owned)).await?;
+        Ok(true)
     }
 
     pub(super) async fn sandbox_status(&self, id: &SandboxId) -> Result<SandboxStatus> {

@@ -1,1 +1,0 @@
-//! What a container needs from the API: ConfigMaps, Secrets, service variables, pull secrets.

@@ -1,1 +1,0 @@
-//! The Pod's volumes on the host.

@@ -1,1 +1,0 @@
-//! An in-memory runtime with fault knobs.

@@ -1,0 +1,60 @@
+//! Faults a test asks for: the next call of a verb fails or hangs.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Mutex;
+
+use tokio::sync::oneshot;
+
+use super::locked;
+use crate::runtime::verb::Verb;
+use crate::runtime::{Result, RuntimeError};
+
+/// Keeps a call hanging; dropping it lets the call go on.
+#[derive(Debug)]
+pub struct Hold {
+    // Never sent: its being dropped is the signal.
+    _release: oneshot::Sender<()>,
+}
+
+#[derive(Debug)]
+enum Fault {
+    Fail(RuntimeError),
+    Hang(oneshot::Receiver<()>),
+}
+
+/// The faults asked for, and how often each verb was called.
+#[derive(Debug, Default)]
+pub(super) struct Faults {
+    waiting: Mutex<HashMap<Verb, VecDeque<Fault>>>,
+    calls: Mutex<HashMap<Verb, u64>>,
+}
+
+impl Faults {
+    pub(super) fn fail(&self, verb: Verb, error: RuntimeError) {
+        locked(&self.waiting).entry(verb).or_default().push_back(Fault::Fail(error));
+    }
+
+    pub(super) fn hang(&self, verb: Verb) -> Hold {
+        let (release, released) = oneshot::channel();
+        locked(&self.waiting).entry(verb).or_default().push_back(Fault::Hang(released));
+        Hold { _release: release }
+    }
+
+    pub(super) fn calls(&self, verb: Verb) -> u64 {
+        locked(&self.calls).get(&verb).copied().unwrap_or(0)
+    }
+
+    /// At the beginning of each verb.
+    pub(super) async fn enter(&self, verb: Verb) -> Result<()> {
+        *locked(&self.calls).entry(verb).or_default() += 1;
+        let fault = locked(&self.waiting).get_mut(&verb).and_then(VecDeque::pop_front);
+        match fault {
+            None => Ok(()),
+            Some(Fault::Fail(error)) => Err(error),
+            Some(Fault::Hang(released)) => {
+                let _ = released.await;
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,451 @@
+//! An in-memory runtime with fault knobs: for tests, and shipped as `--runtime fake`.
+//!
+//! It obeys the contract of the seam (the same suite runs against it and the real ones) and runs nothing: what a
+//! container does is read from its command (see the table in `program`), and one with a real image's command runs until
+//! it is stopped. Knobs make the next call of a verb fail or hang, end containers, kill sandboxes and emit events.
+
+mod faults;
+mod log;
+mod program;
+mod state;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use futures::stream::{self, BoxStream};
+use sha2::{Digest, Sha256};
+use tokio::sync::{broadcast, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use self::faults::Faults;
+pub use self::faults::Hold;
+use self::program::{Program, Step};
+use self::state::{KILLED, State};
+use super::types::{
+    ContainerConfig, ContainerId, ContainerState, ContainerStatus, EventKind, Grace, Image, ImageId, LogChunk,
+    LogOptions, LogSource, RegistryAuth, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+};
+use super::verb::Verb;
+use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime, reference};
+
+/// Events a slow subscriber may be behind; one that is further behind is cut off, as by a daemon that went away.
+const EVENTS_BEHIND: usize = 1024;
+/// Exit code of a process that SIGTERM ended.
+const TERMINATED: i32 = 143;
+
+/// Locks without minding a panic elsewhere: a test that failed has said so already.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The runtime. Clones share everything.
+#[derive(Clone, Debug)]
+pub struct FakeRuntime {
+    shared: Arc<Shared>,
+    programs: Arc<Mutex<JoinSet<()>>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    faults: Faults,
+    start_delay: Mutex<Duration>,
+    events: Mutex<broadcast::Sender<RuntimeEvent>>,
+    /// Changes with everything that followers of logs and waiters for an end want to know.
+    changed: watch::Sender<u64>,
+}
+
+impl Default for FakeRuntime {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl FakeRuntime {
+    /// An empty one: no sandbox, no image, starts at once.
+    pub fn new() -> Self {
+        let shared = Shared {
+            state: Mutex::default(),
+            faults: Faults::default(),
+            start_delay: Mutex::default(),
+            events: Mutex::new(broadcast::Sender::new(EVENTS_BEHIND)),
+            changed: watch::Sender::new(0),
+        };
+        Self { shared: Arc::new(shared), programs: Arc::default() }
+    }
+
+    /// How long starting a sandbox or a container takes from now on.
+    pub fn set_start_delay(&self, delay: Duration) {
+        *locked(&self.shared.start_delay) = delay;
+    }
+
+    /// The next call of `verb` fails with `error` and does nothing. Asked for several times: one call after the other.
+    pub fn fail_next(&self, verb: Verb, error: RuntimeError) {
+        self.shared.faults.fail(verb, error);
+    }
+
+    /// The next call of `verb` hangs, before it does anything, until the [`Hold`] is dropped.
+    pub fn hang_next(&self, verb: Verb) -> Hold {
+        self.shared.faults.hang(verb)
+    }
+
+    /// How often `verb` was called.
+    pub fn calls(&self, verb: Verb) -> u64 {
+        self.shared.faults.calls(verb)
+    }
+
+    /// Ends a running container with this code, as if by itself.
+    pub fn exit_container(&self, id: &ContainerId, exit_code: i32) {
+        self.shared.end(id, exit_code, false);
+    }
+
+    /// Ends a running container as the kernel does for want of memory.
+    pub fn oom_kill_container(&self, id: &ContainerId) {
+        self.shared.end(id, KILLED, true);
+    }
+
+    /// Ends a sandbox and what runs in it, as if its holder had died.
+    pub fn kill_sandbox(&self, id: &SandboxId) {
+        self.shared.stop_sandbox(id);
+    }
+
+    /// Writes to a container's log, newlines and all.
+    pub fn append_log(&self, id: &ContainerId, source: LogSource, bytes: &[u8]) {
+        self.shared.append_log(id, source, bytes);
+    }
+
+    /// Tells subscribers this event.
+    pub fn emit(&self, event: RuntimeEvent) {
+        // Nobody listening is fine.
+        let _ = locked(&self.shared.events).send(event);
+    }
+
+    /// Ends every event stream, as a daemon that restarts does.
+    pub fn end_events(&self) {
+        *locked(&self.shared.events) = broadcast::Sender::new(EVENTS_BEHIND);
+    }
+
+    /// Puts an image into the store without a pull.
+    pub fn add_image(&self, reference: &str) -> ImageId {
+        self.shared.add_image(reference)
+    }
+}
+
+impl Shared {
+    fn touch(&self) {
+        self.changed.send_modify(|changes| *changes += 1);
+    }
+
+    fn tell(&self, pod_uid: &str, kind: EventKind) {
+        let event = RuntimeEvent { pod_uid: pod_uid.to_owned(), kind };
+        let _ = locked(&self.events).send(event);
+        self.touch();
+    }
+
+    fn pod_of(&self, id: &ContainerId) -> Option<String> {
+        locked(&self.state).containers.get(id).map(|container| container.status.pod.uid.clone())
+    }
+
+    fn end(&self, id: &ContainerId, exit_code: i32, oom: bool) {
+        let pod = self.pod_of(id).unwrap_or_default();
+        if locked(&self.state).end(id, exit_code, oom) {
+            if oom {
+                self.tell(&pod, EventKind::OutOfMemory);
+            }
+            self.tell(&pod, EventKind::Exited);
+        }
+    }
+
+    fn stop_sandbox(&self, id: &SandboxId) {
+        let mut state = locked(&self.state);
+        let pod = state.sandboxes.get(id).map(|sandbox| sandbox.pod.uid.clone()).unwrap_or_default();
+        let (stopped, members) = state.stop_sandbox(id);
+        drop(state);
+        for _ in 0..members.len() + usize::from(stopped) {
+            self.tell(&pod, EventKind::Exited);
+        }
+    }
+
+    fn append_log(&self, id: &ContainerId, source: LogSource, bytes: &[u8]) {
+        if let Some(container) = locked(&self.state).containers.get_mut(id) {
+            container.log.append(source, bytes);
+        }
+        self.touch();
+    }
+
+    fn add_image(&self, reference: &str) -> ImageId {
+        let digest = Sha256::digest(reference).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let id = ImageId::from(format!("sha256:{digest}"));
+        let image = Image {
+            id: id.clone(),
+            tags: vec![reference.to_owned()],
+            digests: Vec::new(),
+            size: 1 << 20,
+            user: String::new(),
+        };
+        locked(&self.state).images.insert(id.clone(), image);
+        id
+    }
+
+    /// Does one step of a container; what it has to wait for is returned.
+    fn step(&self, id: &ContainerId, step: Step) -> Option<Duration> {
+        match step {
+            Step::Write(source, bytes) => self.append_log(id, source, &bytes),
+            Step::Cat(path) => {
+                let host = locked(&self.state).containers.get(id).and_then(|container| {
+                    let mount = container.config.mounts.iter().find(|mount| mount.container_path == path);
+                    mount.map(|mount| mount.host_path.clone())
+                });
+                match host.map(std::fs::read) {
+                    Some(Ok(bytes)) => self.append_log(id, LogSource::Stdout, &bytes),
+                    _ => self.append_log(id, LogSource::Stderr, format!("cat: {path}: not mounted\n").as_bytes()),
+                }
+            }
+            Step::Sleep(time) => return Some(time),
+            Step::Exit(code) => self.end(id, code, false),
+            Step::IgnoreStop => {
+                if let Some(container) = locked(&self.state).containers.get_mut(id) {
+                    container.stubborn = true;
+                }
+            }
+        }
+        None
+    }
+
+    async fn run(self: Arc<Self>, id: ContainerId, steps: Vec<Step>) {
+        for step in steps {
+            if let Some(time) = self.step(&id, step) {
+                sleep(time).await;
+            }
+        }
+    }
+
+    /// Waits until the container does not run.
+    async fn ended(&self, id: &ContainerId) {
+        let mut changed = self.changed.subscribe();
+        let running = || {
+            let state = locked(&self.state);
+            state.containers.get(id).is_some_and(|container| container.status.state == ContainerState::Running)
+        };
+        while running() && changed.changed().await.is_ok() {}
+    }
+}
+
+impl FakeRuntime {
+    async fn enter(&self, verb: Verb) -> Result<()> {
+        self.shared.faults.enter(verb).await
+    }
+
+    async fn delay_start(&self) {
+        let delay = *locked(&self.shared.start_delay);
+        if !delay.is_zero() {
+            sleep(delay).await;
+        }
+    }
+
+    /// Begins what a created container does.
+    fn begin(&self, id: &ContainerId) -> Result<()> {
+        let mut state = locked(&self.shared.state);
+        let container = state.container(id)?;
+        match container.status.state {
+            ContainerState::Running => return Ok(()),
+            ContainerState::Exited => {
+                return Err(RuntimeError::new(Kind::Invalid, format!("container {id} has exited already")));
+            }
+            ContainerState::Created => {}
+        }
+        let pod = container.status.pod.uid.clone();
+        match container.program.clone() {
+            Program::CannotStart { code, message } => {
+                let failure = RuntimeError::new(Kind::Invalid, format!("failed to start container {id}: {message}"));
+                let status = &mut container.status;
+                status.state = ContainerState::Exited;
+                status.exit_code = code;
+                status.finished_at = Some(status.created_at);
+                status.message = message;
+                Err(failure)
+            }
+            Program::Runs(steps) => {
+                state.mark_started(id);
+                drop(state);
+                self.shared.tell(&pod, EventKind::Started);
+                let mut programs = locked(&self.programs);
+                while programs.try_join_next().is_some() {}
+                programs.spawn(Arc::clone(&self.shared).run(id.clone(), steps));
+                Ok(())
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl SandboxRuntime for FakeRuntime {
+    async fn version(&self) -> Result<RuntimeVersion> {
+        self.enter(Verb::Version).await?;
+        Ok(RuntimeVersion { name: "fake".into(), version: env!("CARGO_PKG_VERSION").into() })
+    }
+
+    async fn ready(&self) -> Result<()> {
+        self.enter(Verb::Ready).await
+    }
+
+    async fn run_pod_sandbox(&self, config: &SandboxConfig) -> Result<SandboxId> {
+        self.enter(Verb::RunPodSandbox).await?;
+        self.delay_start().await;
+        let (id, new) = locked(&self.shared.state).run_sandbox(config);
+        if new {
+            self.shared.tell(&config.pod.uid, EventKind::Started);
+        }
+        Ok(id)
+    }
+
+    async fn stop_pod_sandbox(&self, id: &SandboxId) -> Result<()> {
+        self.enter(Verb::StopPodSandbox).await?;
+        self.shared.stop_sandbox(id);
+        Ok(())
+    }
+
+    async fn remove_pod_sandbox(&self, id: &SandboxId) -> Result<()> {
+        self.enter(Verb::RemovePodSandbox).await?;
+        self.shared.stop_sandbox(id);
+        let mut state = locked(&self.shared.state);
+        let pod = state.sandboxes.get(id).map(|sandbox| sandbox.pod.uid.clone()).unwrap_or_default();
+        let removed = state.remove_sandbox(id);
+        drop(state);
+        for _ in 0..removed {
+            self.shared.tell(&pod, EventKind::Removed);
+        }
+        Ok(())
+    }
+
+    async fn pod_sandbox_status(&self, id: &SandboxId) -> Result<SandboxStatus> {
+        self.enter(Verb::PodSandboxStatus).await?;
+        locked(&self.shared.state).sandbox(id).cloned()
+    }
+
+    async fn list_pod_sandboxes(&self, pod_uid: Option<&str>) -> Result<Vec<SandboxStatus>> {
+        self.enter(Verb::ListPodSandboxes).await?;
+        let state = locked(&self.shared.state);
+        let wanted = |status: &&SandboxStatus| pod_uid.is_none_or(|uid| status.pod.uid == uid);
+        Ok(state.sandboxes.values().filter(wanted).cloned().collect())
+    }
+
+    async fn create_container(&self, sandbox: &SandboxId, config: &ContainerConfig) -> Result<ContainerId> {
+        self.enter(Verb::CreateContainer).await?;
+        locked(&self.shared.state).create(sandbox, config)
+    }
+
+    async fn start_container(&self, id: &ContainerId) -> Result<()> {
+        self.enter(Verb::StartContainer).await?;
+        self.delay_start().await;
+        self.begin(id)
+    }
+
+    async fn stop_container(&self, id: &ContainerId, grace: Grace) -> Result<()> {
+        self.enter(Verb::StopContainer).await?;
+        let stubborn = locked(&self.shared.state).containers.get(id).is_some_and(|container| container.stubborn);
+        if !stubborn && !grace.is_zero() {
+            self.shared.end(id, TERMINATED, false);
+        }
+        if timeout(grace, self.shared.ended(id)).await.is_err() {
+            self.shared.end(id, KILLED, false);
+        }
+        Ok(())
+    }
+
+    async fn remove_container(&self, id: &ContainerId) -> Result<()> {
+        self.enter(Verb::RemoveContainer).await?;
+        self.shared.end(id, KILLED, false);
+        let removed = locked(&self.shared.state).containers.remove(id);
+        if let Some(container) = removed {
+            self.shared.tell(&container.status.pod.uid, EventKind::Removed);
+        }
+        Ok(())
+    }
+
+    async fn list_containers(&self, pod_uid: Option<&str>) -> Result<Vec<ContainerStatus>> {
+        self.enter(Verb::ListContainers).await?;
+        let state = locked(&self.shared.state);
+        let wanted = |status: &&ContainerStatus| pod_uid.is_none_or(|uid| status.pod.uid == uid);
+        Ok(state.containers.values().map(|container| &container.status).filter(wanted).cloned().collect())
+    }
+
+    async fn container_status(&self, id: &ContainerId) -> Result<ContainerStatus> {
+        self.enter(Verb::ContainerStatus).await?;
+        Ok(locked(&self.shared.state).container(id)?.status.clone())
+    }
+
+    async fn logs(&self, id: &ContainerId, options: &LogOptions) -> Result<BoxStream<'static, Result<LogChunk>>> {
+        self.enter(Verb::Logs).await?;
+        let start = locked(&self.shared.state).container(id)?.log.start(options);
+        let (shared, id, options) = (Arc::clone(&self.shared), id.clone(), options.clone());
+        let changed = shared.changed.subscribe();
+        let chunks = stream::unfold((shared, changed, start), move |(shared, mut changed, mut at)| {
+            let (id, options) = (id.clone(), options.clone());
+            async move {
+                loop {
+                    let (chunk, more) = {
+                        let state = locked(&shared.state);
+                        let container = state.containers.get(&id)?;
+                        (container.log.get(at), container.status.state != ContainerState::Exited)
+                    };
+                    match chunk {
+                        Some(chunk) => {
+                            at += 1;
+                            if options.since.is_none_or(|since| chunk.time >= since) {
+                                return Some((Ok(chunk), (shared, changed, at)));
+                            }
+                        }
+                        None if options.follow && more => changed.changed().await.ok()?,
+                        None => return None,
+                    }
+                }
+            }
+        });
+        Ok(chunks.boxed())
+    }
+
+    async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {
+        self.enter(Verb::Events).await?;
+        let receiver = locked(&self.shared.events).subscribe();
+        let events = stream::unfold(receiver, |mut receiver| async move {
+            // Too far behind is the end too: the caller lists.
+            receiver.recv().await.ok().map(|event| (event, receiver))
+        });
+        Ok(events.boxed())
+    }
+}
+
+#[async_trait]
+impl ImageStore for FakeRuntime {
+    async fn pull_image(&self, reference: &str, _auths: &[RegistryAuth]) -> Result<ImageId> {
+        self.enter(Verb::PullImage).await?;
+        reference::parse(reference)?;
+        Ok(self.shared.add_image(reference))
+    }
+
+    async fn image_status(&self, reference: &str) -> Result<Option<Image>> {
+        self.enter(Verb::ImageStatus).await?;
+        let state = locked(&self.shared.state);
+        let named = |image: &&Image| image.id.as_str() == reference || image.tags.iter().any(|tag| tag == reference);
+        Ok(state.images.values().find(named).cloned())
+    }
+
+    async fn list_images(&self) -> Result<Vec<Image>> {
+        self.enter(Verb::ListImages).await?;
+        Ok(locked(&self.shared.state).images.values().cloned().collect())
+    }
+
+    async fn remove_image(&self, id: &ImageId) -> Result<()> {
+        self.enter(Verb::RemoveImage).await?;
+        let mut state = locked(&self.shared.state);
+        if state.containers.values().any(|container| container.status.image == *id) {
+            return Err(RuntimeError::new(Kind::AlreadyExists, format!("a container uses image {id}")));
+        }
+        state.images.remove(id);
+        Ok(())
+    }
+}

@@ -1,0 +1,186 @@
+//! What the fake remembers, and how each verb changes it. No waiting here: the verbs do that.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use jiff::Timestamp;
+
+use super::log::Log;
+use super::program::{self, Program};
+use crate::runtime::types::{
+    ContainerConfig, ContainerId, ContainerState, ContainerStatus, Image, ImageId, SandboxConfig, SandboxId,
+    SandboxNetwork, SandboxState, SandboxStatus,
+};
+use crate::runtime::{Kind, Result, RuntimeError};
+
+/// Exit code of a process that SIGKILL ended.
+pub(super) const KILLED: i32 = 137;
+
+/// One container.
+#[derive(Debug)]
+pub(super) struct Container {
+    pub(super) status: ContainerStatus,
+    pub(super) program: Program,
+    pub(super) config: ContainerConfig,
+    pub(super) stubborn: bool,
+    pub(super) log: Log,
+}
+
+/// Everything.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) sandboxes: BTreeMap<SandboxId, SandboxStatus>,
+    pub(super) containers: BTreeMap<ContainerId, Container>,
+    pub(super) images: BTreeMap<ImageId, Image>,
+}
+
+fn unknown(what: &str, id: impl std::fmt::Display) -> RuntimeError {
+    RuntimeError::new(Kind::NotFound, format!("there is no {what} {id}"))
+}
+
+impl State {
+    /// Unique in the process, so that no two fakes know each other's ids.
+    fn number() -> u64 {
+        static MADE: AtomicU64 = AtomicU64::new(1);
+        MADE.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The sandbox of this Pod and attempt: a ready one stays, any other gives way to a new one.
+    pub(super) fn run_sandbox(&mut self, config: &SandboxConfig) -> (SandboxId, bool) {
+        let same = |status: &&SandboxStatus| status.pod.uid == config.pod.uid && status.attempt == config.attempt;
+        if let Some(found) = self.sandboxes.values().find(same).map(|status| (status.id.clone(), status.state)) {
+            match found {
+                (id, SandboxState::Ready) => return (id, false),
+                (id, SandboxState::NotReady) => drop(self.remove_sandbox(&id)),
+            }
+        }
+        let number = Self::number();
+        let id = SandboxId::from(format!("sandbox-{number}"));
+        let status = SandboxStatus {
+            id: id.clone(),
+            pod: config.pod.clone(),
+            attempt: config.attempt,
+            state: SandboxState::Ready,
+            created_at: Timestamp::now(),
+            address: match config.network {
+                SandboxNetwork::Pod { address } => Some(address),
+                SandboxNetwork::Host => None,
+            },
+            pid: Some(1_000_000 + number as i32),
+        };
+        self.sandboxes.insert(id.clone(), status);
+        (id, true)
+    }
+
+    /// Kills what runs in it; `false` if it was stopped already. The containers that ended are returned too.
+    pub(super) fn stop_sandbox(&mut self, id: &SandboxId) -> (bool, Vec<ContainerId>) {
+        let members = self.running_members(id);
+        for member in &members {
+            self.end(member, KILLED, false);
+        }
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return (false, members) };
+        let stopped = sandbox.state == SandboxState::Ready;
+        sandbox.state = SandboxState::NotReady;
+        sandbox.pid = None;
+        (stopped, members)
+    }
+
+    fn running_members(&self, id: &SandboxId) -> Vec<ContainerId> {
+        let running = |container: &&Container| {
+            container.status.sandbox == *id && container.status.state == ContainerState::Running
+        };
+        self.containers.values().filter(running).map(|container| container.status.id.clone()).collect()
+    }
+
+    /// Forgets it and its containers; how many objects went.
+    pub(super) fn remove_sandbox(&mut self, id: &SandboxId) -> usize {
+        let before = self.containers.len() + self.sandboxes.len();
+        self.containers.retain(|_, container| container.status.sandbox != *id);
+        self.sandboxes.remove(id);
+        before - self.containers.len() - self.sandboxes.len()
+    }
+
+    pub(super) fn sandbox(&self, id: &SandboxId) -> Result<&SandboxStatus> {
+        self.sandboxes.get(id).ok_or_else(|| unknown("sandbox", id))
+    }
+
+    pub(super) fn create(&mut self, sandbox: &SandboxId, config: &ContainerConfig) -> Result<ContainerId> {
+        if self.sandbox(sandbox)?.state != SandboxState::Ready {
+            return Err(RuntimeError::new(Kind::Invalid, format!("sandbox {sandbox} is not ready")));
+        }
+        if !self.images.contains_key(&config.image) {
+            return Err(unknown("image", &config.image));
+        }
+        let same = |container: &&Container| {
+            let status = &container.status;
+            status.pod.uid == config.pod.uid && status.name == config.name && status.attempt == config.attempt
+        };
+        if let Some(found) = self.containers.values().find(same).map(|container| &container.status) {
+            if found.sandbox == *sandbox {
+                return Ok(found.id.clone());
+            }
+            let text = format!("container {} of {} exists in another sandbox", config.name, config.pod);
+            return Err(RuntimeError::new(Kind::AlreadyExists, text));
+        }
+        let id = ContainerId::from(format!("container-{}", Self::number()));
+        let words: Vec<String> = config.command.iter().chain(&config.args).cloned().collect();
+        let container = Container {
+            status: created(id.clone(), sandbox.clone(), config),
+            program: program::read(&words),
+            config: config.clone(),
+            stubborn: false,
+            log: Log::default(),
+        };
+        self.containers.insert(id.clone(), container);
+        Ok(id)
+    }
+
+    pub(super) fn container(&mut self, id: &ContainerId) -> Result<&mut Container> {
+        self.containers.get_mut(id).ok_or_else(|| unknown("container", id))
+    }
+
+    /// Ends a running container; `false` if there is none of that id that runs.
+    pub(super) fn end(&mut self, id: &ContainerId, exit_code: i32, oom_killed: bool) -> bool {
+        let Some(container) = self.containers.get_mut(id) else { return false };
+        let status = &mut container.status;
+        if status.state != ContainerState::Running {
+            return false;
+        }
+        status.state = ContainerState::Exited;
+        status.finished_at = Some(Timestamp::now());
+        status.exit_code = exit_code;
+        status.oom_killed = oom_killed;
+        status.pid = None;
+        true
+    }
+
+    pub(super) fn mark_started(&mut self, id: &ContainerId) {
+        let pid = 1_000_000 + Self::number() as i32;
+        if let Some(container) = self.containers.get_mut(id) {
+            container.status.state = ContainerState::Running;
+            container.status.started_at = Some(Timestamp::now());
+            container.status.pid = Some(pid);
+        }
+    }
+}
+
+fn created(id: ContainerId, sandbox: SandboxId, config: &ContainerConfig) -> ContainerStatus {
+    ContainerStatus {
+        id,
+        sandbox,
+        pod: config.pod.clone(),
+        name: config.name.clone(),
+        attempt: config.attempt,
+        state: ContainerState::Created,
+        created_at: Timestamp::now(),
+        started_at: None,
+        finished_at: None,
+        exit_code: 0,
+        oom_killed: false,
+        message: String::new(),
+        image: config.image.clone(),
+        image_ref: config.image_ref.clone(),
+        pid: None,
+        annotations: config.annotations.clone(),
+    }
+}

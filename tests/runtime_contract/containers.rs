@@ -1,0 +1,176 @@
+//! Promises about containers.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use futures::join;
+use lambdalet::runtime::Kind;
+use lambdalet::runtime::types::{ContainerConfig, ContainerId, ContainerState, ImageId, SandboxConfig, SandboxId};
+
+use crate::bench::Bench;
+
+pub(crate) async fn a_container_is_created_then_runs_then_has_exited(bench: &Bench) {
+    let sandbox = bench.sandbox("p").await;
+    let config = bench.container_config("p", "c", bench.idles());
+    let id = bench.runtime.create_container(&sandbox, &config).await.unwrap();
+    let status = bench.runtime.container_status(&id).await.unwrap();
+    assert_eq!((status.state, status.started_at, status.finished_at), (ContainerState::Created, None, None));
+    assert_eq!((&status.id, &status.sandbox, &status.pod), (&id, &sandbox, &bench.pod("p")));
+    assert_eq!((status.name.as_str(), status.attempt, status.pid), ("c", 0, None));
+
+    bench.runtime.start_container(&id).await.unwrap();
+    let status = bench.runtime.container_status(&id).await.unwrap();
+    assert_eq!((status.state, status.finished_at), (ContainerState::Running, None));
+    assert!(status.started_at >= Some(status.created_at) && status.pid.is_some());
+
+    bench.runtime.stop_container(&id, Duration::from_secs(30)).await.unwrap();
+    let status = bench.runtime.container_status(&id).await.unwrap();
+    assert_eq!((status.state, status.pid, status.oom_killed), (ContainerState::Exited, None, false));
+    assert!(status.finished_at >= status.started_at);
+}
+
+pub(crate) async fn creating_the_same_attempt_again_returns_it(bench: &Bench) {
+    let sandbox = bench.sandbox("p").await;
+    let config = bench.container_config("p", "c", bench.idles());
+    let id = bench.runtime.create_container(&sandbox, &config).await.unwrap();
+    assert_eq!(bench.runtime.create_container(&sandbox, &config).await.unwrap(), id);
+    let next = ContainerConfig { attempt: 1, ..config.clone() };
+    assert_ne!(bench.runtime.create_container(&sandbox, &next).await.unwrap(), id);
+    assert_eq!(bench.runtime.list_containers(None).await.unwrap().len(), 2);
+
+    let other = SandboxConfig { attempt: 1, ..bench.sandbox_config("p") };
+    let other = bench.runtime.run_pod_sandbox(&other).await.unwrap();
+    let error = bench.runtime.create_container(&other, &config).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::AlreadyExists, "it is in the first sandbox");
+}
+
+pub(crate) async fn a_container_needs_a_sandbox_that_is_there_and_ready(bench: &Bench) {
+    let config = bench.container_config("p", "c", bench.idles());
+    let nowhere = SandboxId::from("f".repeat(64));
+    let error = bench.runtime.create_container(&nowhere, &config).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::NotFound);
+    let sandbox = bench.sandbox("p").await;
+    bench.runtime.stop_pod_sandbox(&sandbox).await.unwrap();
+    let error = bench.runtime.create_container(&sandbox, &config).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Invalid);
+    assert!(bench.runtime.list_containers(None).await.unwrap().is_empty());
+}
+
+pub(crate) async fn a_container_needs_an_image_that_is_there(bench: &Bench) {
+    let sandbox = bench.sandbox("p").await;
+    let image = ImageId::from(format!("sha256:{}", "0".repeat(64)));
+    let config = ContainerConfig { image, ..bench.container_config("p", "c", bench.idles()) };
+    let error = bench.runtime.create_container(&sandbox, &config).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::NotFound);
+}
+
+pub(crate) async fn starting_a_running_container_is_fine_and_an_exited_one_is_not(bench: &Bench) {
+    let id = bench.started("c", bench.idles()).await;
+    bench.runtime.start_container(&id).await.unwrap();
+    bench.runtime.stop_container(&id, Duration::from_secs(30)).await.unwrap();
+    assert_eq!(bench.runtime.start_container(&id).await.unwrap_err().kind(), Kind::Invalid);
+    assert_eq!(bench.runtime.container_status(&id).await.unwrap().state, ContainerState::Exited);
+}
+
+async fn fails_to_start(bench: &Bench, command: Vec<String>, code: i32) {
+    let sandbox = bench.sandbox("p").await;
+    let config = bench.container_config("p", "c", command);
+    let id = bench.runtime.create_container(&sandbox, &config).await.unwrap();
+    let error = bench.runtime.start_container(&id).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Invalid);
+    let status = bench.runtime.container_status(&id).await.unwrap();
+    assert_eq!((status.state, status.exit_code), (ContainerState::Exited, code));
+    assert!(!status.message.is_empty());
+    assert!(error.to_string().contains(&status.message), "{error} lacks {}", status.message);
+    assert!(status.started_at.is_none() && status.finished_at.is_some());
+    assert_eq!(bench.runtime.start_container(&id).await.unwrap_err().kind(), Kind::Invalid, "again");
+}
+
+pub(crate) async fn a_command_that_does_not_exist_exits_with_127_and_says_so(bench: &Bench) {
+    fails_to_start(bench, bench.missing(), 127).await;
+}
+
+pub(crate) async fn a_command_that_may_not_run_exits_with_128_and_says_so(bench: &Bench) {
+    fails_to_start(bench, bench.refused(), 128).await;
+}
+
+pub(crate) async fn the_exit_code_is_the_process_own(bench: &Bench) {
+    for code in [0, 3, 255] {
+        let id = bench.started(&format!("c{code}"), bench.exits(code)).await;
+        let status = bench.exited(&id).await;
+        assert_eq!((status.exit_code, status.oom_killed, status.message.as_str()), (code, false, ""));
+    }
+}
+
+pub(crate) async fn a_stop_lets_the_process_end_by_itself(bench: &Bench) {
+    let id = bench.started("c", bench.idles()).await;
+    // The shell needs a moment to set its trap.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let begun = Instant::now();
+    bench.runtime.stop_container(&id, Duration::from_secs(30)).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    let status = bench.runtime.container_status(&id).await.unwrap();
+    assert_eq!((status.state, status.exit_code), (ContainerState::Exited, 143));
+}
+
+pub(crate) async fn a_process_that_ignores_the_signal_is_killed_after_the_grace(bench: &Bench) {
+    let id = bench.started("c", bench.stubborn()).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let begun = Instant::now();
+    bench.runtime.stop_container(&id, Duration::from_millis(600)).await.unwrap();
+    assert!(begun.elapsed() >= Duration::from_millis(600), "{:?}", begun.elapsed());
+    let status = bench.runtime.container_status(&id).await.unwrap();
+    assert_eq!((status.state, status.exit_code), (ContainerState::Exited, 137));
+}
+
+pub(crate) async fn no_grace_kills_at_once(bench: &Bench) {
+    let id = bench.started("c", bench.idles()).await;
+    bench.runtime.stop_container(&id, Duration::ZERO).await.unwrap();
+    assert_eq!(bench.runtime.container_status(&id).await.unwrap().exit_code, 137);
+}
+
+pub(crate) async fn stopping_what_does_not_run_is_fine(bench: &Bench) {
+    let sandbox = bench.sandbox("p").await;
+    let config = bench.container_config("p", "created", bench.idles());
+    let created = bench.runtime.create_container(&sandbox, &config).await.unwrap();
+    bench.runtime.stop_container(&created, Duration::from_secs(5)).await.unwrap();
+    assert_eq!(bench.runtime.container_status(&created).await.unwrap().state, ContainerState::Created);
+    let exited = bench.started("exited", bench.exits(4)).await;
+    bench.exited(&exited).await;
+    bench.runtime.stop_container(&exited, Duration::from_secs(5)).await.unwrap();
+    assert_eq!(bench.runtime.container_status(&exited).await.unwrap().exit_code, 4);
+}
+
+pub(crate) async fn a_running_container_can_be_removed_and_is_gone(bench: &Bench) {
+    let id = bench.started("c", bench.stubborn()).await;
+    for _ in 0..2 {
+        bench.runtime.remove_container(&id).await.unwrap();
+        assert_eq!(bench.runtime.container_status(&id).await.unwrap_err().kind(), Kind::NotFound);
+    }
+    assert!(bench.runtime.list_containers(None).await.unwrap().is_empty());
+}
+
+pub(crate) async fn two_removals_at_once_both_succeed(bench: &Bench) {
+    let id: ContainerId = bench.started("c", bench.stubborn()).await;
+    let (one, other) = join!(bench.runtime.remove_container(&id), bench.runtime.remove_container(&id));
+    one.unwrap();
+    other.unwrap();
+    assert_eq!(bench.runtime.container_status(&id).await.unwrap_err().kind(), Kind::NotFound);
+}
+
+pub(crate) async fn what_the_caller_wrote_on_a_container_reads_back(bench: &Bench) {
+    let sandbox = bench.sandbox("p").await;
+    let annotations =
+        BTreeMap::from([("hash".to_owned(), "1a2b".to_owned()), ("odd/key".to_owned(), "ä \"=\n".to_owned())]);
+    let config = ContainerConfig {
+        attempt: 7,
+        image_ref: "what the user wrote".into(),
+        annotations: annotations.clone(),
+        ..bench.container_config("p", "c", bench.idles())
+    };
+    bench.runtime.create_container(&sandbox, &config).await.unwrap();
+    let listed = bench.runtime.list_containers(Some("uid-p")).await.unwrap();
+    assert_eq!(listed.len(), 1);
+    assert_eq!((listed[0].attempt, listed[0].image_ref.as_str()), (7, "what the user wrote"));
+    assert_eq!((&listed[0].annotations, &listed[0].image), (&annotations, &bench.image));
+}
