@@ -186,7 +186,8 @@ mod tests {
         let requests = BTreeMap::from([("cpu".to_owned(), ApiQuantity(cpu.to_owned()))]);
         let resources = ResourceRequirements { requests: Some(requests), ..ResourceRequirements::default() };
         let container = Container { name: "c".into(), resources: Some(resources), ..Container::default() };
-        let mut pod = Pod { spec: Some(PodSpec { containers: vec![container], ..PodSpec::default() }), ..Pod::default() };
+        let mut pod =
+            Pod { spec: Some(PodSpec { containers: vec![container], ..PodSpec::default() }), ..Pod::default() };
         pod.metadata.uid = Some(uid.to_owned());
         pod
     }

@@ -86,17 +86,14 @@ impl PodTargets for Directory {
         previous: bool,
     ) -> Result<ContainerId, TargetError> {
         let entry = self.find(namespace, pod).ok_or_else(|| TargetError::NoPod(pod.to_owned()))?;
-        let named = |spec: &PodSpec| {
-            spec.init_containers.iter().flatten().chain(&spec.containers).any(|c| c.name == container)
-        };
+        let named =
+            |spec: &PodSpec| spec.init_containers.iter().flatten().chain(&spec.containers).any(|c| c.name == container);
         if !entry.pod.spec.as_ref().is_some_and(named) {
             return Err(TargetError::NoContainer { pod: pod.to_owned(), container: container.to_owned() });
         }
         if previous {
-            return previous_attempt(&entry.pod, container).ok_or_else(|| TargetError::NoPrevious {
-                pod: pod.to_owned(),
-                container: container.to_owned(),
-            });
+            return previous_attempt(&entry.pod, container)
+                .ok_or_else(|| TargetError::NoPrevious { pod: pod.to_owned(), container: container.to_owned() });
         }
         let mut attempts: Vec<_> = entry.containers.iter().filter(|c| c.name == container).collect();
         attempts.sort_by_key(|c| c.attempt);

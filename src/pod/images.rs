@@ -135,5 +135,9 @@ fn pull_policy(container: &Container) -> &str {
 }
 
 fn seconds(time: Duration) -> String {
-    if time < Duration::from_secs(1) { format!("{}ms", time.as_millis()) } else { format!("{:.3}s", time.as_secs_f64()) }
+    if time < Duration::from_secs(1) {
+        format!("{}ms", time.as_millis())
+    } else {
+        format!("{:.3}s", time.as_secs_f64())
+    }
 }

@@ -173,9 +173,10 @@ fn need(view: &View<'_>, container: &Container, init: bool) -> Need {
         seen.max(view.floors.get(&container.name).copied().unwrap_or(0))
     };
     let Some(current) = view.observed.current(&container.name) else {
-        let done_before = view.observed.latest(&container.name).is_some_and(|latest| {
-            latest.state == ContainerState::Exited && !restarts(view.spec, latest, false)
-        });
+        let done_before = view
+            .observed
+            .latest(&container.name)
+            .is_some_and(|latest| latest.state == ContainerState::Exited && !restarts(view.spec, latest, false));
         // What ended in an earlier sandbox stays ended, but each sandbox is initialised anew.
         return if done_before && !init { Need::Nothing } else { Need::Start(next()) };
     };

@@ -48,7 +48,11 @@ impl PublishCounters {
         metrics.register(|registry| {
             let Self { written, failed, gone } = &counters;
             registry.register("pod_status_writes", "Pod statuses written", written.clone());
-            registry.register("pod_status_write_failures", "Pod status writes that failed and were retried", failed.clone());
+            registry.register(
+                "pod_status_write_failures",
+                "Pod status writes that failed and were retried",
+                failed.clone(),
+            );
             registry.register("pod_status_drops", "Pod statuses dropped since the Pod was gone", gone.clone());
         });
         counters
@@ -87,11 +91,8 @@ impl Publisher {
     /// Writes `status` soon, in place of any that waits.
     pub fn publish(&self, pod: &PodRef, status: PodStatus) {
         let mut slots = self.shared.lock();
-        let slot = slots.entry(pod.uid.clone()).or_insert_with(|| Slot {
-            pod: pod.clone(),
-            waiting: None,
-            sending: false,
-        });
+        let slot =
+            slots.entry(pod.uid.clone()).or_insert_with(|| Slot { pod: pod.clone(), waiting: None, sending: false });
         slot.waiting = Some(status);
         drop(slots);
         self.shared.work.notify_one();

@@ -98,7 +98,8 @@ pub fn qos_class(spec: &PodSpec) -> &'static str {
         return "BestEffort";
     }
     let guaranteed = pairs.iter().all(|(requests, limits)| {
-        limits.len() == 2 && (requests.is_empty() || requests.iter().all(|(name, amount)| limits.get(name) == Some(amount)))
+        limits.len() == 2
+            && (requests.is_empty() || requests.iter().all(|(name, amount)| limits.get(name) == Some(amount)))
     });
     if guaranteed { "Guaranteed" } else { "Burstable" }
 }

@@ -122,8 +122,8 @@ fn running_or_pending(input: &StatusInput<'_>, spec: &PodSpec, statuses: &[ApiCo
         s.state.as_ref().is_none_or(|s| s.waiting.is_some())
             && s.last_state.as_ref().is_none_or(|s| s.terminated.is_none())
     };
-    let waits_for_init = !plan::initialized(spec, input.observed)
-        && spec.init_containers.as_ref().is_some_and(|list| !list.is_empty());
+    let waits_for_init =
+        !plan::initialized(spec, input.observed) && spec.init_containers.as_ref().is_some_and(|list| !list.is_empty());
     if waits_for_init || statuses.iter().any(never_started) { "Pending" } else { "Running" }
 }
 

@@ -44,8 +44,10 @@ fn of_container(container: &Container, list: &mut Vec<String>) {
         list.push(format!("container {name:?}: {probe} is not run yet; a running container counts as ready"));
     }
     let hooks = container.lifecycle.as_ref();
-    let hooks =
-        [("postStart", hooks.is_some_and(|l| l.post_start.is_some())), ("preStop", hooks.is_some_and(|l| l.pre_stop.is_some()))];
+    let hooks = [
+        ("postStart", hooks.is_some_and(|l| l.post_start.is_some())),
+        ("preStop", hooks.is_some_and(|l| l.pre_stop.is_some())),
+    ];
     for (hook, _) in hooks.iter().filter(|(_, set)| *set) {
         list.push(format!("container {name:?}: lifecycle.{hook} is not run yet"));
     }

@@ -264,7 +264,9 @@ impl PodLoop {
         let addressed = self.shared.ipam.held().into_iter().map(|(_, uid)| uid);
         let uids: BTreeSet<String> = on_disk.into_iter().chain(addressed).collect();
         for uid in uids {
-            found.entry(uid.clone()).or_insert_with(|| ghost(&PodRef { uid, namespace: String::new(), name: String::new() }));
+            found
+                .entry(uid.clone())
+                .or_insert_with(|| ghost(&PodRef { uid, namespace: String::new(), name: String::new() }));
         }
         Ok(found)
     }

@@ -79,11 +79,7 @@ enum Next {
 }
 
 impl Worker {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        desired: watch::Receiver<Desired>,
-        signal: watch::Receiver<Signal>,
-    ) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, desired: watch::Receiver<Desired>, signal: watch::Receiver<Signal>) -> Self {
         let pod = desired.borrow().pod.clone();
         let relists = signal.borrow().relists;
         Self {
@@ -357,10 +353,8 @@ impl Worker {
         let mut wait = Duration::from_millis(200);
         loop {
             let uid = Some(self.reference.uid.as_str());
-            let listed = tokio::try_join!(
-                self.shared.runtime.list_pod_sandboxes(uid),
-                self.shared.runtime.list_containers(uid)
-            );
+            let listed =
+                tokio::try_join!(self.shared.runtime.list_pod_sandboxes(uid), self.shared.runtime.list_containers(uid));
             match listed {
                 Ok((sandboxes, containers)) => {
                     self.observed = Observed::new(sandboxes, containers);

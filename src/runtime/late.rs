@@ -25,9 +25,7 @@ pub struct Late {
 
 impl Late {
     /// A runtime that is connected to by `connect`, which is asked again at each verb until it succeeds.
-    pub fn new(
-        connect: impl Fn() -> BoxFuture<'static, Result<Arc<dyn Runtime>>> + Send + Sync + 'static,
-    ) -> Self {
+    pub fn new(connect: impl Fn() -> BoxFuture<'static, Result<Arc<dyn Runtime>>> + Send + Sync + 'static) -> Self {
         Self { connect: Box::new(connect), runtime: OnceCell::new() }
     }
 

@@ -38,7 +38,8 @@ async fn last_seen(t: &Case, name: &str, grace: Option<u32>) -> (Pod, Duration) 
 #[ignore = "needs cluster: run hack/test"]
 fn a_container_that_heeds_sigterm_ends_with_its_own_code_and_at_once() {
     on_shared_node(async |t| {
-        t.pod("polite", json!({"containers": [busybox("trap 'exit 7' TERM; while true; do sleep 3600 & wait; done")]})).await;
+        t.pod("polite", json!({"containers": [busybox("trap 'exit 7' TERM; while true; do sleep 3600 & wait; done")]}))
+            .await;
         t.running("polite").await;
         let (pod, took) = last_seen(t, "polite", None).await;
         assert_eq!(exit_code(&pod, "main"), Some(7), "the final status is written before the object goes");

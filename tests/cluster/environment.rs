@@ -70,7 +70,10 @@ fn variables_come_from_keys_of_config_maps_and_secrets() {
             {"name": "NO_MAP", "valueFrom": {"secretKeyRef": {"name": "none", "key": "none", "optional": true}}},
             {"name": "BOTH", "value": "$(COLOUR)!"},
         ]);
-        let main = busybox_with("printf '%s|' \"$COLOUR\" \"$PASSWORD\" \"${NO_KEY-unset}\" \"${NO_MAP-unset}\" \"$BOTH\"", json!({"env": env}));
+        let main = busybox_with(
+            "printf '%s|' \"$COLOUR\" \"$PASSWORD\" \"${NO_KEY-unset}\" \"${NO_MAP-unset}\" \"$BOTH\"",
+            json!({"env": env}),
+        );
         let log = t.output_of("keys", json!({"containers": [main]})).await;
         assert_eq!(log, "green|s3cret\nwith a line|unset|unset|green!|");
     });
@@ -148,9 +151,7 @@ fn the_pods_own_fields_are_variables() {
 #[ignore = "needs cluster: run hack/test"]
 fn the_containers_own_resources_are_variables() {
     on_shared_node(async |t| {
-        let field = |name: &str, resource: &str, divisor: &str| {
-            json!({"name": name, "valueFrom": {"resourceFieldRef": {"resource": resource, "divisor": divisor}}})
-        };
+        let field = |name: &str, resource: &str, divisor: &str| json!({"name": name, "valueFrom": {"resourceFieldRef": {"resource": resource, "divisor": divisor}}});
         let found = environment(
             t,
             json!({

@@ -3,7 +3,9 @@
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
-use crate::harness::pods::{STAY, busybox, busybox_with, container, phase, pod_message, pod_reason, waiting, waits_for, with};
+use crate::harness::pods::{
+    STAY, busybox, busybox_with, container, phase, pod_message, pod_reason, waiting, waits_for, with,
+};
 use crate::harness::wait::SOON;
 use crate::harness::{Case, on_shared_node};
 
@@ -24,7 +26,8 @@ const CAPABILITIES: &str = "awk '/^CapEff/ {print $2}' /proc/self/status";
 #[ignore = "needs cluster: run hack/test"]
 fn the_user_and_group_are_the_containers_else_the_pods() {
     on_shared_node(async |t| {
-        let own = with(container("own", "id -u; id -g"), json!({"securityContext": {"runAsUser": 1001, "runAsGroup": 1002}}));
+        let own =
+            with(container("own", "id -u; id -g"), json!({"securityContext": {"runAsUser": 1001, "runAsGroup": 1002}}));
         let spec = json!({
             "securityContext": {"runAsUser": 2001, "runAsGroup": 2002},
             "containers": [busybox("id -u; id -g"), own],
@@ -44,7 +47,10 @@ fn capabilities_are_added_and_dropped() {
         let mask = secured(t, json!({}), CAPABILITIES).await;
         assert!(has_capability(&mask, CHOWN) && !has_capability(&mask, NET_ADMIN), "{mask}");
         let mask = secured(t, json!({"capabilities": {"add": ["NET_ADMIN"], "drop": ["CHOWN"]}}), CAPABILITIES).await;
-        assert!(has_capability(&mask, NET_ADMIN) && !has_capability(&mask, CHOWN) && has_capability(&mask, NET_RAW), "{mask}");
+        assert!(
+            has_capability(&mask, NET_ADMIN) && !has_capability(&mask, CHOWN) && has_capability(&mask, NET_RAW),
+            "{mask}"
+        );
         let mask = secured(t, json!({"capabilities": {"drop": ["ALL"]}}), CAPABILITIES).await;
         assert_eq!(u64::from_str_radix(mask.trim(), 16).unwrap(), 0);
         let mask = secured(t, json!({"capabilities": {"add": ["CHOWN"], "drop": ["ALL"]}}), CAPABILITIES).await;
@@ -112,8 +118,12 @@ fn an_image_that_runs_as_root_is_refused_where_that_is_forbidden() {
 #[ignore = "needs cluster: run hack/test"]
 fn a_safe_kernel_parameter_is_set_and_another_refuses_the_pod() {
     on_shared_node(async |t| {
-        let sysctl = |name: &str, value: &str| json!({"securityContext": {"sysctls": [{"name": name, "value": value}]}});
-        let spec = with(sysctl("net.ipv4.ip_unprivileged_port_start", "80"), json!({"containers": [busybox("cat /proc/sys/net/ipv4/ip_unprivileged_port_start")]}));
+        let sysctl =
+            |name: &str, value: &str| json!({"securityContext": {"sysctls": [{"name": name, "value": value}]}});
+        let spec = with(
+            sysctl("net.ipv4.ip_unprivileged_port_start", "80"),
+            json!({"containers": [busybox("cat /proc/sys/net/ipv4/ip_unprivileged_port_start")]}),
+        );
         assert_eq!(t.output_of("safe", spec).await, "80\n");
         let spec = with(sysctl("kernel.msgmax", "65536"), json!({"containers": [busybox("true")]}));
         t.pod("unsafe", spec).await;

@@ -30,7 +30,16 @@ impl Registry {
             "http": {"addr": format!("127.0.0.1:{port}")},
         });
         if let Some(password) = password {
-            let line = output("python3", &["-W", "ignore", "-c", "import crypt, sys; print('user:' + crypt.crypt(sys.argv[1], crypt.METHOD_BLOWFISH))", password]);
+            let line = output(
+                "python3",
+                &[
+                    "-W",
+                    "ignore",
+                    "-c",
+                    "import crypt, sys; print('user:' + crypt.crypt(sys.argv[1], crypt.METHOD_BLOWFISH))",
+                    password,
+                ],
+            );
             let path = data.path().join("htpasswd");
             std::fs::write(&path, line).unwrap();
             config["auth"] = json!({"htpasswd": {"realm": "test", "path": path}});
@@ -101,7 +110,10 @@ fn an_absent_image_is_pulled_and_the_event_says_how_large_it_is() {
         assert_eq!(phase(&pod), "Succeeded");
         assert_eq!(t.event("pulls", "Pulling").await, format!("Pulling image {image:?}"));
         let pulled = t.event("pulls", "Pulled").await;
-        assert!(pulled.starts_with(&format!("Successfully pulled image {image:?} in ")) && pulled.contains("Image size: "), "{pulled}");
+        assert!(
+            pulled.starts_with(&format!("Successfully pulled image {image:?} in ")) && pulled.contains("Image size: "),
+            "{pulled}"
+        );
         let main = crate::harness::pods::status(&pod, "main").unwrap();
         assert_eq!(main.image, image);
     });
@@ -130,7 +142,10 @@ fn never_pulls_nothing() {
         let held = |p: &Pod| waits_for(p, "main") == Some("ErrImageNeverPull");
         let pod = t.until("never", "held back", held).await;
         let message = waiting(&pod, "main").unwrap().message.clone().unwrap();
-        assert_eq!(message, "Container image \"lambdalet.test/no-such-image:1\" is not present with pull policy of Never");
+        assert_eq!(
+            message,
+            "Container image \"lambdalet.test/no-such-image:1\" is not present with pull policy of Never"
+        );
         assert_eq!(phase(&pod), "Pending");
     });
 }
@@ -179,7 +194,8 @@ fn a_private_image_needs_the_pods_pull_secret() {
 
         let auth = base64::engine::general_purpose::STANDARD.encode("user:open sesame");
         let auths = json!({"auths": {format!("127.0.0.1:{}", registry.port): {"auth": auth}}});
-        let secret = json!({"type": "kubernetes.io/dockerconfigjson", "stringData": {".dockerconfigjson": auths.to_string()}});
+        let secret =
+            json!({"type": "kubernetes.io/dockerconfigjson", "stringData": {".dockerconfigjson": auths.to_string()}});
         t.make::<Secret>("pull", secret).await;
         let mut spec = running(&image, "Always");
         spec["imagePullSecrets"] = json!([{"name": "pull"}]);

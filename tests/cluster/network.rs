@@ -88,7 +88,8 @@ fn a_service_reaches_its_pod_from_host_and_pods_and_from_itself() {
         poll("the Service reachable from the host", SOON, async || get(&format!("{address}:80"), "/").await).await;
         assert!(t.script(&ask(&address)).await.ends_with("web\n"));
 
-        let hairpin = format!("mkdir /www; echo myself >/www/index.html; httpd -p 8080 -h /www; {}", ask("$MIRROR_SERVICE_HOST"));
+        let hairpin =
+            format!("mkdir /www; echo myself >/www/index.html; httpd -p 8080 -h /www; {}", ask("$MIRROR_SERVICE_HOST"));
         let spec = json!({"spec": {"selector": {"app": "mirror"}, "ports": [{"port": 80, "targetPort": 8080}]}});
         let service: Service = t.make("mirror", spec).await;
         let env = json!([{"name": "MIRROR_SERVICE_HOST", "value": service.spec.unwrap().cluster_ip.unwrap()}]);
@@ -167,7 +168,11 @@ fn name_servers_follow_the_dns_policy() {
         let read = |policy: &str| json!({"dnsPolicy": policy, "containers": [busybox("cat /etc/resolv.conf")]});
         let first = t.output_of("cluster", read("ClusterFirst")).await;
         let lines: Vec<&str> = first.lines().collect();
-        assert_eq!(lines[0], format!("search {}.svc.cluster.local svc.cluster.local cluster.local", t.namespace).as_str().trim_end(), "{first}");
+        assert_eq!(
+            lines[0],
+            format!("search {}.svc.cluster.local svc.cluster.local cluster.local", t.namespace).as_str().trim_end(),
+            "{first}"
+        );
         assert!(lines.contains(&format!("nameserver {}", t.cluster.fact("DNS_IP")).as_str()), "{first}");
         assert!(lines.contains(&"options ndots:5"), "{first}");
 
@@ -186,7 +191,10 @@ fn name_servers_follow_the_dns_policy() {
 
         spec["dnsPolicy"] = json!("ClusterFirst");
         let merged = t.output_of("merged", spec).await;
-        assert!(merged.contains(&format!("nameserver {}\nnameserver 192.0.2.53\n", t.cluster.fact("DNS_IP"))), "{merged}");
+        assert!(
+            merged.contains(&format!("nameserver {}\nnameserver 192.0.2.53\n", t.cluster.fact("DNS_IP"))),
+            "{merged}"
+        );
         assert!(merged.lines().next().unwrap().ends_with(" my.example"), "{merged}");
         assert!(merged.contains("ndots:2") && merged.contains("edns0"), "{merged}");
     });

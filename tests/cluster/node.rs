@@ -51,7 +51,10 @@ fn the_node_registers_with_all_a_kubelet_puts_there() {
             let found = status.addresses.iter().flatten().find(|a| a.type_ == type_);
             found.map(|a| a.address.clone()).unwrap_or_default()
         };
-        assert_eq!((address("InternalIP").as_str(), address("Hostname")), (t.cluster.fact("HOST_ADDRESS"), t.node.name.clone()));
+        assert_eq!(
+            (address("InternalIP").as_str(), address("Hostname")),
+            (t.cluster.fact("HOST_ADDRESS"), t.node.name.clone())
+        );
         let port = status.daemon_endpoints.as_ref().unwrap().kubelet_endpoint.as_ref().unwrap().port;
         assert_eq!(port, i32::from(t.node.port));
 
@@ -158,19 +161,24 @@ fn taints_labels_and_reservations_are_as_flagged() {
     on_own_node("flagged", Options::flags(&flags), async |t| {
         let node = t.node.ready(&t.client).await;
         let taints = node.spec.as_ref().unwrap().taints.clone().unwrap_or_default();
-        let ours = taints.iter().find(|taint| taint.key == "lambdalet.dev/only").unwrap_or_else(|| panic!("{taints:?}"));
+        let ours =
+            taints.iter().find(|taint| taint.key == "lambdalet.dev/only").unwrap_or_else(|| panic!("{taints:?}"));
         assert_eq!((ours.value.as_deref(), ours.effect.as_str()), (Some("us"), "NoSchedule"));
         assert_eq!(node.labels()["type"], "virtual-kubelet");
         let status = node.status.as_ref().unwrap();
         let (capacity, allocatable) = (status.capacity.as_ref().unwrap(), status.allocatable.as_ref().unwrap());
         assert_eq!(allocatable["pods"].0, "7");
         let cpus: u32 = capacity["cpu"].0.parse().unwrap();
-        let left = allocatable["cpu"].0.parse::<u32>().map_or_else(|_| allocatable["cpu"].0.clone(), |n| format!("{}m", n * 1000));
+        let left = allocatable["cpu"]
+            .0
+            .parse::<u32>()
+            .map_or_else(|_| allocatable["cpu"].0.clone(), |n| format!("{}m", n * 1000));
         assert_eq!(left, format!("{}m", cpus * 1000 - 500));
 
         t.pod("untolerant", sleeper()).await;
         t.until("untolerant", "refused by the scheduler", |p| {
-            crate::harness::pods::pod_condition(p, "PodScheduled").is_some_and(|c| c.reason.as_deref() == Some("Unschedulable"))
+            crate::harness::pods::pod_condition(p, "PodScheduled")
+                .is_some_and(|c| c.reason.as_deref() == Some("Unschedulable"))
         })
         .await;
         let mut spec = sleeper();
@@ -210,7 +218,9 @@ fn a_deleted_node_object_is_registered_again_and_its_pods_stay() {
         nodes.delete(&t.node.name, &DeleteParams::default()).await.unwrap();
         let after = t
             .node
-            .until(&t.client, "registered again", SOON, |n| n.uid() != before.uid() && condition(n, "Ready") == Some("True"))
+            .until(&t.client, "registered again", SOON, |n| {
+                n.uid() != before.uid() && condition(n, "Ready") == Some("True")
+            })
             .await;
         assert_eq!(after.labels()["lambdalet.dev/test"], t.node.name);
         let lease = watch_until(leases(t), &t.node.name, "the new Node's", Duration::from_secs(30), |l| {
@@ -232,7 +242,8 @@ fn a_label_or_condition_that_somebody_changes_is_put_right() {
         nodes.patch(&t.node.name, &PatchParams::default(), &Patch::Merge(change)).await.unwrap();
         let node = t.node.until(&t.client, "linux again", SOON, |n| n.labels()["kubernetes.io/os"] == "linux").await;
         assert_eq!(node.labels()["somebodys"], "own", "labels of others stay");
-        let unknown = json!({"status": {"conditions": [{"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown"}]}});
+        let unknown =
+            json!({"status": {"conditions": [{"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown"}]}});
         nodes.patch_status(&t.node.name, &PatchParams::default(), &Patch::Strategic(unknown)).await.unwrap();
         t.node.ready(&t.client).await;
     });
@@ -266,7 +277,8 @@ fn a_clean_shutdown_leaves_pods_running_and_the_node_ready() {
 fn drain_on_exit_ends_pods_by_their_grace_and_leaves_nothing() {
     on_own_node("drains", Options::flags(&["--drain-on-exit"]), async |t| {
         t.pod("polite", json!({"restartPolicy": "Never", "containers": [busybox("trap 'sleep 1; exit 5' TERM; echo up; while true; do sleep 3600 & wait; done")]})).await;
-        let mut deaf = json!({"restartPolicy": "Never", "containers": [busybox("trap '' TERM; while true; do sleep 1; done")]});
+        let mut deaf =
+            json!({"restartPolicy": "Never", "containers": [busybox("trap '' TERM; while true; do sleep 1; done")]});
         deaf["terminationGracePeriodSeconds"] = json!(3);
         t.pod("deaf", deaf).await;
         t.running("polite").await;
@@ -286,7 +298,10 @@ fn drain_on_exit_ends_pods_by_their_grace_and_leaves_nothing() {
         }
         let left = Leaks::of(&t.node);
         assert_eq!((left.links, left.mounts, left.namespaces), Default::default());
-        let running = output("docker", &["ps", "-q", "--filter", &format!("label=lambdalet.dev/owner={}", t.node.owner().unwrap())]);
+        let running = output(
+            "docker",
+            &["ps", "-q", "--filter", &format!("label=lambdalet.dev/owner={}", t.node.owner().unwrap())],
+        );
         assert_eq!(running, "", "containers still run");
     });
 }
@@ -411,7 +426,10 @@ fn a_node_that_starts_before_its_docker_registers_and_becomes_ready_later() {
         let down = |n: &NodeObject| condition(n, "Ready") == Some("False");
         let object = node.until(client, "NotReady", SOON, down).await;
         let why = reason(&object, "Ready");
-        assert!(why.contains("container runtime is down") && why.contains(&docker.endpoint()["unix://".len()..]), "{why}");
+        assert!(
+            why.contains("container runtime is down") && why.contains(&docker.endpoint()["unix://".len()..]),
+            "{why}"
+        );
         docker.run().await;
         node.ready(client).await;
     });
@@ -436,7 +454,19 @@ fn its_own_api_answers_health_pods_and_metrics_to_the_api_server_only() {
         }
 
         let anonymous = |path: &str| {
-            output("curl", &["-sk", "--noproxy", "*", "-o", "/dev/null", "-w", "%{http_code}", &format!("https://127.0.0.1:{}{path}", t.node.port)])
+            output(
+                "curl",
+                &[
+                    "-sk",
+                    "--noproxy",
+                    "*",
+                    "-o",
+                    "/dev/null",
+                    "-w",
+                    "%{http_code}",
+                    &format!("https://127.0.0.1:{}{path}", t.node.port),
+                ],
+            )
         };
         for path in ["/pods", "/metrics", &format!("/containerLogs/{}/web/main", t.namespace)] {
             assert_eq!(anonymous(path), "401", "{path}");
@@ -457,10 +487,32 @@ fn a_token_is_let_in_only_for_what_its_owner_may() {
         });
         let roles: Api<k8s_openapi::api::rbac::v1::ClusterRole> = Api::all(t.client.clone());
         roles.create(&kube::api::PostParams::default(), &serde_json::from_value(rule).unwrap()).await.unwrap();
-        t.kubectl_text(&["create", "clusterrolebinding", &role, "--clusterrole", &role, "--serviceaccount", &format!("{}:reader", t.namespace)]);
+        t.kubectl_text(&[
+            "create",
+            "clusterrolebinding",
+            &role,
+            "--clusterrole",
+            &role,
+            "--serviceaccount",
+            &format!("{}:reader", t.namespace),
+        ]);
         let ask = |account: &str, path: &str| {
             let bearer = format!("Authorization: Bearer {}", token(account).trim());
-            output("curl", &["-sk", "--noproxy", "*", "-o", "/dev/null", "-w", "%{http_code}", "-H", &bearer, &format!("https://127.0.0.1:{}{path}", t.node.port)])
+            output(
+                "curl",
+                &[
+                    "-sk",
+                    "--noproxy",
+                    "*",
+                    "-o",
+                    "/dev/null",
+                    "-w",
+                    "%{http_code}",
+                    "-H",
+                    &bearer,
+                    &format!("https://127.0.0.1:{}{path}", t.node.port),
+                ],
+            )
         };
         assert_eq!(ask("reader", "/metrics"), "200");
         assert_eq!(ask("reader", "/pods"), "403");

@@ -67,7 +67,9 @@ fn pods_run_on_without_the_api_server_and_their_news_is_told_when_it_is_back() {
         .await;
         assert!(t.node.runs(), "{}", t.node.log());
         t.cluster.hack(&["start-apiserver"]);
-        let pod = t.until_within("ends", "known to have ended", Duration::from_secs(60), |p| exit_code(p, "main") == Some(9)).await;
+        let pod = t
+            .until_within("ends", "known to have ended", Duration::from_secs(60), |p| exit_code(p, "main") == Some(9))
+            .await;
         assert_eq!(crate::harness::pods::phase(&pod), "Failed");
         let after = t.until_within("stays", "ready", Duration::from_secs(60), is_ready).await;
         assert_eq!(identity(&after, "main"), identity(&before, "main"));
@@ -93,7 +95,11 @@ fn a_node_that_starts_without_the_api_server_deletes_nothing() {
         // It takes this long to find out that nobody answers, several times over.
         poll("going on without the API server", SOON, async || {
             let log = t.node.log();
-            if log.contains("going on without the API server") { Ok(()) } else { Err(crate::harness::node::tail(&log, 20)) }
+            if log.contains("going on without the API server") {
+                Ok(())
+            } else {
+                Err(crate::harness::node::tail(&log, 20))
+            }
         })
         .await;
         tokio::time::sleep(Duration::from_secs(5)).await;

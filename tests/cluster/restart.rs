@@ -34,7 +34,8 @@ fn running_containers_are_adopted_untouched() {
     on_own_node("adopts", Options::default(), async |t| {
         let before = Leaks::of(&t.node);
         t.secret("keys", json!({"password": "old"})).await;
-        let volumes = json!([{"name": "s", "secret": {"secretName": "keys"}}, {"name": "m", "emptyDir": {"medium": "Memory"}}]);
+        let volumes =
+            json!([{"name": "s", "secret": {"secretName": "keys"}}, {"name": "m", "emptyDir": {"medium": "Memory"}}]);
         let mounts = json!({"volumeMounts": [{"name": "s", "mountPath": "/s"}, {"name": "m", "mountPath": "/m"}]});
         let spec = json!({
             "volumes": volumes,
@@ -66,8 +67,10 @@ fn what_happened_while_the_node_was_away_is_made_up_for() {
         let dir = tempfile::tempdir().unwrap();
         let volume = json!([{"name": "v", "hostPath": {"path": dir.path()}}]);
         let mounts = json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}]});
-        let until_told = "while [ ! -e /v/end ]; do sleep 0.1; done; echo -n my last words >/dev/termination-log; exit 4";
-        let spec = json!({"restartPolicy": "Never", "volumes": volume, "containers": [busybox_with(until_told, mounts)]});
+        let until_told =
+            "while [ ! -e /v/end ]; do sleep 0.1; done; echo -n my last words >/dev/termination-log; exit 4";
+        let spec =
+            json!({"restartPolicy": "Never", "volumes": volume, "containers": [busybox_with(until_told, mounts)]});
         t.pod("ends", spec).await;
         for name in ["graceful", "forced", "replaced"] {
             t.pod(name, sleeper()).await;
@@ -107,7 +110,9 @@ fn what_happened_while_the_node_was_away_is_made_up_for() {
 fn a_crash_loops_count_and_wait_survive_a_restart() {
     on_own_node("counts", Options::default(), async |t| {
         t.pod("crash", json!({"containers": [busybox("exit 1")]})).await;
-        let looping = |p: &Pod| restarts(p, "main") == 1 && crate::harness::pods::waits_for(p, "main") == Some("CrashLoopBackOff");
+        let looping = |p: &Pod| {
+            restarts(p, "main") == 1 && crate::harness::pods::waits_for(p, "main") == Some("CrashLoopBackOff")
+        };
         t.until("crash", "in CrashLoopBackOff", looping).await;
         t.node.restart(&t.client).await;
         let pod = t.until("crash", "restarted once more", |p| restarts(p, "main") >= 2).await;
@@ -156,7 +161,8 @@ fn fifty_kills_at_random_moments_lose_restart_and_leak_nothing() {
         }
         let label = format!("label=lambdalet.dev/pod-namespace={}", t.namespace);
         poll("exactly the four Pods' containers on the host", SOON, async || {
-            let names = crate::harness::node::output("docker", &["ps", "-a", "--filter", &label, "--format", "{{.Names}}"]);
+            let names =
+                crate::harness::node::output("docker", &["ps", "-a", "--filter", &label, "--format", "{{.Names}}"]);
             if names.lines().count() == 8 { Ok(()) } else { Err(names) }
         })
         .await;
@@ -179,8 +185,10 @@ fn killed_at(step: &str) {
         t.pod("old", sleeper()).await;
         let old = t.running("old").await;
         let mut spec = sleeper();
-        spec["volumes"] = json!([{"name": "v", "configMap": {"name": "settings"}}, {"name": "e", "emptyDir": {"medium": "Memory"}}]);
-        spec["containers"][0]["volumeMounts"] = json!([{"name": "v", "mountPath": "/v"}, {"name": "e", "mountPath": "/e"}]);
+        spec["volumes"] =
+            json!([{"name": "v", "configMap": {"name": "settings"}}, {"name": "e", "emptyDir": {"medium": "Memory"}}]);
+        spec["containers"][0]["volumeMounts"] =
+            json!([{"name": "v", "mountPath": "/v"}, {"name": "e", "mountPath": "/e"}]);
         let at_end = matches!(step, "stop" | "status" | "remove");
         if at_end {
             t.pod("hit", spec.clone()).await;

@@ -54,7 +54,9 @@ fn an_empty_dir_outlives_a_restart_of_its_container() {
 fn an_empty_dir_in_memory_is_a_tmpfs_of_its_size() {
     on_shared_node(async |t| {
         let volume = json!({"emptyDir": {"medium": "Memory", "sizeLimit": "8Mi"}});
-        let script = format!("{TYPE}; df -k /v | awk 'NR == 2 {{print $2}}'; head -c 9000000 /dev/zero >/v/too-much || echo full");
+        let script = format!(
+            "{TYPE}; df -k /v | awk 'NR == 2 {{print $2}}'; head -c 9000000 /dev/zero >/v/too-much || echo full"
+        );
         let log = with_volume(t, volume, &script).await;
         assert!(log.starts_with("tmpfs\n8192\n") && log.ends_with("full\n"), "{log}");
     });
@@ -79,7 +81,12 @@ fn chosen_keys_get_their_paths_and_modes() {
         t.config_map("settings", json!({"a": "1", "b": "2", "c": "3"})).await;
         let items = json!([{"key": "a", "path": "deep/er/a.txt"}, {"key": "b", "path": "b.sh", "mode": 0o755}]);
         let volume = json!({"configMap": {"name": "settings", "items": items, "defaultMode": 0o400}});
-        let log = with_volume(t, volume, "cd /v; find . -follow -type f | grep -v '/\\.\\.' | sort; stat -Lc %a deep/er/a.txt b.sh").await;
+        let log = with_volume(
+            t,
+            volume,
+            "cd /v; find . -follow -type f | grep -v '/\\.\\.' | sort; stat -Lc %a deep/er/a.txt b.sh",
+        )
+        .await;
         assert_eq!(log, "./b.sh\n./deep/er/a.txt\n400\n755\n");
     });
 }
@@ -90,7 +97,8 @@ fn a_secret_is_in_memory_inside_and_outside_and_gone_with_its_pod() {
     on_shared_node(async |t| {
         t.secret("keys", json!({"password": "very-s3cret-word"})).await;
         let script = format!("cat /v/password; echo; {TYPE}; stat -f -c %T /v; {STAY}");
-        let pod = t.pod("holder", spec_with(json!({"secret": {"secretName": "keys", "defaultMode": 0o440}}), &script)).await;
+        let pod =
+            t.pod("holder", spec_with(json!({"secret": {"secretName": "keys", "defaultMode": 0o440}}), &script)).await;
         t.running("holder").await;
         let log = t.log_with("holder", "main", "up").await;
         assert_eq!(log, "very-s3cret-word\ntmpfs\ntmpfs\nup\n");
@@ -176,7 +184,8 @@ fn the_downward_api_writes_the_pods_fields_into_files() {
         t.labelled_pod("fields", metadata, spec).await;
         t.until("fields", "at its end", crate::harness::pods::has_ended).await;
         let log = t.log("fields", "main").await;
-        let expected = "annotations: note=\"say \\\"hi\\\"\\n\"\nlabels: a=\"1\"\nb=\"2\"\nmemory: 32\nname: fields\n600\n";
+        let expected =
+            "annotations: note=\"say \\\"hi\\\"\\n\"\nlabels: a=\"1\"\nb=\"2\"\nmemory: 32\nname: fields\n600\n";
         assert_eq!(log, expected);
     });
 }
@@ -211,7 +220,10 @@ fn claims(token: &str) -> Value {
 fn a_projected_token_is_bound_to_its_pod_and_audience_and_private() {
     on_shared_node(async |t| {
         let token = json!({"serviceAccountToken": {"path": "token", "audience": "shop", "expirationSeconds": 600}});
-        let mut spec = spec_with(json!({"projected": {"sources": [token]}}), "cat /v/token; echo; stat -Lc '%a %u' /v/token; awk '$2 == \"/v\" {print $3}' /proc/mounts");
+        let mut spec = spec_with(
+            json!({"projected": {"sources": [token]}}),
+            "cat /v/token; echo; stat -Lc '%a %u' /v/token; awk '$2 == \"/v\" {print $3}' /proc/mounts",
+        );
         spec["securityContext"] = json!({"runAsUser": 1000});
         let pod = t.run_pod("holder", spec).await;
         let log = t.log("holder", "main").await;
@@ -241,8 +253,17 @@ fn the_default_token_speaks_for_the_pod_at_the_api_server() {
         let answer = crate::harness::node::output(
             "curl",
             &[
-                "-sS", "--noproxy", "*", "--cacert", ca.to_str().unwrap(), "-H", &format!("Authorization: Bearer {}", lines[2]),
-                "-H", "Content-Type: application/json", "-d", &review,
+                "-sS",
+                "--noproxy",
+                "*",
+                "--cacert",
+                ca.to_str().unwrap(),
+                "-H",
+                &format!("Authorization: Bearer {}", lines[2]),
+                "-H",
+                "Content-Type: application/json",
+                "-d",
+                &review,
                 &format!("{server}/apis/authentication.k8s.io/v1/selfsubjectreviews"),
             ],
         );
@@ -260,12 +281,24 @@ fn a_host_path_of_each_type_is_checked_and_mounted() {
         std::fs::write(dir.path().join("file"), "from the host").unwrap();
         let path = |name: &str| dir.path().join(name).display().to_string();
         let volume = |name: &str, type_: &str| json!({"hostPath": {"path": path(name), "type": type_}});
-        assert_eq!(with_volume(t, volume("", "Directory"), "cat /v/file; echo written >/v/back").await, "from the host");
+        assert_eq!(
+            with_volume(t, volume("", "Directory"), "cat /v/file; echo written >/v/back").await,
+            "from the host"
+        );
         assert_eq!(std::fs::read_to_string(dir.path().join("back")).unwrap(), "written\n");
         assert_eq!(with_volume(t, volume("file", "File"), "cat /v").await, "from the host");
-        assert_eq!(with_volume(t, volume("new-dir", "DirectoryOrCreate"), "stat -c '%F %a' /v").await, "directory 755\n");
-        assert_eq!(with_volume(t, volume("new-file", "FileOrCreate"), "stat -c '%F %a' /v").await, "regular empty file 644\n");
-        assert_eq!(with_volume(t, json!({"hostPath": {"path": "/dev/null", "type": "CharDevice"}}), "stat -c %F /v").await, "character special file\n");
+        assert_eq!(
+            with_volume(t, volume("new-dir", "DirectoryOrCreate"), "stat -c '%F %a' /v").await,
+            "directory 755\n"
+        );
+        assert_eq!(
+            with_volume(t, volume("new-file", "FileOrCreate"), "stat -c '%F %a' /v").await,
+            "regular empty file 644\n"
+        );
+        assert_eq!(
+            with_volume(t, json!({"hostPath": {"path": "/dev/null", "type": "CharDevice"}}), "stat -c %F /v").await,
+            "character special file\n"
+        );
         // What is there is left there.
         assert!(dir.path().join("new-dir").is_dir() && dir.path().join("file").is_file());
     });
@@ -302,7 +335,10 @@ fn fs_group_owns_the_volumes_and_is_a_group_of_the_processes() {
     on_shared_node(async |t| {
         t.secret("keys", json!({"password": "2"})).await;
         let mounts = json!({"volumeMounts": [{"name": "e", "mountPath": "/e"}, {"name": "s", "mountPath": "/s"}]});
-        let main = busybox_with("id -G; stat -c %g /e; touch /e/new; stat -c %g /e/new; stat -Lc '%g %a' /s/password; cat /s/password", mounts);
+        let main = busybox_with(
+            "id -G; stat -c %g /e; touch /e/new; stat -c %g /e/new; stat -Lc '%g %a' /s/password; cat /s/password",
+            mounts,
+        );
         let spec = json!({
             "securityContext": {"runAsUser": 1000, "runAsGroup": 2000, "fsGroup": 3000, "supplementalGroups": [4000]},
             "volumes": [{"name": "e", "emptyDir": {}}, {"name": "s", "secret": {"secretName": "keys", "defaultMode": 0o400}}],

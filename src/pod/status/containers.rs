@@ -61,9 +61,8 @@ fn state(input: &StatusInput<'_>, container: &Container, latest: Option<&Contain
             Some(trouble) if !input.terminal && input.ended.is_none() => wait(trouble.clone()),
             _ => terminated(input, now),
         },
-        _ => lost(input, container, init).unwrap_or_else(|| {
-            wait(waiting.cloned().unwrap_or_else(|| Trouble::new(default_reason(input, init), "")))
-        }),
+        _ => lost(input, container, init)
+            .unwrap_or_else(|| wait(waiting.cloned().unwrap_or_else(|| Trouble::new(default_reason(input, init), "")))),
     }
 }
 
@@ -97,10 +96,7 @@ fn default_reason(input: &StatusInput<'_>, init: bool) -> &'static str {
 
 fn wait(trouble: Trouble) -> ApiState {
     let message = Some(trouble.message).filter(|m| !m.is_empty());
-    ApiState {
-        waiting: Some(ContainerStateWaiting { reason: Some(trouble.reason), message }),
-        ..ApiState::default()
-    }
+    ApiState { waiting: Some(ContainerStateWaiting { reason: Some(trouble.reason), message }), ..ApiState::default() }
 }
 
 fn terminated(input: &StatusInput<'_>, status: &ContainerStatus) -> ApiState {

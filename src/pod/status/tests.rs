@@ -136,7 +136,10 @@ fn init_containers_keep_the_pod_pending_and_name_themselves() {
     let status = case.status();
     assert_eq!(status.phase.as_deref(), Some("Pending"));
     let initialized = condition(&status, "Initialized");
-    assert_eq!((initialized.status.as_str(), initialized.reason.as_deref()), ("False", Some("ContainersNotInitialized")));
+    assert_eq!(
+        (initialized.status.as_str(), initialized.reason.as_deref()),
+        ("False", Some("ContainersNotInitialized"))
+    );
     assert_eq!(initialized.message.as_deref(), Some("containers with incomplete status: [i]"));
     let waiting = status.container_statuses.unwrap()[0].state.clone().unwrap().waiting.unwrap();
     assert_eq!(waiting.reason.as_deref(), Some("PodInitializing"));
@@ -144,8 +147,7 @@ fn init_containers_keep_the_pod_pending_and_name_themselves() {
 
 #[test]
 fn a_crash_loop_shows_the_wait_and_how_the_last_run_ended() {
-    let attempts =
-        vec![attempt("a", 1, ContainerState::Exited, 1), attempt("a", 2, ContainerState::Exited, 3)];
+    let attempts = vec![attempt("a", 1, ContainerState::Exited, 1), attempt("a", 2, ContainerState::Exited, 3)];
     let mut case = Case::new(pod("Always", &[], &["a"]), attempts);
     case.waiting.insert("a".into(), crash_loop("a", &reference(), Duration::from_secs(80)));
     let status = case.status();

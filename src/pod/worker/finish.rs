@@ -120,7 +120,12 @@ impl Worker {
     }
 
     pub(super) async fn stop_sandbox(&mut self, id: &SandboxId) {
-        self.shared.events.normal(&self.pod, None, "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.");
+        self.shared.events.normal(
+            &self.pod,
+            None,
+            "SandboxChanged",
+            "Pod sandbox changed, it will be killed and re-created.",
+        );
         if let Err(error) = self.shared.runtime.stop_pod_sandbox(id).await {
             tracing::warn!(pod = %self.reference, sandbox = %id, error = chain(&error), "failed to stop sandbox");
             tokio::time::sleep(TRY_AGAIN).await;

@@ -78,8 +78,7 @@ impl Worker {
             Err(error) => return self.hold_pod("FailedCreatePodSandBox", chain(&error)),
         };
         let network = translate::network(spec, address);
-        let config =
-            SandboxConfig { attempt, ..translate::sandbox(&self.shared.host, &pod, spec, &hostname, network) };
+        let config = SandboxConfig { attempt, ..translate::sandbox(&self.shared.host, &pod, spec, &hostname, network) };
         match self.shared.runtime.run_pod_sandbox(&config).await {
             Ok(id) => self.sandbox_is_up(&id).await,
             Err(error) => {
@@ -235,7 +234,8 @@ impl Worker {
         places.termination_log = Some(log);
         let config =
             translate::container(&self.shared.host, pod, container, image, &places).map_err(|e| config_error(&e))?;
-        let expand = |words: &Option<Vec<String>>| self.shared.inputs.expand(words.as_deref().unwrap_or_default(), &env);
+        let expand =
+            |words: &Option<Vec<String>>| self.shared.inputs.expand(words.as_deref().unwrap_or_default(), &env);
         let (command, args) = (expand(&container.command), expand(&container.args));
         let grace = crate::pod::plan::grace(pod).as_secs().to_string();
         let annotations = std::collections::BTreeMap::from([(GRACE_ANNOTATION.to_owned(), grace)]);

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Node as NodeObject;
@@ -40,8 +40,10 @@ pub(crate) struct Node {
     pub(crate) name: String,
     pub(crate) root: PathBuf,
     pub(crate) port: u16,
-    range: Range,
+    range: Option<Range>,
     flags: Vec<String>,
+    /// Another way to the API server than the usual one.
+    kubeconfig: OnceLock<PathBuf>,
     process: Mutex<Option<Child>>,
 }
 
@@ -64,10 +66,18 @@ impl Node {
             root,
             name,
             port: free_port(),
-            range: Range::claim(),
+            range: Some(Range::claim()),
             flags: flags.to_vec(),
+            kubeconfig: OnceLock::new(),
             process: Mutex::new(None),
         }
+    }
+
+    /// The same, but the Pods' range is left to the cluster.
+    pub(crate) fn without_range(cluster: &Cluster, name: &str) -> Self {
+        let mut node = Self::prepare(cluster, name, &[]);
+        node.range = None;
+        node
     }
 
     /// Starts the process, with these flags beside the usual ones; they stay for later starts.
@@ -90,14 +100,21 @@ impl Node {
     /// `lambdalet` with this node's usual flags.
     pub(crate) fn command(&self, what: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lambdalet"));
-        let kubeconfig = self.cluster.node_kubeconfig(&self.name);
+        let kubeconfig = self.kubeconfig.get().cloned().unwrap_or_else(|| self.cluster.node_kubeconfig(&self.name));
         command.arg(what).arg("--kubeconfig").arg(kubeconfig).arg("--root-dir").arg(&self.root);
         command.args(["--node-name", &self.name, "--port", &self.port.to_string()]);
         command.args(["--node-labels", &format!("lambdalet.dev/test={}", self.name)]);
-        command.args(["--pod-cidr", &self.range.cidr()]);
+        if let Some(range) = &self.range {
+            command.args(["--pod-cidr", &range.cidr()]);
+        }
         command.args(["--cluster-dns", self.cluster.fact("DNS_IP")]);
         command.arg("--client-ca-file").arg(self.cluster.dir.join("ca.crt"));
         command
+    }
+
+    /// Starts it with this kubeconfig from now on.
+    pub(crate) fn lead_to(&self, kubeconfig: PathBuf) {
+        self.kubeconfig.set(kubeconfig).unwrap();
     }
 
     fn log_path(&self) -> PathBuf {
@@ -208,7 +225,7 @@ impl Node {
 
     /// Whether the address is one of its Pods'.
     pub(crate) fn has_address(&self, address: &str) -> bool {
-        address.starts_with(&self.range.prefix())
+        self.range.as_ref().is_some_and(|range| address.starts_with(&range.prefix()))
     }
 
     /// The node's way out of everything it made on the host.
