@@ -32,6 +32,7 @@
 //! * [`telemetry`] writes log lines, and errors with their whole chain of causes.
 //! * [`metrics`] is the registry behind `/metrics`.
 //! * [`quantity`] reads and writes Kubernetes quantities exactly.
+//! * [`retry`] says when to try again, and tells a failure that goes on once a minute.
 //! * [`failpoint`] names the steps at which a test may kill the process.
 //!
 //! Imports point one way: [`args`], then [`node`], [`pod`], [`kubelet_api`] and [`check`], then [`runtime`], then
@@ -48,6 +49,7 @@ pub mod network;
 pub mod node;
 pub mod pod;
 pub mod quantity;
+pub mod retry;
 pub mod runtime;
 pub mod shutdown;
 pub mod telemetry;

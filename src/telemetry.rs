@@ -38,7 +38,8 @@ pub fn init(format: LogFormat, verbosity: u8) -> anyhow::Result<()> {
 /// this node, 6 every step of it, 8 every step of everything.
 fn directives(verbosity: u8) -> &'static str {
     match verbosity {
-        0..=1 => "warn,lambdalet=info",
+        // The API client repeats each failed attempt as an error of its own; the room that asked says it once, with names.
+        0..=1 => "warn,kube_client=off,kube_runtime=off,lambdalet=info",
         2..=3 => "info",
         4..=5 => "info,lambdalet=debug",
         6..=7 => "debug,lambdalet=trace",

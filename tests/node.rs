@@ -152,6 +152,18 @@ async fn a_deleted_node_is_registered_again_at_once_and_its_lease_follows() {
 }
 
 #[tokio::test]
+async fn a_node_deleted_during_an_outage_is_registered_again_after_it() {
+    let slow = NodeSettings { status_update_frequency: Duration::from_secs(3600), ..settings() };
+    let world = start(Api::new(), slow);
+    world.until_registered().await;
+    world.api.go_down();
+    world.api.state().node = None;
+    tokio::time::sleep(A_WHILE).await;
+    world.api.state().down = false;
+    world.until_registered().await;
+}
+
+#[tokio::test]
 async fn the_status_is_sent_only_when_it_changed() {
     let world = start(Api::new(), settings());
     world.until_registered().await;
@@ -313,6 +325,16 @@ async fn with_drain_on_exit_the_node_is_not_ready_while_its_pods_end_and_its_lea
     let error = world.supervisor.run(SOON).await.unwrap_err();
     assert_eq!(format!("{error:#}"), "task end failed: test", "the Pods' task did not fail");
     assert!(api.state().condition("Ready").1.contains("shutting down"));
+}
+
+#[tokio::test]
+async fn with_drain_on_exit_a_node_without_pods_ends_as_not_ready_too() {
+    let world = start(Api::new(), NodeSettings { drain_on_exit: true, ..settings() });
+    world.until_ready("True").await;
+    let api = world.api.clone();
+    world.tasks.spawn_finite("end", async { anyhow::bail!("test") });
+    assert!(world.supervisor.run(SOON).await.is_err());
+    assert_eq!(api.state().condition("Ready").0, "False");
 }
 
 #[tokio::test]

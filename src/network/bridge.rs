@@ -12,6 +12,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use ipnet::IpNet;
@@ -31,6 +32,11 @@ const PORT_PREFIX: &str = "lv";
 const DEFAULT_MTU: u32 = 1500;
 /// Cables worked on at once. The kernel changes interfaces one at a time anyway; this bounds the threads.
 const AT_ONCE: usize = 4;
+
+/// How long [`settle`] waits between two looks, and how often it looks: two seconds in all, twice what the kernel may
+/// put it off.
+const SETTLE_WAIT: Duration = Duration::from_millis(1);
+const SETTLE_TRIES: u32 = 2000;
 
 /// A Linux bridge with the gateway's address, routed and masqueraded by the host. Clones are the same bridge.
 #[derive(Clone, Debug)]
@@ -256,7 +262,22 @@ fn plug(settings: &Settings, port: &str, pid: i32, address: IpAddr) -> Result<()
     };
     connect(&mut host, &mut inside, &pair).map_err(|source| kernel(&format!("plug {port}"), source))?;
     configure(&mut inside, settings, address)
-        .map_err(|source| kernel(&format!("give {address} to {INTERFACE} behind {port}"), source))
+        .map_err(|source| kernel(&format!("give {address} to {INTERFACE} behind {port}"), source))?;
+    settle(&mut host, &mut inside, port).map_err(|source| kernel(&format!("see {port} working"), source))
+}
+
+/// Waits until packets pass. The kernel takes note of a new carrier a little later and drops what is sent before; the
+/// sender of a lost SYN would try again only after a second.
+fn settle(host: &mut Netlink, inside: &mut Netlink, port: &str) -> io::Result<()> {
+    for _ in 0..SETTLE_TRIES {
+        let (outer, inner) = (host.link(port)?, inside.link(INTERFACE)?);
+        let (outer, inner) = (outer.ok_or(io::ErrorKind::NotFound)?, inner.ok_or(io::ErrorKind::NotFound)?);
+        if outer.operational && outer.forwarding && inner.operational {
+            return Ok(());
+        }
+        thread::sleep(SETTLE_WAIT);
+    }
+    Err(io::ErrorKind::TimedOut.into())
 }
 
 /// Makes the pair be there, with both its ends where they belong.

@@ -13,7 +13,8 @@ use rtnetlink::packet_core::{
 };
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
-    InfoBridgePort, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo, LinkMessage,
+    BridgePortState, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoVeth, LinkAttribute, LinkInfo, LinkMessage,
+    State,
 };
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteScope};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -45,6 +46,10 @@ pub(super) struct Link {
     /// Index of the bridge it is a port of.
     pub(super) bridge: Option<u32>,
     pub(super) is_bridge: bool,
+    /// The kernel has noticed that both ends are up, and lets packets out.
+    pub(super) operational: bool,
+    /// As a port of a bridge, it takes part in forwarding.
+    pub(super) forwarding: bool,
 }
 
 /// Both ends of a cable to be made.
@@ -301,6 +306,8 @@ impl Link {
             peer: None,
             bridge: None,
             is_bridge: false,
+            operational: false,
+            forwarding: false,
         };
         for attribute in message.attributes {
             match attribute {
@@ -309,14 +316,21 @@ impl Link {
                 LinkAttribute::Address(mac) => link.mac = mac,
                 LinkAttribute::Link(peer) => link.peer = Some(peer),
                 LinkAttribute::Controller(bridge) => link.bridge = Some(bridge),
+                LinkAttribute::OperState(state) => link.operational = matches!(state, State::Up | State::Unknown),
                 LinkAttribute::LinkInfo(infos) => {
                     link.is_bridge = infos.contains(&LinkInfo::Kind(InfoKind::Bridge));
+                    link.forwarding = infos.iter().any(is_forwarding);
                 }
                 _ => {}
             }
         }
         Some(link)
     }
+}
+
+fn is_forwarding(info: &LinkInfo) -> bool {
+    let LinkInfo::PortData(InfoPortData::BridgePort(data)) = info else { return false };
+    data.contains(&InfoBridgePort::State(BridgePortState::Forwarding))
 }
 
 fn family(address: IpAddr) -> AddressFamily {

@@ -15,9 +15,9 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::Registration;
-use super::retry::Retry;
 use crate::apiserver::{ApiServer, RequestError, Trouble};
 use crate::config::NodeSettings;
+use crate::retry::Retry;
 use crate::telemetry::chain;
 
 /// Where kubelets keep their leases.

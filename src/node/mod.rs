@@ -17,7 +17,6 @@ pub mod machine;
 pub mod object;
 pub mod owner;
 mod register;
-mod retry;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;

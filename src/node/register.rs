@@ -21,9 +21,9 @@ use tracing::{debug, info, warn};
 
 use super::machine::{Load, Machine};
 use super::object::{self, Inputs, Pressure, PressureMemory, RuntimeFacts};
-use super::retry::Retry;
 use super::{NodeError, Params, Registration};
 use crate::apiserver::{RequestError, Trouble};
+use crate::retry::{Delays, Retry};
 use crate::telemetry::chain;
 
 /// How often the runtime's images are listed; they are in the status only for the scheduler's image locality.
@@ -31,6 +31,9 @@ const IMAGES_INTERVAL: Duration = Duration::from_secs(30);
 
 /// A runtime that takes longer to list images or tell its version keeps the last answer.
 const RUNTIME_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long the end waits for the last status; shorter than what companions have to end.
+const FAREWELL_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Pause before conditions that somebody else wrote are put right again, so that two agents of one name do not race.
 const CONTEST_PAUSE: Duration = Duration::from_secs(1);
@@ -102,7 +105,8 @@ impl Registrar {
         closing: CancellationToken,
     ) -> Result<(), NodeError> {
         let mut health = self.params.health.clone();
-        let own = watcher::watch_object(self.nodes.clone(), &self.params.settings.name).default_backoff();
+        // The default waits up to 30 s, and so long a deletion would go unnoticed after an outage.
+        let own = watcher::watch_object(self.nodes.clone(), &self.params.settings.name).backoff(Delays::default());
         let mut own = Box::pin(own);
         let mut retry = Retry::new("keep the Node object");
         let mut retry_at: Option<Instant> = None;
@@ -115,7 +119,7 @@ impl Registrar {
             if retry_at.is_none_or(|at| at <= Instant::now()) {
                 // Cancel-safe: this is the end, and the next start takes the Node as it finds it.
                 let outcome = tokio::select! {
-                    () = closing.cancelled() => return Ok(()),
+                    () = closing.cancelled() => break,
                     outcome = self.reconcile() => outcome,
                 };
                 retry_at = match outcome {
@@ -132,7 +136,7 @@ impl Registrar {
             // Cancel-safe: tokens and watch channels keep their state, the stream keeps its position, a dropped sleep
             // is computed anew.
             tokio::select! {
-                () = closing.cancelled() => return Ok(()),
+                () = closing.cancelled() => break,
                 () = draining.cancelled(), if !self.draining && self.params.settings.drain_on_exit => {
                     self.draining = true;
                 }
@@ -142,9 +146,25 @@ impl Registrar {
                     Some(Err(error)) => debug!("watch of the Node object failed: {}", chain(&error)),
                     None => {}
                 },
-                changed = health.changed() => if changed.is_err() { return Ok(()) },
+                // Only the end takes the sender away.
+                changed = health.changed() => if changed.is_err() { break },
                 () = tokio::time::sleep_until(next.into()) => {}
             }
+        }
+        self.farewell().await;
+        Ok(())
+    }
+
+    /// With `--drain-on-exit` the Node ends as not ready, also if there was nothing to drain.
+    async fn farewell(&mut self) {
+        if !self.params.settings.drain_on_exit || self.known.is_none() {
+            return;
+        }
+        self.draining = true;
+        match tokio::time::timeout(FAREWELL_PATIENCE, self.send_status()).await {
+            Ok(Ok(())) => info!("the Node is left as not ready"),
+            Ok(Err(Failure::Again(text))) => warn!("the Node is not ready only when its lease ends: {text}"),
+            _ => warn!("the Node is not ready only when its lease ends: no answer in {FAREWELL_PATIENCE:?}"),
         }
     }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use k8s_openapi::api::core::v1::{NodeSelectorRequirement, NodeSelectorTerm, Pod, PodSpec};
+use tokio::sync::Notify;
 
 use super::qos::{ResourceList, pod_requests};
 use super::status::Trouble;
@@ -41,6 +42,7 @@ pub struct NodeView {
 #[derive(Debug, Default)]
 pub struct Admission {
     taken: Mutex<BTreeMap<String, ResourceList>>,
+    left: Notify,
 }
 
 impl Admission {
@@ -68,14 +70,23 @@ impl Admission {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner).insert(uid.to_owned(), requests(spec));
     }
 
-    /// Whether nobody is in.
-    pub fn is_empty(&self) -> bool {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    /// Returns once nobody is in.
+    pub async fn emptied(&self) {
+        loop {
+            let mut left = std::pin::pin!(self.left.notified());
+            left.as_mut().enable();
+            if self.taken.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+                return;
+            }
+            left.await;
+        }
     }
 
     /// The Pod has ended or is gone: its share is free.
     pub fn leave(&self, uid: &str) {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(uid);
+        if self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(uid).is_some() {
+            self.left.notify_waiters();
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The files of a Pod that are no volumes: `/etc/hosts` and `/etc/resolv.conf`, and its host name.
 //!
 //! The rules are those of "DNS for Services and Pods" and "Adding entries to Pod /etc/hosts with HostAliases" in the
-//! Kubernetes documentation. All but [`write`] is pure.
+//! Kubernetes documentation. All but [`write()`] is pure.
 
 use std::fs;
 use std::io;

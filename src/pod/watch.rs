@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use super::Shared;
 use super::directory::HEARTBEAT;
 use super::worker::{Desired, Signal, Worker};
+use crate::retry::{Delays, Retry};
 use crate::runtime::types::{PodRef, RuntimeEvent};
 use crate::telemetry::chain;
 
@@ -67,16 +68,26 @@ impl PodLoop {
 
     /// Runs until `stop`, then leaves every Pod running, or with `drain_on_exit` ends them all first.
     pub async fn run(mut self, stop: CancellationToken, drain_on_exit: bool) {
-        let api: Api<Guarded> = Api::all(self.client.clone());
-        let selector = format!("spec.nodeName={}", self.shared.facts.borrow().name);
-        let mut pods = watcher(api, watcher::Config::default().fields(&selector)).default_backoff().boxed();
+        let mut pods = self.watch();
+        let mut broken = Retry::new("watch Pods");
         let mut events = self.subscribe().await;
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        let shared = Arc::clone(&self.shared);
         let mut leaving = false;
         loop {
             tokio::select! {
                 // Cancel-safe: a stream item is taken whole or not at all.
-                Some(event) = pods.next() => self.pod_event(event).await,
+                Some(event) = pods.next() => match event {
+                    Ok(event) => {
+                        broken.succeeded();
+                        self.pod_event(event).await;
+                    }
+                    Err(error) => {
+                        // The stream itself waits before its next try.
+                        let _ = broken.failed(chain(&error));
+                        if is_expired(&error) { pods = self.watch(); }
+                    }
+                },
                 // Cancel-safe: likewise.
                 event = next(&mut events) => match event {
                     Some(event) => self.runtime_event(&event),
@@ -88,12 +99,14 @@ impl PodLoop {
                 _ = heartbeat.tick() => self.shared.directory.beat(),
                 // Cancel-safe: a token stays cancelled.
                 () = stop.cancelled(), if !leaving => {
+                    if !drain_on_exit {
+                        return;
+                    }
                     leaving = true;
-                    if drain_on_exit { self.start_drain(); }
+                    self.start_drain();
                 }
-            }
-            if leaving && (!drain_on_exit || self.shared.admission.is_empty()) {
-                return;
+                // Cancel-safe: asked anew each time round.
+                () = shared.admission.emptied(), if leaving => return,
             }
         }
     }
@@ -124,10 +137,16 @@ impl PodLoop {
         stream
     }
 
-    async fn pod_event(&mut self, event: Result<Event<Guarded>, watcher::Error>) {
+    fn watch(&self) -> BoxStream<'static, Result<Event<Guarded>, watcher::Error>> {
+        let api: Api<Guarded> = Api::all(self.client.clone());
+        let selector = format!("spec.nodeName={}", self.shared.facts.borrow().name);
+        watcher(api, watcher::Config::default().fields(&selector)).backoff(Delays::default()).boxed()
+    }
+
+    async fn pod_event(&mut self, event: Event<Guarded>) {
         match event {
-            Ok(Event::Init) => self.listing.clear(),
-            Ok(Event::InitApply(DeserializeGuard(pod))) => {
+            Event::Init => self.listing.clear(),
+            Event::InitApply(DeserializeGuard(pod)) => {
                 let uid = match &pod {
                     Ok(pod) => pod.metadata.uid.clone(),
                     Err(invalid) => invalid.metadata.uid.clone(),
@@ -135,16 +154,15 @@ impl PodLoop {
                 self.listing.extend(uid);
                 self.apply(pod);
             }
-            Ok(Event::InitDone) => self.listed().await,
-            Ok(Event::Apply(DeserializeGuard(pod))) => self.apply(pod),
-            Ok(Event::Delete(DeserializeGuard(pod))) => {
+            Event::InitDone => self.listed().await,
+            Event::Apply(DeserializeGuard(pod)) => self.apply(pod),
+            Event::Delete(DeserializeGuard(pod)) => {
                 let uid = match pod {
                     Ok(pod) => pod.metadata.uid,
                     Err(invalid) => invalid.metadata.uid,
                 };
                 self.gone(&uid.unwrap_or_default());
             }
-            Err(error) => tracing::warn!(error = chain(&error), "the watch on Pods broke; watching again"),
         }
     }
 
@@ -270,6 +288,12 @@ impl PodLoop {
         }
         Ok(found)
     }
+}
+
+/// Whether the watch can never go on from where it was: the library lists anew when it is told so inside a watch, but
+/// not when the server refuses to begin one.
+fn is_expired(error: &watcher::Error) -> bool {
+    matches!(error, watcher::Error::WatchStartFailed(kube::Error::Api(answer)) if answer.code == 410)
 }
 
 /// A Pod of which nothing but its name is known.

@@ -123,6 +123,10 @@ impl Worker {
         let status = self.status(goal);
         let urgent = !matches!(step, Step::SetUpVolumes | Step::RunSandbox { .. } | Step::Start { .. });
         let unsent = self.report(status, urgent);
+        if self.memory.released {
+            // After the report: whoever waits for the node to be empty may end the process then.
+            self.shared.admission.leave(&self.reference.uid);
+        }
         match step {
             Step::Wait(until) => self.wait(until).await,
             step => self.perform(step, goal, unsent).await,
@@ -195,7 +199,9 @@ impl Worker {
     fn status(&self, goal: Goal) -> PodStatus {
         let facts = self.shared.facts.borrow();
         let finished = self.pod.spec.as_ref().is_some_and(|s| plan::finished(s, &self.observed).is_some());
-        let ready_to_start = self.observed.ready_sandbox().is_some() && self.memory.places.is_some();
+        // A container in the sandbox proves that the volumes are there, also right after a restart of this process.
+        let has_volumes = self.memory.places.is_some() || self.observed.containers().next().is_some();
+        let ready_to_start = self.observed.ready_sandbox().is_some() && has_volumes;
         pod_status(&StatusInput {
             pod: &self.pod,
             observed: &self.observed,

@@ -16,6 +16,9 @@ use tokio::sync::broadcast;
 /// The node's name in every test.
 pub(crate) const NODE: &str = "n1";
 
+/// In place of an event, ends the watches that listen.
+const CUT: &str = "cut";
+
 type Answer = UnsyncBoxBody<Bytes, Infallible>;
 
 #[derive(Default)]
@@ -33,6 +36,8 @@ pub(crate) struct State {
     /// `spec.podCIDR` given to new Nodes.
     pub(crate) pod_cidr: Option<&'static str>,
     version: u64,
+    /// Events up to here are forgotten: a watch from before has to list again.
+    compacted: u64,
 }
 
 #[derive(Clone)]
@@ -80,6 +85,17 @@ impl Api {
         self.tell("DELETED", &node);
     }
 
+    /// From now on nothing is answered, and watches are over.
+    pub(crate) fn go_down(&self) {
+        {
+            let mut state = self.state();
+            state.down = true;
+            state.version += 1;
+            state.compacted = state.version;
+        }
+        let _ = self.events.send(CUT.to_owned());
+    }
+
     /// How many requests of this method and path there were.
     pub(crate) fn count(&self, request: &str) -> usize {
         self.state().log.iter().filter(|line| *line == request).count()
@@ -95,8 +111,8 @@ impl Api {
         let body = body.collect().await.unwrap().to_bytes();
         let body: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
         let (path, query) = (parts.uri.path().to_owned(), parts.uri.query().unwrap_or_default().to_owned());
-        if query.contains("watch=true") {
-            return self.watch();
+        if query.contains("watch=true") && !self.state().down {
+            return self.watch(&query);
         }
         self.state().log.push(format!("{} {path}", parts.method));
         if self.state().down {
@@ -115,9 +131,16 @@ impl Api {
         }
     }
 
-    fn watch(&self) -> Response<Answer> {
+    fn watch(&self, query: &str) -> Response<Answer> {
+        let from = query.split('&').find_map(|pair| pair.strip_prefix("resourceVersion=")?.parse::<u64>().ok());
+        if from.is_some_and(|version| version < self.state().compacted) {
+            // A stream that holds the error, as the API server's watch cache has it.
+            let status = json!({ "kind": "Status", "code": 410, "reason": "Expired", "message": "too old" });
+            let line = format!("{}\n", json!({ "type": "ERROR", "object": status }));
+            return Response::new(Full::from(line).boxed_unsync());
+        }
         let lines = futures::stream::unfold(self.events.subscribe(), |mut events| async {
-            let line = events.recv().await.ok()?;
+            let line: String = events.recv().await.ok().filter(|line| line != CUT)?;
             Some((Ok(hyper::body::Frame::data(Bytes::from(line))), events))
         });
         Response::new(StreamBody::new(lines).boxed_unsync())

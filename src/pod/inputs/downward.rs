@@ -176,6 +176,7 @@ mod tests {
     fn node() -> NodeFacts {
         NodeFacts {
             name: "n1".into(),
+            capacity: BTreeMap::new(),
             addresses: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
             allocatable: BTreeMap::from([
                 ("cpu".into(), Quantity::from_units(4)),

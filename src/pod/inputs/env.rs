@@ -210,7 +210,8 @@ mod tests {
 
     fn resolve(container: Value, services: &[(&str, &str)]) -> Result<Environment, String> {
         let pod = serde_json::from_value(json!({"metadata": {"name": "web", "namespace": "shop"}})).unwrap();
-        let node = NodeFacts { name: "n1".into(), addresses: vec![], allocatable: BTreeMap::new() };
+        let node =
+            NodeFacts { name: "n1".into(), addresses: vec![], capacity: BTreeMap::new(), allocatable: BTreeMap::new() };
         let addresses = ["10.0.0.2".parse().unwrap()];
         let config: ConfigMap = serde_json::from_value(json!({"data": {"A": "1", "B": "2", "no=name": "x"}})).unwrap();
         let secret: Secret = serde_json::from_value(json!({"data": {"B": "czM=", "bad\u{e9}": "eA=="}})).unwrap();

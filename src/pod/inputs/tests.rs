@@ -83,7 +83,7 @@ fn pod(spec: Value) -> Pod {
 }
 
 fn node() -> NodeFacts {
-    NodeFacts { name: "n1".into(), addresses: vec![], allocatable: BTreeMap::new() }
+    NodeFacts { name: "n1".into(), addresses: vec![], capacity: BTreeMap::new(), allocatable: BTreeMap::new() }
 }
 
 const TTL: Duration = Duration::from_millis(300);

@@ -120,9 +120,10 @@ pub struct VolumeManager {
 // === impl VolumeManager ===
 
 impl VolumeManager {
-    /// Keeps volumes under `root` (`--root-dir`).
+    /// Keeps volumes under `root` (`--root-dir`; a relative one counts from the working directory).
     pub fn new(client: Client, objects: Arc<Objects>, root: &Path) -> Self {
-        Self { client, objects, root: root.to_owned() }
+        let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
+        Self { client, objects, root }
     }
 
     /// Mounts the tmpfs for what comes from the API, unless an earlier run has. To be called once before the rest.

@@ -113,6 +113,7 @@ fn on_a_host<F: Future<Output = ()>>(token_life: i64, test: impl FnOnce(Host) ->
     in_a_mount_namespace(move || {
         let node = NodeFacts {
             name: "n1".into(),
+            capacity: BTreeMap::new(),
             addresses: vec!["192.0.2.1".parse().unwrap()],
             allocatable: BTreeMap::from([("memory".into(), Quantity::from_units(64 << 20))]),
         };
@@ -316,7 +317,12 @@ fn secrets_are_never_written_to_disk() {
             let client = Arc::new(Api::default()).client();
             let objects = Arc::new(Objects::new(client.clone(), Duration::ZERO));
             let manager = VolumeManager::new(client, objects, root.path());
-            let node = NodeFacts { name: String::new(), addresses: vec![], allocatable: BTreeMap::new() };
+            let node = NodeFacts {
+                name: String::new(),
+                addresses: vec![],
+                capacity: BTreeMap::new(),
+                allocatable: BTreeMap::new(),
+            };
             let pod = pod(json!([{"name": "v", "secret": {"secretName": "x", "optional": true}}]), json!({}));
             let error = manager.set_up(PodContext { pod: &pod, node: &node, addresses: &[] }).await.unwrap_err();
             assert!(crate::telemetry::chain(&error).contains("not a tmpfs"), "{error}");

@@ -135,7 +135,7 @@ impl Worker {
 
     pub(super) async fn stop(&mut self, containers: &[ContainerId], grace: Duration) {
         let names: Vec<_> = self.observed.running().map(|c| c.name.clone()).collect();
-        if std::mem::replace(&mut self.memory.killing, Some(grace)).is_none_or(|before| grace < before) {
+        if self.memory.killing.replace(grace).is_none_or(|before| grace < before) {
             for name in &names {
                 self.shared.events.normal(&self.pod, Some(name), "Killing", format!("Stopping container {name}"));
             }
@@ -156,7 +156,7 @@ impl Worker {
             }
         }
         if let Some(error) = failed {
-            self.shared.events.warning(&self.pod, None, "FailedKillPod", chain(&error));
+            self.complain("FailedKillPod", chain(&error));
             tokio::time::sleep(TRY_AGAIN).await;
         }
     }
@@ -175,7 +175,8 @@ impl Worker {
     /// Gives back what an ended Pod does not need any more. Containers stay for their logs while the Pod object exists
     /// and is not being deleted.
     pub(super) async fn release(&mut self) {
-        if self.gone || self.is_deleted() {
+        // A node that leaves the host keeps no containers for their logs: nobody could ask for them.
+        if self.gone || self.is_deleted() || *self.shared.draining.borrow() {
             self.remove_everything_once().await;
         } else {
             let ids: Vec<_> = self.observed.sandbox_ids().cloned().collect();
@@ -187,13 +188,20 @@ impl Worker {
             }
         }
         if let Err(error) = self.shared.volumes.tear_down(&self.reference.uid).await {
-            self.shared.events.warning(&self.pod, None, "FailedUnMount", chain(&error));
+            self.complain("FailedUnMount", chain(&error));
             return tokio::time::sleep(TRY_AGAIN).await;
         }
         self.memory.places = None;
         self.memory.next_refresh = None;
         self.memory.released = true;
-        self.shared.admission.leave(&self.reference.uid);
+    }
+
+    /// A Warning event, unless it is what was said last: what is tried every second is not told every second.
+    fn complain(&mut self, reason: &str, text: String) {
+        if self.memory.complaint.as_ref() != Some(&text) {
+            self.shared.events.warning(&self.pod, None, reason, text.clone());
+            self.memory.complaint = Some(text);
+        }
     }
 
     /// Removes sandboxes and containers; tries until the runtime has done it.
@@ -203,7 +211,7 @@ impl Worker {
             match self.try_remove(&uid).await {
                 Ok(()) => return,
                 Err(error) => {
-                    tracing::warn!(pod = %self.reference, error = chain(&error), "failed to remove Pod; trying again");
+                    self.complain("FailedKillPod", format!("failed to remove the Pod: {}", chain(&error)));
                     tokio::time::sleep(TRY_AGAIN).await;
                 }
             }

@@ -54,6 +54,8 @@ pub(super) struct Memory {
     pub(super) killing: Option<Duration>,
     /// When stopping processes are killed.
     pub(super) stop_by: Option<Instant>,
+    /// The trouble with ending the Pod that was told last.
+    pub(super) complaint: Option<String>,
     /// Containers and sandboxes were removed.
     pub(super) removed: bool,
     /// The event count at the last look.

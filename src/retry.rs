@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use kube::runtime::utils::Backoff;
 use tracing::{info, warn};
 
 /// kubelet's pace of registration attempts.
@@ -11,58 +12,83 @@ const LONGEST: Duration = Duration::from_secs(7);
 /// A failure that goes on is logged again this often.
 const REMINDER: Duration = Duration::from_secs(60);
 
+/// Waits between attempts: doubling, each shortened at random so that many nodes do not come back in step.
+#[derive(Debug)]
+pub struct Delays {
+    next: Duration,
+}
+
+impl Default for Delays {
+    fn default() -> Self {
+        Self { next: FIRST }
+    }
+}
+
+impl Iterator for Delays {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let delay = self.next;
+        self.next = (delay * 2).min(LONGEST);
+        Some(delay.mul_f64(0.5 + rand::random::<f64>() / 2.0))
+    }
+}
+
+impl Backoff for Delays {
+    fn reset(&mut self) {
+        *self = Self::default();
+    }
+}
+
 /// The failures of one piece of work in a row.
 #[derive(Debug)]
-pub(super) struct Retry {
+pub struct Retry {
     what: &'static str,
+    delays: Delays,
     streak: Option<Streak>,
 }
 
 #[derive(Debug)]
 struct Streak {
     since: Instant,
-    delay: Duration,
     logged: Instant,
     text: String,
 }
 
 impl Retry {
     /// No failures yet of `what` ("register the node").
-    pub(super) fn new(what: &'static str) -> Self {
-        Self { what, streak: None }
+    pub fn new(what: &'static str) -> Self {
+        Self { what, delays: Delays::default(), streak: None }
     }
 
     /// Notes a failure, logs it if it is news, and says how long to wait.
-    pub(super) fn failed(&mut self, text: String) -> Duration {
+    pub fn failed(&mut self, text: String) -> Duration {
         let now = Instant::now();
         let what = self.what;
-        let Some(streak) = &mut self.streak else {
-            warn!("failed to {what}, trying again: {text}");
-            self.streak = Some(Streak { since: now, delay: FIRST, logged: now, text });
-            return jittered(FIRST);
-        };
-        if streak.text != text || now.duration_since(streak.logged) >= REMINDER {
-            let seconds = now.duration_since(streak.since).as_secs();
-            warn!("failed to {what} for {seconds} s, trying again: {text}");
-            streak.logged = now;
-            streak.text = text;
+        match &mut self.streak {
+            None => {
+                warn!("failed to {what}, trying again: {text}");
+                self.streak = Some(Streak { since: now, logged: now, text });
+            }
+            Some(streak) if streak.text != text || now.duration_since(streak.logged) >= REMINDER => {
+                let seconds = now.duration_since(streak.since).as_secs();
+                warn!("failed to {what} for {seconds} s, trying again: {text}");
+                streak.logged = now;
+                streak.text = text;
+            }
+            Some(_) => {}
         }
-        streak.delay = (streak.delay * 2).min(LONGEST);
-        jittered(streak.delay)
+        self.delays.next().unwrap_or(LONGEST)
     }
 
     /// Notes a success, and logs the end of an outage.
-    pub(super) fn succeeded(&mut self) {
+    pub fn succeeded(&mut self) {
+        self.delays.reset();
         if let Some(streak) = self.streak.take() {
             let seconds = streak.since.elapsed().as_secs();
             info!("succeeded to {} after {seconds} s of failures", self.what);
         }
     }
-}
-
-/// Half to the whole of it, so that many nodes do not come back in step.
-fn jittered(delay: Duration) -> Duration {
-    delay.mul_f64(0.5 + rand::random::<f64>() / 2.0)
 }
 
 #[cfg(test)]
