@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::failure::{failed, is_absent, status as http_status};
 use super::sandbox::{CREATE_PAUSE, CREATE_TRIES, Created, Seen};
 use super::spec::{self, Extras, Surroundings};
-use super::{DockerRuntime, labels, turn};
+use super::{DockerRuntime, labels, oom, turn};
 use crate::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, Grace, ImageId, Profile, SandboxId,
 };
@@ -36,6 +36,8 @@ const REMOVE_PAUSE: Duration = Duration::from_millis(30);
 /// Exit codes of a container that could not be started.
 const EXIT_START_FAILED: i32 = 128;
 const EXIT_NOT_FOUND: i32 = 127;
+/// Exit code of a process that SIGKILL ended.
+const EXIT_KILLED: i32 = 137;
 
 /// What a list says of one object.
 pub(super) struct Listed {
@@ -227,14 +229,18 @@ impl DockerRuntime {
 
     pub(super) async fn status(&self, id: &ContainerId) -> Result<ContainerStatus> {
         match self.see(id.as_str()).await? {
-            Some(seen) if !seen.facts.sandbox_itself => Ok(status_of(seen)),
+            Some(seen) if !seen.facts.sandbox_itself => Ok(with_oom_kill(status_of(seen)).await),
             _ => Err(RuntimeError::new(Kind::NotFound, format!("there is no container {id}"))),
         }
     }
 
     pub(super) async fn list(&self, pod_uid: Option<&str>) -> Result<Vec<ContainerStatus>> {
         let seen = self.list_seen(labels::KIND_CONTAINER, pod_uid).await?;
-        Ok(seen.into_iter().map(status_of).collect())
+        let mut statuses = Vec::with_capacity(seen.len());
+        for seen in seen {
+            statuses.push(with_oom_kill(status_of(seen)).await);
+        }
+        Ok(statuses)
     }
 
     /// The objects of a kind that have all of `more` as labels, as Docker's list shows them.
@@ -259,6 +265,16 @@ impl DockerRuntime {
 fn half_made(seen: &Seen) -> bool {
     use ContainerStateStatusEnum::{DEAD, REMOVING};
     seen.inspect.state.as_ref().is_some_and(|state| matches!(state.status, Some(DEAD | REMOVING)))
+}
+
+/// Asks the kernel where Docker may have missed that memory ran out.
+async fn with_oom_kill(mut status: ContainerStatus) -> ContainerStatus {
+    if status.state == ContainerState::Exited && status.exit_code == EXIT_KILLED && !status.oom_killed {
+        let id = status.id.to_string();
+        let asked = tokio::task::spawn_blocking(move || oom::killed_by_kernel(&id)).await;
+        status.oom_killed = asked.unwrap_or(false);
+    }
+    status
 }
 
 fn status_of(seen: Seen) -> ContainerStatus {
