@@ -69,7 +69,7 @@ fn a_pod_reaches_the_host() {
     on_shared_node(async |t| {
         let server = format!("{}:{}", t.cluster.fact("HOST_ADDRESS"), t.cluster.fact("APISERVER_PORT"));
         let (host, port) = server.split_once(':').unwrap();
-        assert_eq!(t.script(&format!("nc -z -w 5 {host} {port} && echo open")).await, "open\n");
+        assert_eq!(t.script(&format!("nc -w 5 {host} {port} </dev/null && echo open")).await, "open\n");
     });
 }
 
