@@ -88,7 +88,7 @@ impl Drop for Registry {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
-        let prefix = format!("127.0.0.1:{}/*", self.port);
+        let prefix = format!("127.0.0.1:{}/*/*", self.port);
         for image in output("docker", &["images", "--format", "{{.Repository}}:{{.Tag}}", &prefix]).lines() {
             output("docker", &["rmi", image]);
         }

@@ -114,10 +114,10 @@ fn every_condition_says_what_is_so() {
 fn the_images_on_the_host_are_listed() {
     on_shared_node(async |t| {
         t.node
-            .until(&t.client, "listing busybox", SOON, |node| {
+            .until(&t.client, "listing an image", SOON, |node| {
                 let images = node.status.iter().flat_map(|s| s.images.iter().flatten());
                 images.into_iter().any(|i| {
-                    i.size_bytes.is_some_and(|s| s > 0) && i.names.iter().flatten().any(|n| n.ends_with("busybox:1.36"))
+                    i.size_bytes.is_some_and(|s| s > 0) && i.names.iter().flatten().any(|n| n.ends_with("lambda/python:3.12"))
                 })
             })
             .await;
@@ -235,17 +235,18 @@ fn a_deleted_node_object_is_registered_again_and_its_pods_stay() {
 
 #[test]
 #[ignore = "needs cluster: run hack/test"]
-fn a_label_or_condition_that_somebody_changes_is_put_right() {
+fn a_condition_that_somebody_changes_is_put_right_and_a_label_at_the_next_start() {
     on_own_node("changed", Options::default(), async |t| {
         let nodes: Api<NodeObject> = Api::all(t.client.clone());
-        let change = json!({"metadata": {"labels": {"kubernetes.io/os": "plan9", "somebodys": "own"}}});
-        nodes.patch(&t.node.name, &PatchParams::default(), &Patch::Merge(change)).await.unwrap();
-        let node = t.node.until(&t.client, "linux again", SOON, |n| n.labels()["kubernetes.io/os"] == "linux").await;
-        assert_eq!(node.labels()["somebodys"], "own", "labels of others stay");
         let unknown =
             json!({"status": {"conditions": [{"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown"}]}});
         nodes.patch_status(&t.node.name, &PatchParams::default(), &Patch::Strategic(unknown)).await.unwrap();
         t.node.ready(&t.client).await;
+        let change = json!({"metadata": {"labels": {"kubernetes.io/os": "plan9", "somebodys": "own"}}});
+        nodes.patch(&t.node.name, &PatchParams::default(), &Patch::Merge(change)).await.unwrap();
+        t.node.restart(&t.client).await;
+        let node = t.node.until(&t.client, "linux again", SOON, |n| n.labels()["kubernetes.io/os"] == "linux").await;
+        assert_eq!(node.labels()["somebodys"], "own", "labels of others stay");
     });
 }
 
