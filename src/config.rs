@@ -201,17 +201,13 @@ impl Default for PodSettings {
 pub struct ImageSettings {
     /// Pulls at once; `None` is no limit. kubelet's `serializeImagePulls: true` is `Some(1)`.
     pub max_parallel_pulls: Option<u32>,
-    /// Pulls started per second; 0 is no limit.
-    pub pull_qps: u32,
-    /// Pulls that may start at once before `pull_qps` holds.
-    pub pull_burst: u32,
     /// Registries spoken to in plain HTTP.
     pub insecure_registries: Vec<String>,
 }
 
 impl Default for ImageSettings {
     fn default() -> Self {
-        Self { max_parallel_pulls: Some(1), pull_qps: 5, pull_burst: 10, insecure_registries: Vec::new() }
+        Self { max_parallel_pulls: Some(1), insecure_registries: Vec::new() }
     }
 }
 

@@ -100,6 +100,7 @@ impl Tree {
                 && seen.insert(path.clone())
             {
                 open.extend(modules(text).flat_map(|name| candidates(&path, &name, is_root(&path))));
+                open.extend(told_paths(text).map(|told| path.with_file_name(told)));
             }
         }
         let lost = self.0.keys().filter(|path| !seen.contains(*path));
@@ -340,6 +341,11 @@ fn modules(text: &str) -> impl Iterator<Item = String> {
     declared.into_iter()
 }
 
+/// What `#[path = "…"]` says, counted from the file's own folder.
+fn told_paths(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().filter_map(|line| line.trim().strip_prefix("#[path = \"")?.strip_suffix("\"]"))
+}
+
 /// Where the file of a module declared in `parent` may be.
 fn candidates(parent: &Path, name: &str, parent_is_root: bool) -> [PathBuf; 2] {
     let folder = if parent_is_root || parent.ends_with("mod.rs") {
@@ -476,7 +482,8 @@ mod bad_examples {
             ("src/a/c.rs", ""),
             ("src/a/lost.rs", ""),
             ("src/b.rs", ""),
-            ("tests/t.rs", "mod support;"),
+            ("tests/t.rs", "mod support;\n#[path = \"t/own.rs\"]\nmod own;"),
+            ("tests/t/own.rs", ""),
             ("tests/support/mod.rs", "mod deep;"),
             ("tests/support/deep.rs", ""),
             ("tests/other/mod.rs", ""),

@@ -183,7 +183,7 @@ fn examples_land_on_this_node_and_lose_nothing_there() {
         let name = document.name();
         let selector = spec.node_selector.clone().unwrap_or_default();
         assert!(selector.contains_key(NODE_LABEL), "{name}: without nodeSelector {NODE_LABEL} it may land anywhere");
-        if let Some(trouble) = unsupported::refusal(&spec) {
+        if let Some(trouble) = unsupported::refusal(&Pod::default(), &spec) {
             panic!("{name}: this node refuses it: {}", trouble.message);
         }
         let omissions = unsupported::omissions(&spec);
@@ -251,6 +251,20 @@ fn the_fakecloud_deployment_agrees_with_its_service_and_itself() {
     assert_eq!(spec.containers[0].image, Some(format!("{}:{}", image.name, image.new_tag)));
 }
 
+/// Whether the namespace was made here; waits for an earlier one of that name to be gone.
+fn create(kubectl: &dyn Fn(&[&str]) -> (bool, String), name: &str) -> bool {
+    if kubectl(&["get", "namespace", name, "-o", "name"]).0 {
+        let active = ["wait", "namespace", name, "--for=jsonpath={.status.phase}=Active", "--timeout=1s"];
+        if kubectl(&active).0 {
+            return false;
+        }
+        kubectl(&["wait", "namespace", name, "--for=delete", "--timeout=60s"]);
+    }
+    let (made, text) = kubectl(&["create", "namespace", name]);
+    assert!(made, "failed to make namespace {name}: {text}");
+    true
+}
+
 /// Needs a running `hack/cluster`: `LAMBDALET_TEST_CLUSTER=D cargo test --test manifests -- --ignored`.
 #[test]
 #[ignore = "needs cluster (LAMBDALET_TEST_CLUSTER names its directory)"]
@@ -265,11 +279,8 @@ fn server_side_dry_run_takes_every_document() {
     };
     // A dry run makes no namespace, and what is in one needs it.
     let namespaces: Vec<Document> = documents().into_iter().filter(|d| d.text("/kind") == "Namespace").collect();
-    let made: Vec<&str> = namespaces
-        .iter()
-        .map(|namespace| namespace.text("/metadata/name"))
-        .filter(|name| kubectl(&["create", "namespace", name]).0)
-        .collect();
+    let made: Vec<&str> =
+        namespaces.iter().map(|d| d.text("/metadata/name")).filter(|name| create(&kubectl, name)).collect();
     let mut refused = Vec::new();
     for file in files().iter().filter(|file| !file.ends_with("kustomization.yaml")) {
         let path = root().join(file).display().to_string();
@@ -300,7 +311,7 @@ fn server_side_dry_run_takes_every_document() {
         refused.push(format!("kustomization in {folder}: {text}"));
     }
     for name in made {
-        kubectl(&["delete", "namespace", name, "--wait=false"]);
+        kubectl(&["delete", "namespace", name, "--timeout=60s"]);
     }
     assert!(refused.is_empty(), "the API server refuses\n{}", refused.join("\n"));
 }

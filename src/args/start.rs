@@ -29,7 +29,7 @@ use crate::pod::translate::Host;
 use crate::pod::volumes::VolumeManager;
 use crate::pod::{self, PodLoop, events};
 use crate::runtime::Runtime;
-use crate::runtime::docker::{DockerOptions, DockerRuntime};
+use crate::runtime::docker::{self, DockerOptions, DockerRuntime};
 use crate::runtime::fake::FakeRuntime;
 use crate::runtime::late::Late;
 use crate::runtime::traced::Traced;
@@ -205,6 +205,9 @@ async fn take_down(shared: &pod::Shared, bridge: &watch::Sender<Option<Bridge>>)
     }
     if let Err(error) = shared.volumes.close().await {
         tracing::warn!(error = crate::telemetry::chain(&error), "failed to unmount the Pods' secrets");
+    }
+    if let Err(error) = docker::remove_cgroup_root(&shared.host.cgroup_root) {
+        tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the Pods' cgroup");
     }
 }
 

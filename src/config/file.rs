@@ -107,9 +107,6 @@ struct KubeletConfiguration {
     eviction_pressure_transition_period: Option<GoDuration>,
     serialize_image_pulls: Option<bool>,
     max_parallel_image_pulls: Option<u32>,
-    #[serde(rename = "registryPullQPS")]
-    registry_pull_qps: Option<u32>,
-    registry_burst: Option<u32>,
     resolv_conf: Option<PathBuf>,
     crash_loop_back_off: Option<CrashLoopBackOff>,
     #[serde(rename = "cpuCFSQuota")]
@@ -329,8 +326,6 @@ fn apply_images(fields: &KubeletConfiguration, settings: &mut Settings) {
     if fields.serialize_image_pulls == Some(false) {
         images.max_parallel_pulls = fields.max_parallel_image_pulls;
     }
-    set(&mut images.pull_qps, fields.registry_pull_qps);
-    set(&mut images.pull_burst, fields.registry_burst);
 }
 
 /// The values that can be wrong in themselves.
@@ -532,7 +527,7 @@ mod tests {
             "clusterDNS: [10.96.0.10]\nclusterDomain: c.example\npodCIDR: 10.1.0.0/24\nresolvConf: /r\n\
              crashLoopBackOff: {maxContainerRestartPeriod: 60s}\ncpuCFSQuota: false\npodPidsLimit: 100\n\
              containerLogMaxSize: 5Mi\ncontainerLogMaxFiles: 3\n\
-             serializeImagePulls: false\nmaxParallelImagePulls: 4\nregistryPullQPS: 7\nregistryBurst: 9\n",
+             serializeImagePulls: false\nmaxParallelImagePulls: 4\n",
         );
         assert!(warnings.is_empty(), "{warnings:?}");
         let pods = settings.pods;
@@ -544,8 +539,7 @@ mod tests {
         assert_eq!((pods.resolv_conf, pods.max_restart_backoff), (PathBuf::from("/r"), Duration::from_secs(60)));
         assert_eq!((pods.cpu_cfs_quota, pods.pids_limit), (false, Some(100)));
         assert_eq!((pods.log_max_size, pods.log_max_files), (5 << 20, 3));
-        let images =
-            ImageSettings { max_parallel_pulls: Some(4), pull_qps: 7, pull_burst: 9, ..ImageSettings::default() };
+        let images = ImageSettings { max_parallel_pulls: Some(4), ..ImageSettings::default() };
         assert_eq!(settings.images, images);
         assert_eq!(applied("podPidsLimit: -1\n").0.pods.pids_limit, None);
         assert_eq!(applied("serializeImagePulls: false\n").0.images.max_parallel_pulls, None);

@@ -110,16 +110,13 @@ impl Events {
 }
 
 impl EventWriter {
-    /// Writes until `stop`, or until every [`Events`] is gone. An event that cannot be written is logged and dropped, as
-    /// a kubelet does.
+    /// Writes until `stop`, also when nobody is left to tell anything. An event that cannot be written is logged and
+    /// dropped, as a kubelet does.
     pub async fn run(mut self, stop: CancellationToken) {
         loop {
             let told = tokio::select! {
                 // Cancel-safe: an event not taken stays in the queue.
-                next = self.queue.recv() => match next {
-                    Some(next) => next,
-                    None => return,
-                },
+                Some(next) = self.queue.recv() => next,
                 // Cancel-safe: a token stays cancelled.
                 () = stop.cancelled() => return,
             };

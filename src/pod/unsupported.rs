@@ -1,6 +1,6 @@
 //! What a Pod asks for that this node does not do yet: said aloud, never passed over.
 
-use k8s_openapi::api::core::v1::{Container, PodSpec};
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
 use super::qos::is_sidecar;
 use super::status::Trouble;
@@ -8,17 +8,29 @@ use super::status::Trouble;
 /// Reason of the events and of the refusal.
 pub const REASON: &str = "UnsupportedPodFeature";
 
+/// The RuntimeClass whose handler is the one driver there is.
+const RUNTIME_CLASS: &str = "lambdalet-docker";
+/// The annotation that chooses a driver for a Pod, and the one driver there is.
+const RUNTIME_ANNOTATION: (&str, &str) = ("lambdalet.dev/runtime", "docker");
+
 /// Why the Pod cannot be run at all here, if so: to run it without the feature would make it another Pod.
-pub fn refusal(spec: &PodSpec) -> Option<Trouble> {
+pub fn refusal(pod: &Pod, spec: &PodSpec) -> Option<Trouble> {
+    let class = spec.runtime_class_name.as_ref().filter(|name| *name != RUNTIME_CLASS);
+    let (key, docker) = RUNTIME_ANNOTATION;
+    let driver = pod.metadata.annotations.as_ref().and_then(|a| a.get(key)).filter(|driver| *driver != docker);
     let sidecar = spec.init_containers.iter().flatten().find(|c| is_sidecar(c));
-    let text = if let Some(sidecar) = sidecar {
-        format!("init container {:?} has restartPolicy Always (a sidecar)", sidecar.name)
+    let text = if let Some(class) = class {
+        format!("it asks for runtimeClassName {class:?} and this node has only {RUNTIME_CLASS:?}; any other class")
+    } else if let Some(driver) = driver {
+        format!("it asks for {key}: {driver} and this node has only {docker:?}; any other runtime")
+    } else if let Some(sidecar) = sidecar {
+        format!("init container {:?} has restartPolicy Always, and a sidecar", sidecar.name)
     } else if spec.host_users == Some(false) {
-        "the Pod asks for a user namespace of its own (hostUsers: false)".to_owned()
+        "a user namespace of its own (hostUsers: false)".to_owned()
     } else {
         return None;
     };
-    Some(Trouble::new(REASON, format!("Pod was rejected: {text}, which this node does not support yet")))
+    Some(Trouble::new(REASON, format!("Pod was rejected: {text} is not supported by this node yet")))
 }
 
 /// What is left out although the Pod runs, a sentence each.
@@ -53,5 +65,44 @@ fn of_container(container: &Container, list: &mut Vec<String>) {
     }
     for port in container.ports.iter().flatten().filter_map(|p| p.host_port).filter(|p| *p > 0) {
         list.push(format!("container {name:?}: hostPort {port} is not opened on the node yet; use the Pod's address"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(spec: serde_json::Value, annotations: serde_json::Value) -> Option<String> {
+        let pod = serde_json::json!({ "metadata": { "annotations": annotations }, "spec": spec });
+        let pod: Pod = serde_json::from_value(pod).unwrap();
+        refusal(&pod, pod.spec.as_ref().unwrap()).map(|trouble| trouble.message)
+    }
+
+    #[test]
+    fn what_would_make_it_another_pod_is_refused_by_name() {
+        let plain = serde_json::json!({ "containers": [] });
+        assert_eq!(refused(plain.clone(), serde_json::json!({})), None);
+        assert_eq!(refused(plain.clone(), serde_json::json!({ "lambdalet.dev/runtime": "docker" })), None);
+        let vm = refused(plain, serde_json::json!({ "lambdalet.dev/runtime": "microvm" })).unwrap();
+        assert!(vm.contains("lambdalet.dev/runtime: microvm"), "{vm}");
+        let class = |name: &str| serde_json::json!({ "containers": [], "runtimeClassName": name });
+        assert_eq!(refused(class("lambdalet-docker"), serde_json::json!({})), None);
+        assert!(refused(class("lambdalet-microvm"), serde_json::json!({})).unwrap().contains("lambdalet-microvm"));
+        let sidecar = serde_json::json!({
+            "containers": [], "initContainers": [{ "name": "proxy", "restartPolicy": "Always" }],
+        });
+        assert!(refused(sidecar, serde_json::json!({})).unwrap().contains("\"proxy\""));
+    }
+
+    #[test]
+    fn what_is_left_out_is_named() {
+        let container = serde_json::json!({
+            "name": "c", "livenessProbe": {}, "lifecycle": { "preStop": {} }, "ports": [{ "containerPort": 1, "hostPort": 80 }],
+        });
+        let spec: PodSpec = serde_json::from_value(serde_json::json!({ "containers": [container] })).unwrap();
+        let list = omissions(&spec).join("\n");
+        for part in ["livenessProbe", "lifecycle.preStop", "hostPort 80"] {
+            assert!(list.contains(part), "{part} is missing in {list}");
+        }
     }
 }

@@ -175,7 +175,7 @@ impl Worker {
             self.shared.admission.adopt(&self.reference.uid, spec);
             return;
         }
-        let refusal = super::unsupported::refusal(spec);
+        let refusal = super::unsupported::refusal(&self.pod, spec);
         let verdict = refusal.map_or_else(|| self.shared.admission.admit(&self.pod, &self.shared.node_view()), Err);
         if let Err(trouble) = verdict {
             self.shared.events.warning(&self.pod, None, &trouble.reason, trouble.message.clone());

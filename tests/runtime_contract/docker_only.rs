@@ -4,13 +4,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bollard::query_parameters::{KillContainerOptions, RemoveContainerOptionsBuilder};
-use lambdalet::runtime::Kind;
 use lambdalet::runtime::docker::{DockerOptions, DockerRuntime, NoCable};
 use lambdalet::runtime::types::{
-    ContainerConfig, ContainerId, ContainerState, LogOptions, Profile, Resources, SandboxState, Security,
+    ContainerConfig, ContainerId, ContainerState, ImageId, LogOptions, Profile, RegistryAuth, Resources, SandboxState,
+    Security,
 };
+use lambdalet::runtime::{ImageStore, Kind};
 
 use crate::bench::{Bench, text};
+use crate::registry::Registry;
 
 async fn output(bench: &Bench, config: ContainerConfig) -> String {
     let sandbox = bench.sandbox("p").await;
@@ -97,7 +99,7 @@ pub(crate) async fn rights_reach_the_process(bench: &Bench) {
         seccomp: Profile::Unconfined,
         ..Security::default()
     };
-    let script = "id -u; id -g; id -G; busybox grep -E 'CapBnd|NoNewPrivs|Seccomp:' /proc/self/status; \
+    let script = "exec 2>&1; id -u; id -g; id -G; busybox grep -E 'CapBnd|NoNewPrivs|Seccomp:' /proc/self/status; \
                   busybox touch /x || echo read-only";
     let config = ContainerConfig { security, ..bench.container_config("p", "c", bench.script(script)) };
     let seen = output(bench, config).await;
@@ -117,7 +119,7 @@ pub(crate) async fn rights_reach_the_process(bench: &Bench) {
 
 pub(crate) async fn mounts_are_as_asked(bench: &Bench) {
     let mut mount = bench.file("mounted", b"content");
-    let script = "cat /data; echo more >> /data || echo read-only";
+    let script = "exec 2>&1; cat /data; echo more >> /data || echo read-only";
     let config =
         ContainerConfig { mounts: vec![mount.clone()], ..bench.container_config("p", "ro", bench.script(script)) };
     let seen = output(bench, config).await;
@@ -198,4 +200,60 @@ pub(crate) async fn a_daemon_that_is_not_there_is_unavailable(_bench: &Bench) {
 pub(crate) async fn a_pull_from_nowhere_is_unavailable(bench: &Bench) {
     let error = bench.runtime.pull_image("127.0.0.1:1/nothing:1", &[]).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+}
+
+/// A driver of the same owner that speaks plain HTTP to `host`.
+async fn trusting(bench: &Bench, host: &str) -> DockerRuntime {
+    // As main does; another case may have been first.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let options = DockerOptions { insecure_registries: vec![host.to_owned()], ..DockerOptions::new(&bench.owner) };
+    DockerRuntime::connect(options, Arc::new(NoCable)).await.unwrap()
+}
+
+pub(crate) async fn a_plain_registry_is_pulled_from_if_the_operator_listed_it(bench: &Bench) {
+    let registry = Registry::start(&bench.owner, None).await;
+    let runtime = trusting(bench, &registry.host).await;
+    let reference = format!("{}/team/app:1", registry.host);
+    assert_eq!(runtime.image_status(&reference).await.unwrap(), None);
+    let id = runtime.pull_image(&reference, &[]).await.unwrap();
+    assert_eq!(id.as_str(), registry.image_id);
+    let image = runtime.image_status(&reference).await.unwrap().unwrap();
+    assert_eq!((&image.id, image.user.as_str(), image.tags), (&id, "1000", vec![reference]));
+    let absent = runtime.pull_image(&format!("{}/team/app:2", registry.host), &[]).await.unwrap_err();
+    assert_eq!(absent.kind(), Kind::NotFound, "{absent:?}");
+    let elsewhere = runtime.pull_image(&format!("{}/other/app:1", registry.host), &[]).await.unwrap_err();
+    assert_eq!(elsewhere.kind(), Kind::NotFound, "{elsewhere:?}");
+    runtime.remove_image(&id).await.unwrap();
+}
+
+pub(crate) async fn the_right_credentials_are_found_among_several(bench: &Bench) {
+    let registry = Registry::start(&bench.owner, Some(("ann", "a~b?c>d\u{e9}"))).await;
+    let auth = |name: &str, password: &str| RegistryAuth { username: name.into(), password: password.into() };
+    let (wrong, right) = (auth("bob", "b"), auth("ann", "a~b?c>d\u{e9}"));
+    let reference = format!("{}/team/app:1", registry.host);
+    // The daemon itself takes 127.0.0.1 for a registry in plain HTTP, so both ways can be tried.
+    let ours: Arc<dyn ImageStore> = Arc::new(trusting(bench, &registry.host).await);
+    let daemon: Arc<dyn ImageStore> = Arc::new(trusting(bench, "elsewhere:1").await);
+    for runtime in [ours, daemon] {
+        for auths in [&[][..], std::slice::from_ref(&wrong)] {
+            let refused = runtime.pull_image(&reference, auths).await.unwrap_err();
+            assert_eq!(refused.kind(), Kind::Unauthorized, "{refused:?}");
+        }
+        let id = runtime.pull_image(&reference, &[wrong.clone(), right.clone()]).await.unwrap();
+        assert_eq!(id.as_str(), registry.image_id);
+        runtime.remove_image(&id).await.unwrap();
+    }
+}
+
+pub(crate) async fn an_image_can_be_pulled_by_its_digest(bench: &Bench) {
+    let registry = Registry::start(&bench.owner, None).await;
+    let reference = format!("{}/team/app:1@{}", registry.host, registry.manifest_digest);
+    for trusted in [registry.host.as_str(), "elsewhere:1"] {
+        let runtime = trusting(bench, trusted).await;
+        let id: ImageId = runtime.pull_image(&reference, &[]).await.unwrap();
+        assert_eq!(id.as_str(), registry.image_id);
+        assert_eq!(runtime.image_status(&reference).await.unwrap().map(|image| image.id), Some(id.clone()));
+        runtime.remove_image(&id).await.unwrap();
+        assert_eq!(runtime.image_status(&reference).await.unwrap(), None);
+    }
 }

@@ -12,6 +12,7 @@ mod docker_only;
 mod events;
 mod images;
 mod logs;
+mod registry;
 mod sandboxes;
 
 /// Runs each case against both drivers, cleans up after it, and checks that nothing is left.
@@ -108,4 +109,7 @@ on_docker! {
     a_driver_that_starts_anew_finds_everything
     a_daemon_that_is_not_there_is_unavailable
     a_pull_from_nowhere_is_unavailable
+    a_plain_registry_is_pulled_from_if_the_operator_listed_it
+    the_right_credentials_are_found_among_several
+    an_image_can_be_pulled_by_its_digest
 }

@@ -1,3 +1,5 @@
+//! What containers get from the API, against a small API server in this process.
+
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::sync::Mutex;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use bollard::errors::Error::DockerContainerWaitError as WaitError;
 use bollard::models::{
     ContainerInspectResponse, ContainerState as DockerState, ContainerStateStatusEnum, ContainerSummaryStateEnum,
     HostConfigLogConfig,
@@ -11,14 +12,14 @@ use bollard::query_parameters::{
     KillContainerOptionsBuilder, ListContainersOptionsBuilder, RemoveContainerOptionsBuilder, StartContainerOptions,
     WaitContainerOptionsBuilder,
 };
-use futures::StreamExt;
+use futures::{StreamExt, stream};
 use jiff::Timestamp;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::failure::{failed, is_absent, status as http_status};
 use super::sandbox::{CREATE_PAUSE, CREATE_TRIES, Created, Seen};
 use super::spec::{self, Extras, Surroundings};
-use super::{DockerRuntime, labels, oom, turn};
+use super::{DockerRuntime, labels, turn};
 use crate::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, Grace, ImageId, Profile, SandboxId,
 };
@@ -36,7 +37,7 @@ const REMOVE_PAUSE: Duration = Duration::from_millis(30);
 /// Exit codes of a container that could not be started.
 const EXIT_START_FAILED: i32 = 128;
 const EXIT_NOT_FOUND: i32 = 127;
-/// Exit code of a process that SIGKILL ended.
+/// Exit code of a process that SIGKILL ended, whoever sent it.
 const EXIT_KILLED: i32 = 137;
 
 /// What a list says of one object.
@@ -187,27 +188,32 @@ impl DockerRuntime {
         loop {
             let slice = WAIT_SLICE.min(deadline.saturating_duration_since(Instant::now()));
             let options = WaitContainerOptionsBuilder::new().condition("not-running").build();
-            // Its result does not matter (an exit code other than zero is an error to the client library).
-            let noticed = timeout(slice, self.docker.wait_container(id, Some(options)).next()).await.is_ok();
+            let notice = timeout(slice, self.docker.wait_container(id, Some(options)).next()).await;
+            // An exit code other than zero is an error to the client library.
+            if let Ok(Some(Ok(_) | Err(WaitError { .. }))) = notice {
+                return Ok(true);
+            }
             if self.see(id).await?.is_none_or(|seen| !seen.running()) {
                 return Ok(true);
             }
             if Instant::now() >= deadline {
                 return Ok(false);
             }
-            if noticed {
-                // Told that it ended while it runs: the daemon is confused or restarting; do not spin.
+            if notice.is_ok() {
+                // The wait failed though the container runs: the daemon is shutting down; do not spin.
                 sleep(REMOVE_PAUSE).await;
             }
         }
     }
 
     pub(super) async fn remove(&self, id: &str) -> Result<()> {
-        let deadline = Instant::now() + REMOVE_PATIENCE;
         // Not an id that someone else's container happens to have.
-        if self.see(id).await?.is_none() {
-            return Ok(());
-        }
+        if self.see(id).await?.is_none() { Ok(()) } else { self.remove_own(id).await }
+    }
+
+    /// Removes a container that is known to be ours.
+    pub(super) async fn remove_own(&self, id: &str) -> Result<()> {
+        let deadline = Instant::now() + REMOVE_PATIENCE;
         loop {
             let options = RemoveContainerOptionsBuilder::new().force(true).v(true).build();
             let removed = {
@@ -229,18 +235,14 @@ impl DockerRuntime {
 
     pub(super) async fn status(&self, id: &ContainerId) -> Result<ContainerStatus> {
         match self.see(id.as_str()).await? {
-            Some(seen) if !seen.facts.sandbox_itself => Ok(with_oom_kill(status_of(seen)).await),
+            Some(seen) if !seen.facts.sandbox_itself => Ok(self.status_of(seen).await),
             _ => Err(RuntimeError::new(Kind::NotFound, format!("there is no container {id}"))),
         }
     }
 
     pub(super) async fn list(&self, pod_uid: Option<&str>) -> Result<Vec<ContainerStatus>> {
         let seen = self.list_seen(labels::KIND_CONTAINER, pod_uid).await?;
-        let mut statuses = Vec::with_capacity(seen.len());
-        for seen in seen {
-            statuses.push(with_oom_kill(status_of(seen)).await);
-        }
-        Ok(statuses)
+        Ok(stream::iter(seen).then(|seen| self.status_of(seen)).collect().await)
     }
 
     /// The objects of a kind that have all of `more` as labels, as Docker's list shows them.
@@ -261,20 +263,20 @@ impl DockerRuntime {
     }
 }
 
+impl DockerRuntime {
+    async fn status_of(&self, seen: Seen) -> ContainerStatus {
+        let mut status = status_of(seen);
+        if status.exit_code == EXIT_KILLED && !status.oom_killed {
+            status.oom_killed = self.verdicts.of(status.id.as_str()).await;
+        }
+        status
+    }
+}
+
 /// Only good for removal: its removal began and was cut off.
 fn half_made(seen: &Seen) -> bool {
     use ContainerStateStatusEnum::{DEAD, REMOVING};
     seen.inspect.state.as_ref().is_some_and(|state| matches!(state.status, Some(DEAD | REMOVING)))
-}
-
-/// Asks the kernel where Docker may have missed that memory ran out.
-async fn with_oom_kill(mut status: ContainerStatus) -> ContainerStatus {
-    if status.state == ContainerState::Exited && status.exit_code == EXIT_KILLED && !status.oom_killed {
-        let id = status.id.to_string();
-        let asked = tokio::task::spawn_blocking(move || oom::killed_by_kernel(&id)).await;
-        status.oom_killed = asked.unwrap_or(false);
-    }
-    status
 }
 
 fn status_of(seen: Seen) -> ContainerStatus {

@@ -25,6 +25,8 @@ struct Event {
 
 #[derive(Debug, Default, Deserialize)]
 struct Actor {
+    #[serde(rename = "ID", default)]
+    id: String,
     #[serde(rename = "Attributes", default)]
     attributes: HashMap<String, String>,
 }
@@ -41,13 +43,24 @@ impl DockerRuntime {
         let target = format!("/events?since={since}&filters={}", http::query_value(&filters));
         let body = http::request(&self.options.socket, TRIED, Method::GET, &target, None).await?;
         let events = http::json_lines::<Event>(body, "failed to read Docker's events");
+        let verdicts = self.verdicts.clone();
         let ours = events
             .inspect_err(|error| {
                 tracing::debug!(error = crate::telemetry::chain(error), "the event stream ended");
             })
             // An event that cannot be read ends the stream as a lost connection does: the caller lists again.
             .take_while(|event| std::future::ready(event.is_ok()))
-            .filter_map(|event| std::future::ready(event.ok().and_then(translate)));
+            .filter_map(move |event| {
+                let told = event.ok().and_then(|event| {
+                    let id = event.actor.id.clone();
+                    let ours = translate(event)?;
+                    if ours.kind == EventKind::OutOfMemory {
+                        verdicts.convict(&id);
+                    }
+                    Some(ours)
+                });
+                std::future::ready(told)
+            });
         Ok(ours.boxed())
     }
 }

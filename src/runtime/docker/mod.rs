@@ -105,6 +105,15 @@ impl DockerOptions {
     }
 }
 
+/// Removes the cgroup above those of every Pod, for a node that leaves this host with every Pod ended.
+///
+/// # Errors
+/// A process still runs in it.
+pub fn remove_cgroup_root(name: &str) -> std::io::Result<()> {
+    // Whichever way Docker made them: the other one finds nothing.
+    [false, true].into_iter().try_for_each(|systemd| Cgroups::of_host(systemd).remove(name))
+}
+
 /// Runs Pods on one Docker daemon.
 pub struct DockerRuntime {
     docker: Docker,
@@ -112,6 +121,7 @@ pub struct DockerRuntime {
     cable: Arc<dyn Cable>,
     cgroups: Cgroups,
     oom_floor: Option<i64>,
+    verdicts: oom::Verdicts,
     /// Whether this daemon leaves out the newline that ends a line longer than one log record.
     restores_newlines: bool,
     starts: Semaphore,
@@ -145,6 +155,7 @@ impl DockerRuntime {
         let daemon = http::peer_pid(&options.socket).await.unwrap_or_else(std::process::id).cast_signed();
         Ok(Self {
             oom_floor: oom::floor(daemon),
+            verdicts: oom::Verdicts::default(),
             restores_newlines: (version.major_version, version.minor_version) < API_WITH_WHOLE_LINES,
             cgroups: Cgroups::of_host(systemd),
             starts: Semaphore::new(options.starts_in_flight.max(1)),

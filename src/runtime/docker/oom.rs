@@ -1,20 +1,87 @@
-//! Memory that ran out: how far a container's oom_score_adj may be lowered on this host, and whom the kernel killed.
+//! Want of memory: how far a container's oom_score_adj may be lowered on this host, and who was killed for it.
 //!
-//! Lowering it takes CAP_SYS_RESOURCE. Where the daemon lacks it (inside some virtual machines and containers) runc
+//! Lowering the score takes CAP_SYS_RESOURCE. Where the daemon lacks it (inside some virtual machines and containers) runc
 //! fails the whole start over a negative value, so there the wish is cut to what can be had.
 
+use std::collections::VecDeque;
 use std::fs::{self, OpenOptions};
-use std::io::{ErrorKind, Read};
+use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::OFlag;
 
-/// The kernel's log; every read returns one record.
-const KERNEL_LOG: &str = "/dev/kmsg";
-/// Longest record the kernel writes.
-const LONGEST_RECORD: usize = 8192;
 /// CAP_SYS_RESOURCE in the capability sets of `/proc/<pid>/status`.
 const CAP_SYS_RESOURCE: u32 = 24;
+
+/// Containers whose end is remembered; those before were looked at long ago.
+const REMEMBERED: usize = 512;
+/// Longest record of the kernel's log.
+const LONGEST_RECORD: usize = 8 << 10;
+
+/// Which containers were killed for want of memory, where Docker does not know.
+///
+/// Docker learns it from its shim, which loses the notice when it has to take the cgroup away first: on a busy machine
+/// that is the rule. The kernel's own log names the container's cgroup, and is written before the process is killed.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Verdicts(Arc<Mutex<VecDeque<(String, bool)>>>);
+
+impl Verdicts {
+    /// Remembers that Docker told of it, in an event.
+    pub(super) fn convict(&self, id: &str) {
+        let mut verdicts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        verdicts.retain(|(known, _)| known != id);
+        if verdicts.len() == REMEMBERED {
+            verdicts.pop_front();
+        }
+        verdicts.push_back((id.to_owned(), true));
+    }
+
+    /// Whether a container that was killed was so for want of memory. The kernel's log is read once for each.
+    pub(super) async fn of(&self, id: &str) -> bool {
+        let known = |verdicts: &VecDeque<(String, bool)>| {
+            verdicts.iter().find(|(known, _)| known == id).map(|(_, verdict)| *verdict)
+        };
+        if let Some(verdict) = known(&self.0.lock().unwrap_or_else(PoisonError::into_inner)) {
+            return verdict;
+        }
+        let wanted = id.to_owned();
+        let read = tokio::task::spawn_blocking(move || kernel_log_names(&wanted));
+        // A log that may not be read says nothing: Docker's word stands.
+        let verdict = read.await.ok().and_then(Result::ok).unwrap_or(false);
+        let mut verdicts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(verdict) = known(&verdicts) {
+            return verdict;
+        }
+        if verdicts.len() == REMEMBERED {
+            verdicts.pop_front();
+        }
+        verdicts.push_back((id.to_owned(), verdict));
+        verdict
+    }
+}
+
+/// Whether the kernel's log tells of a process killed in the cgroup of container `id`.
+fn kernel_log_names(id: &str) -> io::Result<bool> {
+    // Each read is one record, from the oldest that is kept; without more it would wait.
+    let mut log = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open("/dev/kmsg")?;
+    let mut record = [0; LONGEST_RECORD];
+    loop {
+        match log.read(&mut record) {
+            Ok(0) => return Ok(false),
+            Ok(length) if is_kill_in(&String::from_utf8_lossy(&record[..length]), id) => return Ok(true),
+            Ok(_) => {}
+            // Records were overwritten while we read: on with the next.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn is_kill_in(record: &str, id: &str) -> bool {
+    record.contains("oom-kill:") && record.split(',').any(|part| part.starts_with("task_memcg=") && part.contains(id))
+}
 
 /// The lowest score a child of the process `pid` can be given; `None` if there is no floor. What cannot be read counts
 /// as unrestricted, since that is the rule.
@@ -27,34 +94,6 @@ pub(super) fn floor(pid: i32) -> Option<i64> {
     Some(own.trim().parse::<i64>().ok()?.max(0))
 }
 
-/// Whether the kernel's log says that it killed a process of this container for memory. A log that may not be read
-/// says nothing.
-///
-/// Docker reports most of them too. It misses one whose notification comes after the end of the process (with cgroup
-/// v1 both are under way at once) and knows nothing of what was killed before the daemon's own start.
-pub(super) fn killed_by_kernel(container: &str) -> bool {
-    let opened = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(KERNEL_LOG);
-    let Ok(mut log) = opened else { return false };
-    let mut record = [0; LONGEST_RECORD];
-    loop {
-        match log.read(&mut record) {
-            Ok(0) => return false,
-            Ok(length) if is_kill_in(&String::from_utf8_lossy(&record[..length]), container) => return true,
-            Ok(_) => {}
-            // The record was overwritten before it was read; the next read goes on behind it.
-            Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::Interrupted) => {}
-            Err(_) => return false,
-        }
-    }
-}
-
-/// Whether a record tells of a kill in the cgroup of this container.
-fn is_kill_in(record: &str, container: &str) -> bool {
-    let Some((_, killed)) = record.split_once("oom-kill:") else { return false };
-    let cgroup = killed.split(',').find_map(|field| field.strip_prefix("task_memcg="));
-    cgroup.is_some_and(|cgroup| cgroup.contains(container))
-}
-
 fn effective_capabilities(status: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
     u64::from_str_radix(line.trim(), 16).ok()
@@ -65,12 +104,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kill_is_known_by_the_cgroup_of_its_task() {
-        let record = "6,812,5142957385,-;oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=c1,mems_allowed=0,\
-                      oom_memcg=/l/pod7,task_memcg=/l/pod7/c1,task=tail,pid=6372,uid=0\n";
+    fn a_kill_is_known_by_the_cgroup_of_the_task() {
+        let record = "6,2101,4583628750,-;oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=c1,mems_allowed=0,\
+                      oom_memcg=/l/pod1,task_memcg=/l/pod1/c1,task=busybox,pid=27777,uid=0";
         assert!(is_kill_in(record, "c1"));
         assert!(!is_kill_in(record, "c2"));
-        assert!(!is_kill_in("6,813,5142957400,-;Memory cgroup out of memory: Killed process 6372 (c1)\n", "c1"));
+        assert!(!is_kill_in("6,1,1,-;something about task_memcg=/l/pod1/c1", "c1"));
     }
 
     #[test]

@@ -222,7 +222,7 @@ impl DockerRuntime {
             stream::iter(members)
                 .map(Ok)
                 .try_for_each_concurrent(self.options.removals_in_flight, |member| async move {
-                    self.remove(&member.id).await
+                    self.remove_own(&member.id).await
                 })
                 .await?;
         }
@@ -237,7 +237,7 @@ impl DockerRuntime {
         let Some(path) = cgroup else { return Ok(()) };
         let removed = self.remove_cgroup(&path, id).await?;
         if let Some(seen) = holder {
-            self.remove(seen.id()).await?;
+            self.remove_own(seen.id()).await?;
         }
         // Of two sandboxes that share it and go at the same time, each may have left it to the other.
         if !removed {

@@ -45,7 +45,9 @@ pub(super) fn sandbox_body(config: &SandboxConfig, image: &str, around: Surround
         cpu_shares: Some(HOLDER_CPU_SHARES),
         oom_score_adj: Some(around.oom_score(HOLDER_OOM_SCORE)),
         cap_drop: Some(vec!["ALL".to_owned()]),
-        security_opt: Some(vec!["no-new-privileges".to_owned()]),
+        // No filter for a program of five system calls that has no rights to lose: compiling one takes runc a fifth of
+        // the time of a start.
+        security_opt: Some(vec!["no-new-privileges".to_owned(), "seccomp=unconfined".to_owned()]),
         readonly_rootfs: Some(true),
         init: Some(false),
         log_config: Some(HostConfigLogConfig { typ: Some("none".to_owned()), config: None }),
