@@ -82,7 +82,15 @@ impl Admission {
         }
     }
 
-    /// The Pod has ended or is gone: its share is free.
+    /// The Pod object is gone: the scheduler counts its share as free already, so it is free for the next Pod. The
+    /// Pod stays in until its processes have ended too.
+    pub fn vacate(&self, uid: &str) {
+        if let Some(requests) = self.taken.lock().unwrap_or_else(PoisonError::into_inner).get_mut(uid) {
+            requests.clear();
+        }
+    }
+
+    /// The Pod has ended: its share is free.
     pub fn leave(&self, uid: &str) {
         if self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(uid).is_some() {
             self.left.notify_waiters();
@@ -223,6 +231,19 @@ mod tests {
         assert!(refused.message.ends_with("cpu, requested: 1000, used: 1500, capacity: 2000"), "{}", refused.message);
         admission.leave("a");
         admission.admit(&pod("b", "1"), &node()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_was_deleted_by_force_makes_room_at_once_and_stays_in() {
+        let admission = Admission::default();
+        admission.admit(&pod("a", "1500m"), &node()).unwrap();
+        admission.vacate("a");
+        admission.admit(&pod("b", "2"), &node()).unwrap();
+        admission.leave("b");
+        let soon = std::time::Duration::from_millis(20);
+        assert!(tokio::time::timeout(soon, admission.emptied()).await.is_err(), "its processes still run");
+        admission.leave("a");
+        admission.emptied().await;
     }
 
     #[test]

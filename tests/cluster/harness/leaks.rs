@@ -1,0 +1,113 @@
+//! What a node has on the host, counted: the same before and after, or something was forgotten.
+
+use std::path::Path;
+
+use super::node::{Node, mounts_below, output};
+
+/// Everything of one node on the host, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Leaks {
+    /// Docker containers, sandboxes included.
+    pub(crate) containers: Vec<String>,
+    /// Docker networks.
+    pub(crate) networks: Vec<String>,
+    /// Ports of its bridge.
+    pub(crate) links: Vec<String>,
+    /// Addresses that a Pod holds; those that only cool down are free in due time.
+    pub(crate) addresses: Vec<String>,
+    /// Mount points below its root directory.
+    pub(crate) mounts: Vec<String>,
+    /// Directories of Pods.
+    pub(crate) directories: Vec<String>,
+    /// cgroups of Pods.
+    pub(crate) cgroups: Vec<String>,
+    /// Network namespaces with one of its addresses.
+    pub(crate) namespaces: Vec<String>,
+}
+
+impl Leaks {
+    /// What there is of the node now.
+    pub(crate) fn of(node: &Node) -> Self {
+        let Some(owner) = node.owner() else { return Self::default() };
+        let label = format!("label=lambdalet.dev/owner={owner}");
+        Self {
+            containers: lines(&output("docker", &["ps", "-a", "--filter", &label, "--format", "{{.Names}}"])),
+            networks: lines(&output("docker", &["network", "ls", "--filter", &label, "--format", "{{.Name}}"])),
+            links: ports(&node.bridge().unwrap()),
+            addresses: held(&node.root.join("addresses")),
+            mounts: mounts_below(&node.root),
+            directories: [entries(&node.root.join("pods")), entries(&node.root.join("secrets"))].concat(),
+            cgroups: pod_cgroups(&owner),
+            namespaces: namespaces(node),
+        }
+    }
+}
+
+fn lines(text: &str) -> Vec<String> {
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    lines.sort();
+    lines
+}
+
+fn ports(bridge: &str) -> Vec<String> {
+    let listed = output("ip", &["-o", "link", "show", "master", bridge]);
+    lines(&listed).iter().filter_map(|line| line.split(": ").nth(1)).map(str::to_owned).collect()
+}
+
+fn held(directory: &Path) -> Vec<String> {
+    let is_held = |name: &String| {
+        let record = std::fs::read_to_string(directory.join(name)).unwrap_or_default();
+        !record.contains("\"released\"")
+    };
+    entries(directory).into_iter().filter(is_held).collect()
+}
+
+/// Names in a directory; none if it does not exist.
+fn entries(directory: &Path) -> Vec<String> {
+    let Ok(listed) = std::fs::read_dir(directory) else { return Vec::new() };
+    let mut names: Vec<String> = listed.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// Directories named `pod...` below the owner's, in every hierarchy.
+fn pod_cgroups(owner: &str) -> Vec<String> {
+    let pattern = format!("*lambdalet-{owner}*/pod*");
+    let text = output("find", &["/sys/fs/cgroup", "-type", "d", "-path", &pattern, "-prune"]);
+    lines(&text)
+}
+
+/// Docker's network namespaces in which an address of the node's range lives.
+fn namespaces(node: &Node) -> Vec<String> {
+    let directory = Path::new("/var/run/docker/netns");
+    let lives_here = |name: &String| {
+        let net = format!("--net={}", directory.join(name).display());
+        let addresses = output("nsenter", &[&net, "ip", "-o", "-4", "address"]);
+        addresses.split_whitespace().any(|word| node.has_address(word))
+    };
+    entries(directory).into_iter().filter(lives_here).collect()
+}
+
+/// What is left on the host of Pods that should be gone, each a line; Pods are known by UID and namespace.
+pub(crate) fn remains(node: &Node, namespace: &str, uids: &[String]) -> Vec<String> {
+    let mut found = Vec::new();
+    let label = format!("label=lambdalet.dev/pod-namespace={namespace}");
+    let names = output("docker", &["ps", "-a", "--filter", &label, "--format", "container {{.Names}} ({{.Status}})"]);
+    found.extend(lines(&names));
+    let Some(owner) = node.owner() else { return found };
+    let is_ours = |name: &String| uids.iter().any(|uid| name.contains(uid.as_str()));
+    for place in ["pods", "secrets"] {
+        let names = entries(&node.root.join(place));
+        found.extend(names.into_iter().filter(is_ours).map(|name| format!("directory {place}/{name}")));
+    }
+    found.extend(mounts_below(&node.root).into_iter().filter(is_ours).map(|point| format!("mount {point}")));
+    found.extend(pod_cgroups(&owner).into_iter().filter(is_ours).map(|path| format!("cgroup {path}")));
+    let addresses = node.root.join("addresses");
+    for address in held(&addresses) {
+        let record = std::fs::read_to_string(addresses.join(&address)).unwrap_or_default();
+        if is_ours(&record) {
+            found.push(format!("address {address}: {record}"));
+        }
+    }
+    found
+}
