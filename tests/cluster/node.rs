@@ -117,7 +117,8 @@ fn the_images_on_the_host_are_listed() {
             .until(&t.client, "listing an image", SOON, |node| {
                 let images = node.status.iter().flat_map(|s| s.images.iter().flatten());
                 images.into_iter().any(|i| {
-                    i.size_bytes.is_some_and(|s| s > 0) && i.names.iter().flatten().any(|n| n.ends_with("lambda/python:3.12"))
+                    i.size_bytes.is_some_and(|s| s > 0)
+                        && i.names.iter().flatten().any(|n| n.ends_with("lambda/python:3.12"))
                 })
             })
             .await;
