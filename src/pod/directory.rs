@@ -27,6 +27,7 @@ pub struct Directory {
 #[derive(Clone, Debug)]
 struct Entry {
     pod: Arc<Pod>,
+    status: Arc<PodStatus>,
     containers: Vec<Attempt>,
 }
 
@@ -38,10 +39,10 @@ impl Default for Directory {
 
 impl Directory {
     /// Notes what a worker knows now.
-    pub(super) fn put(&self, pod: &Pod, status: &PodStatus, observed: &Observed) {
+    pub(super) fn put(&self, pod: &Arc<Pod>, status: &PodStatus, observed: &Observed) {
         let Some(uid) = pod.metadata.uid.clone() else { return };
-        let pod = Arc::new(Pod { status: Some(status.clone()), ..pod.clone() });
-        let entry = Entry { pod, containers: observed.containers().cloned().collect() };
+        let (pod, status) = (Arc::clone(pod), Arc::new(status.clone()));
+        let entry = Entry { pod, status, containers: observed.containers().cloned().collect() };
         self.entries.write().unwrap_or_else(PoisonError::into_inner).insert(uid, entry);
     }
 
@@ -60,7 +61,7 @@ impl Directory {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         let mut phases = BTreeMap::new();
         for entry in entries.values() {
-            let phase = entry.pod.status.as_ref().and_then(|s| s.phase.clone()).unwrap_or_default();
+            let phase = entry.status.phase.clone().unwrap_or_default();
             *phases.entry(phase).or_default() += 1;
         }
         phases
@@ -92,7 +93,7 @@ impl PodTargets for Directory {
             return Err(TargetError::NoContainer { pod: pod.to_owned(), container: container.to_owned() });
         }
         if previous {
-            return previous_attempt(&entry.pod, container)
+            return previous_attempt(&entry.status, container)
                 .ok_or_else(|| TargetError::NoPrevious { pod: pod.to_owned(), container: container.to_owned() });
         }
         let mut attempts: Vec<_> = entry.containers.iter().filter(|c| c.name == container).collect();
@@ -102,13 +103,14 @@ impl PodTargets for Directory {
             None => Err(TargetError::Waiting {
                 pod: pod.to_owned(),
                 container: container.to_owned(),
-                reason: waiting_reason(&entry.pod, container),
+                reason: waiting_reason(&entry.status, container),
             }),
         }
     }
 
     fn pods(&self) -> Vec<Arc<Pod>> {
-        self.entries.read().unwrap_or_else(PoisonError::into_inner).values().map(|e| e.pod.clone()).collect()
+        let with_status = |e: &Entry| Arc::new(Pod { status: Some((*e.status).clone()), ..(*e.pod).clone() });
+        self.entries.read().unwrap_or_else(PoisonError::into_inner).values().map(with_status).collect()
     }
 
     fn healthy(&self) -> Result<(), String> {
@@ -121,18 +123,17 @@ impl PodTargets for Directory {
 }
 
 /// The attempt that the container's status calls its last state; while it waits for a restart that is the newest.
-fn previous_attempt(pod: &Pod, container: &str) -> Option<ContainerId> {
-    let id = container_status(pod, container)?.last_state.as_ref()?.terminated.as_ref()?.container_id.as_ref()?;
+fn previous_attempt(status: &PodStatus, container: &str) -> Option<ContainerId> {
+    let id = container_status(status, container)?.last_state.as_ref()?.terminated.as_ref()?.container_id.as_ref()?;
     id.split_once("://").map(|(_, id)| ContainerId::from(id))
 }
 
-fn waiting_reason(pod: &Pod, container: &str) -> String {
-    let waiting = container_status(pod, container).and_then(|c| c.state.as_ref()?.waiting.as_ref()?.reason.clone());
+fn waiting_reason(status: &PodStatus, container: &str) -> String {
+    let waiting = container_status(status, container).and_then(|c| c.state.as_ref()?.waiting.as_ref()?.reason.clone());
     waiting.unwrap_or_else(|| "ContainerCreating".to_owned())
 }
 
-fn container_status<'a>(pod: &'a Pod, container: &str) -> Option<&'a ContainerStatus> {
-    let status = pod.status.as_ref()?;
+fn container_status<'a>(status: &'a PodStatus, container: &str) -> Option<&'a ContainerStatus> {
     let lists = [&status.init_container_statuses, &status.container_statuses];
     lists.into_iter().flat_map(|list| list.iter().flatten()).find(|c| c.name == container)
 }
