@@ -342,6 +342,7 @@ impl Worker {
             Step::Start { name, attempt } => self.start(&name, attempt).await,
             Step::Stop { containers, grace } => self.stop(&containers, grace).await,
             Step::Prune(id) => self.prune(&id).await,
+            Step::RemoveSandbox(id) => self.remove_sandbox(&id).await,
             Step::Release => self.release().await,
         }
     }
