@@ -56,6 +56,8 @@ pub enum Step {
     },
     /// Remove an old attempt: one dead attempt is kept for `logs --previous`.
     Prune(ContainerId),
+    /// Remove a sandbox that another has replaced and that nothing was ever made in, or nothing is left of.
+    RemoveSandbox(SandboxId),
     /// Every process has ended for good: give sandbox and volumes back.
     Release,
 }
@@ -134,7 +136,19 @@ fn plan_run(view: &View<'_>) -> Step {
             _ => Step::RunSandbox { attempt: view.observed.next_sandbox_attempt() },
         };
     }
-    plan_containers(view)
+    match plan_containers(view) {
+        // Last, since nobody waits for it.
+        Step::Wait(until) => abandoned(view.observed).map_or(Step::Wait(until), Step::RemoveSandbox),
+        step => step,
+    }
+}
+
+/// A sandbox before the present one without a container in it. One that holds an ended container is kept: its log may
+/// still be asked for.
+fn abandoned(observed: &Observed) -> Option<SandboxId> {
+    let present = observed.sandbox()?.id.clone();
+    let empty = |id: &SandboxId| observed.containers().all(|c| c.sandbox != *id);
+    observed.sandbox_ids().find(|id| **id != present && empty(id)).cloned()
 }
 
 fn plan_containers(view: &View<'_>) -> Step {

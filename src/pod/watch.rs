@@ -79,7 +79,8 @@ impl PodLoop {
                 // Cancel-safe: a stream item is taken whole or not at all.
                 Some(event) = pods.next() => match event {
                     Ok(event) => {
-                        broken.succeeded();
+                        // The first event of a try says only that there will be one.
+                        if !matches!(event, Event::Init) { broken.succeeded(); }
                         self.pod_event(event).await;
                     }
                     Err(error) => {

@@ -101,7 +101,7 @@ impl Worker {
         tracing::debug!(pod = %self.reference, uid = self.reference.uid, "taking over Pod");
         self.relist().await;
         self.take_desired();
-        self.admit();
+        self.admit().await;
         while let Next::Again = self.turn().await {}
         self.shared.forget(&self.reference.uid);
         tracing::debug!(pod = %self.reference, uid = self.reference.uid, "Pod is gone");
@@ -166,15 +166,15 @@ impl Worker {
     }
 
     /// Lets the Pod in, unless it ran here before (a restart of this process does not evict it) or has ended.
-    fn admit(&mut self) {
-        let (Some(spec), false) = (&self.pod.spec, self.gone || self.is_deleted()) else { return };
-        if status::is_terminal(&self.pod) {
-            return;
-        }
+    async fn admit(&mut self) {
+        let (Some(spec), true) = (&self.pod.spec, self.may_live()) else { return };
         if !self.observed.is_empty() {
             self.shared.admission.adopt(&self.reference.uid, spec);
             return;
         }
+        self.registered().await;
+        self.take_desired();
+        let (Some(spec), true) = (&self.pod.spec, self.may_live()) else { return };
         let refusal = super::unsupported::refusal(&self.pod, spec);
         let verdict = refusal.map_or_else(|| self.shared.admission.admit(&self.pod, &self.shared.node_view()), Err);
         if let Err(trouble) = verdict {
@@ -184,6 +184,24 @@ impl Worker {
         }
         for omission in super::unsupported::omissions(spec) {
             self.shared.events.warning(&self.pod, None, super::unsupported::REASON, omission);
+        }
+    }
+
+    /// Whether anything of the Pod may still run.
+    fn may_live(&self) -> bool {
+        !self.gone && !self.is_deleted() && !status::is_terminal(&self.pod)
+    }
+
+    /// Waits until the Node's labels are known, which the Pod's selectors are checked against: after a restart the Pods
+    /// may be listed before the Node is. A Pod that is deleted does not wait.
+    async fn registered(&self) {
+        let mut registration = self.shared.registration.clone();
+        let mut desired = self.desired.clone();
+        tokio::select! {
+            // Cancel-safe: a watch channel keeps its value.
+            _ = registration.wait_for(Option::is_some) => {}
+            // Cancel-safe: likewise.
+            _ = desired.wait_for(|d| d.gone || d.pod.metadata.deletion_timestamp.is_some()) => {}
         }
     }
 
@@ -324,6 +342,7 @@ impl Worker {
             Step::Start { name, attempt } => self.start(&name, attempt).await,
             Step::Stop { containers, grace } => self.stop(&containers, grace).await,
             Step::Prune(id) => self.prune(&id).await,
+            Step::RemoveSandbox(id) => self.remove_sandbox(&id).await,
             Step::Release => self.release().await,
         }
     }

@@ -20,7 +20,8 @@ use tokio::net::TcpListener;
 
 use crate::harness::node::{Node, Options, free_port, output, tail};
 use crate::harness::pods::{
-    STAY, busybox, busybox_with, has_ended, identity, is_ready, last_terminated, sleeper, terminated, waits_for,
+    STAY, busybox, busybox_with, has_ended, identity, is_ready, last_terminated, sleeper, terminated, waiting,
+    waits_for,
 };
 use crate::harness::wait::{SOON, poll};
 use crate::harness::{BUSYBOX, Case, on_cluster, on_own_node, on_shared_node};
@@ -329,8 +330,10 @@ fn a_command_that_does_not_exist_is_named() {
 fn a_working_directory_that_is_a_file_is_named() {
     on_shared_node(async |t| {
         let spec = json!({"containers": [busybox_with("pwd", json!({"workingDir": "/bin/sh"}))]});
-        let pod = t.run_pod("file", spec).await;
-        let message = terminated(&pod, "main").unwrap().message.clone().unwrap();
+        t.pod("file", spec).await;
+        let held = |p: &Pod| waits_for(p, "main") == Some("CreateContainerError");
+        let pod = t.until("file", "held back", held).await;
+        let message = waiting(&pod, "main").unwrap().message.clone().unwrap();
         assert!(message.contains("/bin/sh"), "{message}");
     });
 }
@@ -459,7 +462,11 @@ impl Liar {
             let whole: Vec<Bytes> = chunks.try_collect().await?;
             let whole = whole.concat();
             let half = Bytes::copy_from_slice(&whole[..whole.len() / 2]);
-            futures::stream::iter([Ok(half), Err(Broken)]).boxed()
+            let broken_off = futures::stream::once(async {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                Err(Broken)
+            });
+            futures::stream::iter([Ok(half)]).chain(broken_off).boxed()
         } else if of_pods && watches && self.strange_pod.load(Ordering::SeqCst) {
             let object = json!({"type": "ADDED", "object": {
                 "apiVersion": "v1", "kind": "Pod",
@@ -542,7 +549,7 @@ fn half_a_list_of_pods_at_start_deletes_nothing() {
         t.node.spawn(&[]);
         poll("told that the list broke", SOON, async || {
             let log = t.node.log()[from..].to_owned();
-            if log.contains("the watch on Pods broke") { Ok(()) } else { Err(tail(&log, 20)) }
+            if log.contains("failed to watch Pods") { Ok(()) } else { Err(tail(&log, 20)) }
         })
         .await;
         assert_eq!(running(), 6, "nothing may be swept before a complete list");
@@ -557,7 +564,11 @@ fn half_a_list_of_pods_at_start_deletes_nothing() {
 #[ignore = "needs cluster: run hack/test"]
 fn a_container_that_floods_its_log_and_ends_does_not_hold_up_the_node() {
     on_shared_node(async |t| {
-        t.pod("flood", json!({"restartPolicy": "Never", "containers": [busybox("yes | head -c 50000000")]})).await;
+        t.pod(
+            "flood",
+            json!({"restartPolicy": "Never", "containers": [busybox("yes $(seq 1 40) | head -c 50000000")]}),
+        )
+        .await;
         t.pod("calm", sleeper()).await;
         t.running("calm").await;
         t.until("flood", "at its end", has_ended).await;

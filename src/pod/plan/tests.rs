@@ -107,6 +107,7 @@ impl World {
                 hit.into_iter().for_each(|c| self.end(&c.name, 143));
             }
             Step::Prune(id) => self.observed.drop_container(id),
+            Step::RemoveSandbox(id) => self.observed.drop_sandbox(id),
             Step::Release => self.released = true,
         }
     }
@@ -193,6 +194,20 @@ fn the_restart_policy_decides_what_is_started_again() {
         let steps = world.settle();
         assert_eq!(!names(&steps).is_empty(), again, "{policy} after exit code {code}");
     }
+}
+
+#[test]
+fn a_sandbox_that_was_replaced_is_removed_once_no_container_is_left_in_it() {
+    let mut world = World::new(spec("Always", &[], &["a"]));
+    world.volumes = true;
+    world.observed.put_sandbox(sandbox(0, SandboxState::NotReady));
+    let steps = world.settle();
+    assert_eq!(steps.last(), Some(&Step::RemoveSandbox("sandbox-0".into())), "{steps:?}");
+    assert_eq!(world.observed.sandbox_ids().count(), 1);
+
+    world.observed.put_sandbox(sandbox(1, SandboxState::NotReady));
+    world.settle();
+    assert_eq!(world.observed.sandbox_ids().count(), 2, "the ended container's log is in it");
 }
 
 #[test]

@@ -161,6 +161,15 @@ impl Worker {
         }
     }
 
+    pub(super) async fn remove_sandbox(&mut self, id: &SandboxId) {
+        if let Err(error) = self.shared.runtime.remove_pod_sandbox(id).await {
+            tracing::warn!(pod = %self.reference, sandbox = %id, error = chain(&error), "failed to remove old sandbox");
+            tokio::time::sleep(TRY_AGAIN).await;
+            return;
+        }
+        self.observed.drop_sandbox(id);
+    }
+
     pub(super) async fn prune(&mut self, id: &ContainerId) {
         if let Err(error) = self.shared.runtime.remove_container(id).await {
             tracing::warn!(pod = %self.reference, container = %id, error = chain(&error), "failed to remove old attempt");
