@@ -1,21 +1,26 @@
 //! fakecloud, the real program in its Kubernetes mode, as a client whose Lambda functions are Pods of this node.
 
+use std::ffi::{OsStr, OsString};
+use std::panic::AssertUnwindSafe;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use futures::FutureExt as _;
 use http::Request;
 use k8s_openapi::api::core::v1::{Pod, Secret};
 use kube::ResourceExt as _;
 use kube::api::{ListParams, PostParams};
 use serde_json::{Value, json};
 
+use crate::harness::cluster::Cluster;
 use crate::harness::http::{Answer, get, send};
-use crate::harness::node::{free_port, tail};
+use crate::harness::node::{Options, free_port, output, tail};
 use crate::harness::pods::{busybox, exit_code, phase, pod_ip, with};
 use crate::harness::wait::{SOON, poll};
-use crate::harness::{Case, on_shared_node};
+use crate::harness::{Case, on_own_node, on_shared_node};
 
 /// Never verified, but it tells fakecloud which of its services is meant.
 const SIGNATURE: &str =
@@ -33,6 +38,7 @@ def handler(event, context):
 struct Fakecloud<'a> {
     t: &'a Case,
     process: Child,
+    program: OsString,
     address: String,
     log: std::path::PathBuf,
     environment: Vec<(String, String)>,
@@ -70,9 +76,13 @@ async fn grant(t: &Case) {
 }
 
 impl<'a> Fakecloud<'a> {
-    async fn start(t: &'a Case, program: &std::ffi::OsStr, more: &[(&str, &str)]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+    async fn start(t: &'a Case, program: &OsStr, more: &[(&str, &str)]) -> Self {
         let address = format!("{}:{}", t.cluster.fact("HOST_ADDRESS"), free_port());
+        Self::start_at(t, program, &address, more).await
+    }
+
+    async fn start_at(t: &'a Case, program: &OsStr, address: &str, more: &[(&str, &str)]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
         let kubeconfig = t.cluster.user_kubeconfig("test:fakecloud").display().to_string();
         let url = format!("http://{address}");
         let own = [
@@ -82,12 +92,12 @@ impl<'a> Fakecloud<'a> {
             ("FAKECLOUD_LAMBDA_BACKEND", "k8s"),
             ("FAKECLOUD_K8S_NAMESPACE", &t.namespace),
             ("FAKECLOUD_K8S_SELF_URL", &url),
-            ("LAMBDALET_TEST_PROGRAM", program.to_str().unwrap()),
         ];
         let environment = own.iter().chain(more).map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         let log = dir.path().join("log");
         let process = Command::new("true").spawn().unwrap();
-        let mut fakecloud = Self { t, process, address, log, environment, dir };
+        let program = program.to_owned();
+        let mut fakecloud = Self { t, process, program, address: address.to_owned(), log, environment, dir };
         fakecloud.run().await;
         fakecloud
     }
@@ -95,10 +105,9 @@ impl<'a> Fakecloud<'a> {
     /// Starts the process and waits until it answers.
     async fn run(&mut self) {
         let log = std::fs::File::options().create(true).append(true).open(&self.log).unwrap();
-        let program = std::env::var_os("LAMBDALET_TEST_FAKECLOUD").unwrap();
         let port = self.address.rsplit(':').next().unwrap().to_owned();
         let _ = self.process.wait();
-        self.process = Command::new(program)
+        self.process = Command::new(&self.program)
             .args(["--addr", &format!("0.0.0.0:{port}"), "--storage-mode", "memory"])
             .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
@@ -138,19 +147,9 @@ impl<'a> Fakecloud<'a> {
     async fn create(&self, name: &str, source: &str, more: Value) {
         let function = json!({
             "FunctionName": name, "Runtime": "python3.12", "Handler": "app.handler", "Timeout": 30,
-            "Code": {"ZipFile": STANDARD.encode(self.zip(&[("app.py", source)]))},
+            "Code": {"ZipFile": STANDARD.encode(zip(self.dir.path(), &[("app.py", source)]))},
         });
         self.call("POST", "/2015-03-31/functions", with(function, more)).await;
-    }
-
-    /// An archive with these files.
-    fn zip(&self, files: &[(&str, &str)]) -> Vec<u8> {
-        let path = self.dir.path().join(format!("{:x}.zip", rand::random_range(0..0xffff_ffffu32)));
-        let script = "import json, sys, zipfile\nz = zipfile.ZipFile(sys.argv[1], 'w')\nfor n, t in json.loads(sys.argv[2]): z.writestr(n, t)\nz.close()";
-        let files = serde_json::to_string(files).unwrap();
-        let status = Command::new("python3").args(["-c", script]).arg(&path).arg(files).status().unwrap();
-        assert!(status.success());
-        std::fs::read(path).unwrap()
     }
 
     async fn invoke_raw(&self, name: &str, payload: Value, headers: &[(&str, &str)]) -> Answer {
@@ -191,6 +190,16 @@ impl Drop for Fakecloud<'_> {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// An archive with these files.
+fn zip(directory: &Path, files: &[(&str, &str)]) -> Vec<u8> {
+    let path = directory.join(format!("{:x}.zip", rand::random_range(0..0xffff_ffffu32)));
+    let script = "import json, sys, zipfile\nz = zipfile.ZipFile(sys.argv[1], 'w')\nfor n, t in json.loads(sys.argv[2]): z.writestr(n, t)\nz.close()";
+    let files = serde_json::to_string(files).unwrap();
+    let status = Command::new("python3").args(["-c", script]).arg(&path).arg(files).status().unwrap();
+    assert!(status.success());
+    std::fs::read(path).unwrap()
 }
 
 #[test]
@@ -270,7 +279,7 @@ fn the_log_tail_of_a_call_has_its_output_and_report() {
 #[ignore = "needs cluster: run hack/test"]
 fn a_layer_reaches_the_function() {
     with_fakecloud(async |_, cloud| {
-        let layer = cloud.zip(&[("python/helper.py", "WORD = 'from the layer'\n")]);
+        let layer = zip(cloud.dir.path(), &[("python/helper.py", "WORD = 'from the layer'\n")]);
         let made = cloud
             .call("POST", "/2018-10-31/layers/helper/versions", json!({"Content": {"ZipFile": STANDARD.encode(layer)}}))
             .await;
@@ -304,8 +313,7 @@ fn a_changed_configuration_takes_effect_in_a_new_pod_and_the_old_one_goes() {
         assert_eq!((&old["env"], &new["env"]), (&json!("green"), &json!("blue")));
         assert_ne!(old["host"], new["host"]);
         t.gone(old["host"].as_str().unwrap(), Duration::from_secs(45)).await;
-        let code =
-            json!({"ZipFile": STANDARD.encode(cloud.zip(&[("app.py", "def handler(e, c): return 'new code'")]))});
+        let code = json!({"ZipFile": STANDARD.encode(zip(cloud.dir.path(), &[("app.py", "def handler(e, c): return 'new code'")]))});
         cloud.call("PUT", "/2015-03-31/functions/echo/code", code).await;
         assert_eq!(cloud.invoke("echo", json!({})).await, json!("new code"));
     });
@@ -437,6 +445,110 @@ fn tags_of_a_function_decide_where_its_pod_goes() {
         assert_eq!(pod.annotations().get("lambdalet.dev/note").map(String::as_str), Some("tagged"));
         assert!(spec.tolerations.iter().flatten().any(|t| t.key.as_deref() == Some("lambdalet.dev/only")));
     });
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn an_image_in_fakeclouds_own_registry_is_pulled_with_a_secret_in_plain_http() {
+    let Some(program) = std::env::var_os("LAMBDALET_TEST_FAKECLOUD") else {
+        eprintln!("skipped: LAMBDALET_TEST_FAKECLOUD names no fakecloud; run hack/test");
+        return;
+    };
+    let port = free_port();
+    let flag = format!("--insecure-registries={}:{port}", host_address());
+    on_own_node("registry", Options::flags(&[&flag]), async |t| {
+        grant(t).await;
+        let registry = format!("{}:{port}", t.cluster.fact("HOST_ADDRESS"));
+        let selector = format!("lambdalet.dev/test={}", t.node.name);
+        let more =
+            [("FAKECLOUD_LAMBDA_K8S_NODE_SELECTOR", selector.as_str()), ("FAKECLOUD_K8S_PULL_SECRET", "registry")];
+        let cloud = Fakecloud::start_at(t, &program, &registry, &more).await;
+        let request = Request::post("/")
+            .header("x-amz-target", "AmazonEC2ContainerRegistry_V20150921.CreateRepository")
+            .header("content-type", "application/x-amz-json-1.1")
+            .header("authorization", SIGNATURE.replace("/lambda/", "/ecr/"));
+        let made = send(&registry, request, json!({"repositoryName": "fn"}).to_string(), SOON).await.unwrap();
+        assert!(made.status.is_success(), "{}", made.text());
+
+        // Docker pushes in plain HTTP to the loopback interface only; the repository is the same one.
+        let config = tempfile::tempdir().unwrap();
+        let auth = STANDARD.encode("AWS:anything");
+        let logins = json!({"auths": {format!("127.0.0.1:{port}"): {"auth": auth}}});
+        std::fs::write(config.path().join("config.json"), logins.to_string()).unwrap();
+        let name = format!("127.0.0.1:{port}/fn:1");
+        output("docker", &["tag", "lambdalet.test/image-function:1", &name]);
+        output("docker", &["--config", config.path().to_str().unwrap(), "push", "-q", &name]);
+        output("docker", &["rmi", &name]);
+
+        let logins = json!({"auths": {registry.as_str(): {"auth": auth}}}).to_string();
+        let secret = json!({"type": "kubernetes.io/dockerconfigjson", "stringData": {".dockerconfigjson": logins}});
+        t.make::<Secret>("registry", secret).await;
+        let image = "123456789012.dkr.ecr.us-east-1.amazonaws.com/fn:1";
+        let function = json!({"FunctionName": "mine", "PackageType": "Image", "Code": {"ImageUri": image}});
+        cloud.call("POST", "/2015-03-31/functions", function).await;
+        let answer = cloud.invoke("mine", json!({"a": 1})).await;
+        let pod = cloud.pods().await.remove(0);
+        output("docker", &["rmi", "-f", &format!("{registry}/fn:1")]);
+        assert_eq!(answer["from"], json!("image"));
+        let main = crate::harness::pods::status(&pod, "fakecloud-lambda").unwrap();
+        assert_eq!(main.image, format!("{registry}/fn:1"));
+        assert!(t.event(&pod.name_any(), "Pulling").await.contains(&registry));
+    });
+}
+
+/// This host's address, before a cluster's facts are at hand.
+fn host_address() -> String {
+    let cluster = Cluster::from_environment();
+    cluster.map_or_else(|| "127.0.0.1".to_owned(), |cluster| cluster.fact("HOST_ADDRESS").to_owned())
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn fakecloud_itself_is_a_pod_of_this_node_installed_as_its_guide_says() {
+    on_own_node("demo", Options::flags(&["--node-labels=lambdalet.dev/node=demo"]), async |t| {
+        if !t.cluster.has_addons() {
+            eprintln!("skipped: hack/cluster addons are not up");
+            return;
+        }
+        let manifests = format!("{}/manifests/fakecloud", env!("CARGO_MANIFEST_DIR"));
+        t.kubectl_text(&["-n", "fakecloud", "apply", "-k", &manifests]);
+        let installed = AssertUnwindSafe(installed_fakecloud_works(t)).catch_unwind().await;
+        if installed.is_err() {
+            eprintln!(
+                "{}",
+                t.kubectl(&["-n", "fakecloud", "get", "pods,events"])
+                    .map_or_else(|e| e, |b| String::from_utf8_lossy(&b).into_owned())
+            );
+        }
+        t.kubectl_text(&["-n", "fakecloud", "delete", "-k", &manifests, "--timeout=60s"]);
+        installed.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let left = output(
+            "docker",
+            &["ps", "-a", "--filter", "label=lambdalet.dev/pod-namespace=fakecloud", "--format", "{{.Names}}"],
+        );
+        assert_eq!(left, "");
+    });
+}
+
+async fn installed_fakecloud_works(t: &Case) {
+    t.kubectl_text(&["-n", "fakecloud", "rollout", "status", "deployment/fakecloud", "--timeout=60s"]);
+    let service = ["-n", "fakecloud", "get", "service", "fakecloud", "-o", "jsonpath={.spec.clusterIP}"];
+    let address = format!("{}:4566", t.kubectl_text(&service));
+    poll("fakecloud by its Service", SOON, async || get(&address, "/_fakecloud/health").await).await;
+    let dir = tempfile::tempdir().unwrap();
+    let ask = async |method: &str, path: &str, body: Value| {
+        let request = Request::builder().method(method).uri(path).header("authorization", SIGNATURE);
+        send(&address, request, body.to_string(), Duration::from_secs(90)).await.unwrap()
+    };
+    let code = STANDARD.encode(zip(dir.path(), &[("app.py", ECHO)]));
+    let function = json!({"FunctionName": "echo", "Runtime": "python3.12", "Handler": "app.handler", "Timeout": 30, "Code": {"ZipFile": code}});
+    let made = ask("POST", "/2015-03-31/functions", function).await;
+    assert!(made.status.is_success(), "{}", made.text());
+    let answer = ask("POST", "/2015-03-31/functions/echo/invocations", json!({"n": 1})).await;
+    let answer: Value = serde_json::from_slice(&answer.body).unwrap_or_else(|e| panic!("{e}: {}", answer.text()));
+    assert_eq!(answer["event"], json!({"n": 1}), "{answer}");
+    let pods = t.kubectl_text(&["-n", "fakecloud", "get", "pods", "-o", "jsonpath={.items[*].spec.nodeName}"]);
+    assert_eq!(pods, format!("{0} {0}", t.node.name), "fakecloud and its function are both here");
 }
 
 #[test]

@@ -14,7 +14,7 @@ use crate::harness::wait::{SOON, poll};
 use crate::harness::{Case, runtime};
 
 /// Runs a test on a cluster and a node that are its own.
-fn on_own_cluster(test: impl AsyncFnOnce(&Case)) {
+fn on_own_cluster(name: &str, test: impl AsyncFnOnce(&Case)) {
     if Cluster::from_environment().is_none() {
         return;
     }
@@ -23,7 +23,7 @@ fn on_own_cluster(test: impl AsyncFnOnce(&Case)) {
     let _down = Down(cluster.clone());
     runtime().block_on(async {
         let client: Client = cluster.client().await;
-        let node = Arc::new(Node::start(&cluster, &client, "outage", Options::default()).await);
+        let node = Arc::new(Node::start(&cluster, &client, name, Options::default()).await);
         Case::run(&cluster, &client, &node, test).await;
     });
 }
@@ -46,7 +46,7 @@ fn running_containers(t: &Case) -> String {
 #[test]
 #[ignore = "needs cluster: run hack/test"]
 fn pods_run_on_without_the_api_server_and_their_news_is_told_when_it_is_back() {
-    on_own_cluster(async |t| {
+    on_own_cluster("runs-on", async |t| {
         let dir = tempfile::tempdir().unwrap();
         let flag = dir.path().join("end");
         let mounts = json!([{"name": "v", "mountPath": "/v"}]);
@@ -82,7 +82,7 @@ fn pods_run_on_without_the_api_server_and_their_news_is_told_when_it_is_back() {
 #[test]
 #[ignore = "needs cluster: run hack/test"]
 fn a_node_that_starts_without_the_api_server_deletes_nothing() {
-    on_own_cluster(async |t| {
+    on_own_cluster("starts-alone", async |t| {
         t.pod("stays", sleeper()).await;
         t.pod("goes", sleeper()).await;
         let before = t.running("stays").await;
