@@ -255,8 +255,10 @@ impl Worker {
 
     /// A Pod that had ended before it was deleted kept its containers for their logs.
     async fn remove_everything_once(&mut self) {
-        if !std::mem::replace(&mut self.memory.removed, true) {
+        if !self.memory.removed {
             self.remove_everything().await;
+            // Not before: a release is interrupted when the Pod is to end sooner.
+            self.memory.removed = true;
         }
     }
 
