@@ -213,8 +213,9 @@ impl Worker {
             ended: self.memory.ended.as_ref(),
             terminal: (goal != Goal::Run || finished) && self.observed.running().next().is_none(),
             runtime_name: &self.shared.runtime_name,
-            start_time: self.memory.start_time,
-            now: Timestamp::now(),
+            // The API keeps whole seconds: with more, what comes back would differ from what was sent.
+            start_time: whole_second(self.memory.start_time),
+            now: whole_second(Timestamp::now()),
         })
     }
 
@@ -393,6 +394,11 @@ fn goal(pod: &Pod, gone: bool, ended: bool) -> Goal {
     } else {
         Goal::Run
     }
+}
+
+/// Without its fraction of a second.
+fn whole_second(moment: Timestamp) -> Timestamp {
+    Timestamp::from_second(moment.as_second()).unwrap_or(moment)
 }
 
 /// The period and up to half as much again, so that many Pods do not act at once.
