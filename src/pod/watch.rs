@@ -122,7 +122,7 @@ impl PodLoop {
                     self.start_drain();
                 }
                 // Cancel-safe: asked anew each time round.
-                () = shared.admission.emptied(), if leaving => return,
+                () = shared.admission.emptied(), if leaving && !self.ends_orphans() => return self.clear().await,
             }
         }
     }
@@ -132,6 +132,22 @@ impl PodLoop {
         tracing::info!(pods = self.workers.len(), "draining: ending every Pod");
         let _ = self.drain.send(true);
         self.workers.values().for_each(|h| h.signal.send_modify(|s| s.events += 1));
+    }
+
+    /// Whether Pods are being ended whose objects are gone.
+    fn ends_orphans(&self) -> bool {
+        self.workers.values().any(|h| h.desired.borrow().gone)
+    }
+
+    /// Removes what Pods that had ended before the drain kept for their logs: nobody could ask for them any more.
+    async fn clear(mut self) {
+        self.running.shutdown().await;
+        for uid in self.workers.keys() {
+            while let Err(error) = self.shared.remove_from_runtime(uid).await {
+                tracing::warn!(uid, error = chain(&error), "failed to remove a Pod that had ended; trying again");
+                tokio::time::sleep(SUBSCRIBE_AGAIN).await;
+            }
+        }
     }
 
     async fn subscribe(&self) -> Option<BoxStream<'static, RuntimeEvent>> {
