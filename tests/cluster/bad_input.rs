@@ -87,7 +87,7 @@ fn changed_kubeconfig(node: &Node, change: impl FnOnce(String) -> String) -> Pat
     path
 }
 
-/// The process with another kubeconfig: the last flag wins is not how clap works, so the environment is used.
+/// The process with another kubeconfig than the node's.
 fn with_kubeconfig(node: &Node, path: &Path) -> std::process::Command {
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lambdalet"));
     command.arg("run").args(["--node-name", &node.name, "--port", &node.port.to_string()]);

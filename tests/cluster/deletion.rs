@@ -9,6 +9,7 @@ use kube::{Api, ResourceExt as _};
 use serde_json::json;
 
 use crate::harness::http::get;
+use crate::harness::node::output;
 use crate::harness::pods::{
     STAY, busybox, container, exit_code, is_ready, pod_ip, restarts, sleeper, status, terminated, waits_for,
 };
@@ -283,22 +284,20 @@ fn a_deletion_meant_for_an_earlier_pod_does_not_hit_the_present_one() {
         let stale = DeleteParams::default().preconditions(preconditions);
         let refused = t.api::<Pod>().delete("name", &stale).await.unwrap_err();
         assert!(matches!(&refused, kube::Error::Api(status) if status.code == 409), "{refused}");
-        t.nothing_happens_to("name").await;
+        nothing_happens_to(t, "name").await;
     });
 }
 
-impl Case {
-    /// The clean-up of an earlier Pod of this name is over, and this one still runs untouched.
-    async fn nothing_happens_to(&self, name: &str) {
-        let pod = self.api::<Pod>().get(name).await.unwrap();
-        let uid = pod.uid().unwrap();
-        poll("only one Pod of this name on the host", SOON, async || {
-            let label = format!("label=lambdalet.dev/pod-namespace={}", self.namespace);
-            let format = "{{.Label \"lambdalet.dev/pod-uid\"}}";
-            let uids = crate::harness::node::output("docker", &["ps", "-a", "--filter", &label, "--format", format]);
-            if uids.lines().all(|line| line == uid) { Ok(()) } else { Err(uids) }
-        })
-        .await;
-        assert!(is_ready(&self.api::<Pod>().get(name).await.unwrap()));
-    }
+/// The clean-up of an earlier Pod of this name is over, and this one still runs untouched.
+async fn nothing_happens_to(t: &Case, name: &str) {
+    let pod = t.api::<Pod>().get(name).await.unwrap();
+    let uid = pod.uid().unwrap();
+    poll("only one Pod of this name on the host", SOON, async || {
+        let label = format!("label=lambdalet.dev/pod-namespace={}", t.namespace);
+        let format = "{{.Label \"lambdalet.dev/pod-uid\"}}";
+        let uids = output("docker", &["ps", "-a", "--filter", &label, "--format", format]);
+        if uids.lines().all(|line| line == uid) { Ok(()) } else { Err(uids) }
+    })
+    .await;
+    assert!(is_ready(&t.api::<Pod>().get(name).await.unwrap()));
 }

@@ -96,11 +96,13 @@ fn requests_of_running_pods_leave_less_for_others() {
         let most = json!({"resources": {"requests": {"cpu": format!("{}m", cpus * 1000 - 600)}}});
         t.pod("first", json!({"containers": [busybox_with(STAY, most.clone())]})).await;
         t.running("first").await;
-        t.pod("second", json!({"nodeName": t.node.name, "containers": [busybox_with(STAY, most)]})).await;
+        t.pod("second", json!({"nodeName": t.node.name, "containers": [busybox_with(STAY, most.clone())]})).await;
         let pod = t.until("second", "refused", |p| crate::harness::pods::pod_reason(p) == "OutOfcpu").await;
         assert_eq!(crate::harness::pods::phase(&pod), "Failed");
+        // The scheduler gives the share to the next one as soon as the object is gone; so does the node.
         t.delete("first", Some(0)).await;
-        t.nothing_remains_of_first().await;
+        t.pod("third", json!({"containers": [busybox_with(STAY, most)]})).await;
+        t.running("third").await;
     });
 }
 
@@ -117,16 +119,4 @@ fn status_repeats_the_resources_that_were_given() {
         assert_eq!(resources.limits.as_ref().unwrap()["memory"].0, "32Mi");
         assert_eq!(main.allocated_resources.as_ref().unwrap()["cpu"].0, "10m");
     });
-}
-
-impl crate::harness::Case {
-    /// After the first Pod's end its share is free: a Pod that needs it is let in.
-    async fn nothing_remains_of_first(&self) {
-        self.gone("first", crate::harness::wait::SOON).await;
-        let node = self.node.ready(&self.client).await;
-        let cpus: u32 = node.status.unwrap().allocatable.unwrap()["cpu"].0.parse().unwrap();
-        let most = json!({"resources": {"requests": {"cpu": format!("{}m", cpus * 1000 - 600)}}});
-        self.pod("third", json!({"containers": [busybox_with(STAY, most)]})).await;
-        self.running("third").await;
-    }
 }

@@ -247,6 +247,9 @@ impl Node {
             }
         }
         output("ip", &["link", "delete", &bridge]);
+        // What is empty of Pods goes; a directory that is not refuses.
+        let groups = format!("*/lambdalet-{owner}*");
+        output("find", &["/sys/fs/cgroup", "-depth", "-type", "d", "-path", &groups, "-exec", "rmdir", "{}", ";"]);
         for mount in mounts_below(&self.root).iter().rev() {
             output("umount", &["--lazy", mount]);
         }
