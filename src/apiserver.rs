@@ -8,8 +8,15 @@ use base64::Engine;
 use jiff::Timestamp;
 use k8s_openapi::api::authentication::v1::SelfSubjectReview;
 use kube::api::PostParams;
+use kube::client::ClientBuilder;
 use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Api, Client, Config};
+use tower::limit::ConcurrencyLimitLayer;
+
+/// Requests that may wait for an answer at once. Each takes a connection of its own, with buffers of some hundred
+/// kilobytes that idle for a minute and a half: a burst of Pods would leave dozens. A watch that was answered counts no
+/// more.
+const REQUESTS_AT_ONCE: usize = 12;
 
 /// How long one request may take before it counts as failed. Watches are not requests in this sense.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -117,8 +124,9 @@ impl ApiServer {
     pub async fn from_kubeconfig(path: &Path) -> Result<Self, ConnectError> {
         let config = load(path).await?;
         let url = config.cluster_url.to_string();
-        let client = Client::try_from(config)
+        let builder = ClientBuilder::try_from(config)
             .map_err(|source| ConnectError::Credentials { path: path.to_owned(), source: Box::new(source) })?;
+        let client = builder.with_layer(&ConcurrencyLimitLayer::new(REQUESTS_AT_ONCE)).build();
         Ok(Self { client, url, kubeconfig: path.to_owned() })
     }
 

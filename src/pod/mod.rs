@@ -45,9 +45,10 @@ use self::translate::Host;
 use self::volumes::VolumeManager;
 pub use self::watch::PodLoop;
 use crate::config::PodSettings;
+use crate::failpoint;
 use crate::network::ipam::Ipam;
 use crate::node::{NodeFacts, Registration};
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, RuntimeError};
 
 /// What inputs and volumes are computed from.
 #[derive(Clone, Copy, Debug)]
@@ -114,6 +115,19 @@ impl Shared {
     /// Removes the Pod's directory; its volumes must be gone before.
     async fn remove_pod_dir(&self, uid: &str) -> Result<(), volumes::VolumeError> {
         self.volumes.tear_down(uid).await
+    }
+
+    /// Removes the Pod's sandboxes and containers.
+    async fn remove_from_runtime(&self, uid: &str) -> Result<(), RuntimeError> {
+        for sandbox in self.runtime.list_pod_sandboxes(Some(uid)).await? {
+            self.runtime.remove_pod_sandbox(&sandbox.id).await?;
+            failpoint::hit("remove");
+        }
+        // What is left has lost its sandbox.
+        for container in self.runtime.list_containers(Some(uid)).await? {
+            self.runtime.remove_container(&container.id).await?;
+        }
+        Ok(())
     }
 
     fn forget(&self, uid: &str) {

@@ -272,11 +272,14 @@ pub fn finished(spec: &PodSpec, observed: &Observed) -> Option<Finish> {
     }
 }
 
+/// Longest grace period that is honoured, in seconds (68 years): the API takes any number, clocks do not.
+const LONGEST_GRACE: u64 = i32::MAX as u64;
+
 /// How long a Pod's processes have to end: what the deletion says, else what the spec says, else 30 s.
 pub fn grace(pod: &Pod) -> Duration {
     let spec = pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
     let seconds = pod.metadata.deletion_grace_period_seconds.or(spec).unwrap_or(30);
-    Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+    Duration::from_secs(u64::try_from(seconds).unwrap_or(0).min(LONGEST_GRACE))
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{self, Event, watcher};
 use tokio::sync::watch as channel;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::Shared;
@@ -50,8 +51,11 @@ pub struct PodLoop {
     client: kube::Client,
     workers: HashMap<String, Handle>,
     running: JoinSet<String>,
-    /// UIDs of the LIST under way.
+    /// UIDs of the Pods that exist, those of objects that do not parse too: of the LIST under way, or of the last one
+    /// and the watch since.
     listing: HashSet<String>,
+    /// When to look for what belongs to no Pod; only set after a complete LIST.
+    sweep_at: Option<Instant>,
     drain: channel::Sender<bool>,
 }
 
@@ -63,7 +67,15 @@ struct Handle {
 impl PodLoop {
     /// A loop over the Pods of the node that `shared` knows. `drain` is the sender of [`Shared::draining`].
     pub fn new(shared: Arc<Shared>, client: kube::Client, drain: channel::Sender<bool>) -> Self {
-        Self { shared, client, workers: HashMap::new(), running: JoinSet::new(), listing: HashSet::new(), drain }
+        Self {
+            shared,
+            client,
+            workers: HashMap::new(),
+            running: JoinSet::new(),
+            listing: HashSet::new(),
+            sweep_at: None,
+            drain,
+        }
     }
 
     /// Runs until `stop`, then leaves every Pod running, or with `drain_on_exit` ends them all first.
@@ -96,6 +108,10 @@ impl PodLoop {
                 },
                 // Cancel-safe: a finished worker stays in the set until it is taken.
                 Some(ended) = self.running.join_next() => self.worker_ended(ended),
+                // Cancel-safe: a timer.
+                () = tokio::time::sleep_until(self.sweep_at.unwrap_or_else(Instant::now)), if self.sweep_at.is_some() => {
+                    self.sweep().await;
+                }
                 // Cancel-safe: a tick not taken comes at once.
                 _ = heartbeat.tick() => self.shared.directory.beat(),
                 // Cancel-safe: a token stays cancelled.
@@ -107,7 +123,7 @@ impl PodLoop {
                     self.start_drain();
                 }
                 // Cancel-safe: asked anew each time round.
-                () = shared.admission.emptied(), if leaving => return,
+                () = shared.admission.emptied(), if leaving && !self.ends_orphans() => return self.clear().await,
             }
         }
     }
@@ -117,6 +133,22 @@ impl PodLoop {
         tracing::info!(pods = self.workers.len(), "draining: ending every Pod");
         let _ = self.drain.send(true);
         self.workers.values().for_each(|h| h.signal.send_modify(|s| s.events += 1));
+    }
+
+    /// Whether Pods are being ended whose objects are gone.
+    fn ends_orphans(&self) -> bool {
+        self.workers.values().any(|h| h.desired.borrow().gone)
+    }
+
+    /// Removes what Pods that had ended before the drain kept for their logs: nobody could ask for them any more.
+    async fn clear(mut self) {
+        self.running.shutdown().await;
+        for uid in self.workers.keys() {
+            while let Err(error) = self.shared.remove_from_runtime(uid).await {
+                tracing::warn!(uid, error = chain(&error), "failed to remove a Pod that had ended; trying again");
+                tokio::time::sleep(SUBSCRIBE_AGAIN).await;
+            }
+        }
     }
 
     async fn subscribe(&self) -> Option<BoxStream<'static, RuntimeEvent>> {
@@ -146,8 +178,11 @@ impl PodLoop {
 
     async fn pod_event(&mut self, event: Event<Guarded>) {
         match event {
-            Event::Init => self.listing.clear(),
-            Event::InitApply(DeserializeGuard(pod)) => {
+            Event::Init => {
+                self.listing.clear();
+                self.sweep_at = None;
+            }
+            Event::InitApply(DeserializeGuard(pod)) | Event::Apply(DeserializeGuard(pod)) => {
                 let uid = match &pod {
                     Ok(pod) => pod.metadata.uid.clone(),
                     Err(invalid) => invalid.metadata.uid.clone(),
@@ -155,14 +190,19 @@ impl PodLoop {
                 self.listing.extend(uid);
                 self.apply(pod);
             }
-            Event::InitDone => self.listed().await,
-            Event::Apply(DeserializeGuard(pod)) => self.apply(pod),
+            Event::InitDone => self.listed(),
             Event::Delete(DeserializeGuard(pod)) => {
                 let uid = match pod {
                     Ok(pod) => pod.metadata.uid,
                     Err(invalid) => invalid.metadata.uid,
                 };
-                self.gone(&uid.unwrap_or_default());
+                let uid = uid.unwrap_or_default();
+                self.listing.remove(&uid);
+                if !self.workers.contains_key(&uid) {
+                    // It never parsed, and may have left something here in the life of another process.
+                    self.sweep_at = Some(Instant::now());
+                }
+                self.gone(&uid);
             }
         }
     }
@@ -220,9 +260,11 @@ impl PodLoop {
             Ok(uid) => {
                 self.workers.remove(&uid);
             }
-            Err(error) => tracing::error!(error = chain(&error), "a Pod's worker was lost"),
+            Err(error) => {
+                tracing::error!(error = chain(&error), "a Pod's worker was lost");
+                self.rehire_lost();
+            }
         }
-        self.rehire_lost();
     }
 
     /// A worker that panicked is replaced: its Pod must not be left without an owner.
@@ -247,16 +289,22 @@ impl PodLoop {
     }
 
     /// A complete LIST is in: Pods that are not in it are gone.
-    async fn listed(&mut self) {
+    fn listed(&mut self) {
         let absent: Vec<_> = self.workers.keys().filter(|uid| !self.listing.contains(*uid)).cloned().collect();
         absent.iter().for_each(|uid| self.gone(uid));
-        loop {
-            match self.orphans().await {
-                Ok(orphans) => return orphans.into_iter().for_each(|(uid, pod)| self.adopt_orphan(uid, pod)),
-                Err(error) => {
-                    tracing::warn!(error = chain(&error), "failed to look for what earlier Pods left; trying again");
-                    tokio::time::sleep(SUBSCRIBE_AGAIN).await;
-                }
+        self.sweep_at = Some(Instant::now());
+    }
+
+    /// Ends what belongs to no Pod. While the runtime does not answer, everything else goes on.
+    async fn sweep(&mut self) {
+        match self.orphans().await {
+            Ok(orphans) => {
+                self.sweep_at = None;
+                orphans.into_iter().for_each(|(uid, pod)| self.adopt_orphan(uid, pod));
+            }
+            Err(error) => {
+                self.sweep_at = Some(Instant::now() + SUBSCRIBE_AGAIN);
+                tracing::warn!(error = chain(&error), "failed to look for what earlier Pods left; trying again");
             }
         }
     }

@@ -231,8 +231,9 @@ impl Worker {
             ended: self.memory.ended.as_ref(),
             terminal: (goal != Goal::Run || finished) && self.observed.running().next().is_none(),
             runtime_name: &self.shared.runtime_name,
-            start_time: self.memory.start_time,
-            now: Timestamp::now(),
+            // The API keeps whole seconds: with more, what comes back would differ from what was sent.
+            start_time: whole_second(self.memory.start_time),
+            now: whole_second(Timestamp::now()),
         })
     }
 
@@ -257,10 +258,6 @@ impl Worker {
 
     /// Sleeps until something happens or something is due.
     async fn wait(&mut self, until: Option<Timestamp>) {
-        let now = Timestamp::now();
-        let at = |moment: Timestamp| {
-            Instant::now() + Duration::try_from(moment.duration_since(now)).unwrap_or(Duration::ZERO)
-        };
         let due = [
             Some(self.look_at),
             until.map(at),
@@ -295,40 +292,52 @@ impl Worker {
 
     /// Does one step. It is dropped when the Pod is to end sooner than `goal` says.
     async fn perform(&mut self, step: Step, goal: Goal, unsent: Option<PodStatus>) {
-        let mut desired = self.desired.clone();
-        let ended = self.memory.ended.is_some();
-        let sooner = async move {
-            let is_sooner = |d: &Desired| match (goal, self::goal(&d.pod, d.gone, ended)) {
-                (Goal::Run, Goal::End(_)) => true,
-                (Goal::End(now), Goal::End(then)) => then < now,
-                _ => false,
-            };
-            if desired.wait_for(is_sooner).await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        };
+        let sooner = self.sooner(goal);
         let publisher = self.shared.publisher.clone();
         let reference = self.reference.clone();
-        let sent = unsent.clone();
+        let mut sent = None;
+        let told = &mut sent;
         let progress = async move {
             let Some(status) = unsent else { return std::future::pending::<()>().await };
             tokio::time::sleep(PROGRESS).await;
-            publisher.publish(&reference, status);
+            publisher.publish(&reference, status.clone());
+            *told = Some(status);
             std::future::pending::<()>().await;
         };
-        let began = Instant::now();
         let interrupted = tokio::select! {
             // Cancel-safe: see the module text; what was dropped is listed anew below.
             () = self.execute(step.clone()) => false,
             () = sooner => true,
             () = progress => false,
         };
-        if sent.is_some() && began.elapsed() >= PROGRESS {
+        if sent.is_some() {
             self.memory.sent = sent;
         }
         if interrupted {
             tracing::debug!(pod = %self.reference, ?step, "interrupted by the Pod's end");
             self.relist().await;
+        }
+    }
+
+    /// Returns when the Pod is to end, or to end sooner than `goal` says.
+    fn sooner(&self, goal: Goal) -> impl Future<Output = ()> + use<> {
+        let (desired, draining) = (self.desired.clone(), self.shared.draining.clone());
+        let ended = self.memory.ended.is_some();
+        let deadline = self.memory.deadline(&self.pod).filter(|_| goal == Goal::Run).map(at);
+        async move {
+            let is_sooner = |d: &Desired| match (goal, self::goal(&d.pod, d.gone, ended)) {
+                (Goal::Run, Goal::End(_)) => true,
+                (Goal::End(now), Goal::End(then)) => then < now,
+                _ => false,
+            };
+            tokio::select! {
+                // Cancel-safe: a watch channel keeps its value.
+                () = once(desired, is_sooner) => {}
+                // Cancel-safe: likewise.
+                () = once(draining, |draining| *draining), if goal == Goal::Run => {}
+                // Cancel-safe: a timer.
+                () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {}
+            }
         }
     }
 
@@ -412,6 +421,23 @@ fn goal(pod: &Pod, gone: bool, ended: bool) -> Goal {
     } else {
         Goal::Run
     }
+}
+
+/// Returns once it holds; never if nobody is left to change it.
+async fn once<T>(mut channel: watch::Receiver<T>, holds: impl FnMut(&T) -> bool) {
+    if channel.wait_for(holds).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// The moment on the timers' clock; one that has passed is now.
+fn at(moment: Timestamp) -> Instant {
+    Instant::now() + Duration::try_from(moment.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO)
+}
+
+/// Without its fraction of a second.
+fn whole_second(moment: Timestamp) -> Timestamp {
+    Timestamp::from_second(moment.as_second()).unwrap_or(moment)
 }
 
 /// The period and up to half as much again, so that many Pods do not act at once.

@@ -217,7 +217,7 @@ impl Worker {
     async fn remove_everything(&mut self) {
         let uid = self.reference.uid.clone();
         loop {
-            match self.try_remove(&uid).await {
+            match self.shared.remove_from_runtime(&uid).await {
                 Ok(()) => return,
                 Err(error) => {
                     self.complain("FailedKillPod", format!("failed to remove the Pod: {}", chain(&error)));
@@ -225,19 +225,6 @@ impl Worker {
                 }
             }
         }
-    }
-
-    async fn try_remove(&self, uid: &str) -> Result<(), crate::runtime::RuntimeError> {
-        let runtime = &self.shared.runtime;
-        for sandbox in runtime.list_pod_sandboxes(Some(uid)).await? {
-            runtime.remove_pod_sandbox(&sandbox.id).await?;
-            failpoint::hit("remove");
-        }
-        // What is left has lost its sandbox.
-        for container in runtime.list_containers(Some(uid)).await? {
-            runtime.remove_container(&container.id).await?;
-        }
-        Ok(())
     }
 
     /// The last words: the final status is written, then the Pod object is deleted, then its going is awaited.
@@ -264,8 +251,10 @@ impl Worker {
 
     /// A Pod that had ended before it was deleted kept its containers for their logs.
     async fn remove_everything_once(&mut self) {
-        if !std::mem::replace(&mut self.memory.removed, true) {
+        if !self.memory.removed {
             self.remove_everything().await;
+            // Not before: a release is interrupted when the Pod is to end sooner.
+            self.memory.removed = true;
         }
     }
 

@@ -125,7 +125,10 @@ impl Worker {
                 self.memory.address = status.address;
                 self.observed.put_sandbox(status);
             }
-            Err(error) => tracing::warn!(pod = %self.reference, error = chain(&error), "failed to look at new sandbox"),
+            Err(error) => {
+                tracing::warn!(pod = %self.reference, error = chain(&error), "failed to look at new sandbox");
+                self.relist().await;
+            }
         }
         if let Err(message) = self.write_files() {
             self.hold_pod("FailedCreatePodSandBox", message);

@@ -1,4 +1,4 @@
-//! Faults a test asks for: the next call of a verb fails or hangs.
+//! Faults a test asks for: the next call of a verb fails, hangs or panics.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
@@ -19,6 +19,7 @@ pub struct Hold {
 #[derive(Debug)]
 enum Fault {
     Fail(RuntimeError),
+    Panic,
     Hang(oneshot::Receiver<()>),
 }
 
@@ -32,6 +33,10 @@ pub(super) struct Faults {
 impl Faults {
     pub(super) fn fail(&self, verb: Verb, error: RuntimeError) {
         locked(&self.waiting).entry(verb).or_default().push_back(Fault::Fail(error));
+    }
+
+    pub(super) fn panic(&self, verb: Verb) {
+        locked(&self.waiting).entry(verb).or_default().push_back(Fault::Panic);
     }
 
     pub(super) fn hang(&self, verb: Verb) -> Hold {
@@ -51,6 +56,7 @@ impl Faults {
         match fault {
             None => Ok(()),
             Some(Fault::Fail(error)) => Err(error),
+            Some(Fault::Panic) => panic!("{} panics, as a test asked for", verb.name()),
             Some(Fault::Hang(released)) => {
                 let _ = released.await;
                 Ok(())

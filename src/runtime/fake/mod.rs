@@ -2,7 +2,7 @@
 //!
 //! It obeys the contract of the seam (the same suite runs against it and the real ones) and runs nothing: what a
 //! container does is read from its command (see the table in `program`), and one with a real image's command runs until
-//! it is stopped. Knobs make the next call of a verb fail or hang, end containers, kill sandboxes and emit events.
+//! it is stopped. Knobs make the next call of a verb fail, hang or panic, end containers, kill sandboxes and emit events.
 
 mod faults;
 mod log;
@@ -85,6 +85,11 @@ impl FakeRuntime {
     /// The next call of `verb` fails with `error` and does nothing. Asked for several times: one call after the other.
     pub fn fail_next(&self, verb: Verb, error: RuntimeError) {
         self.shared.faults.fail(verb, error);
+    }
+
+    /// The next call of `verb` panics: a bug in whoever called it, as far as that one's task can tell.
+    pub fn panic_next(&self, verb: Verb) {
+        self.shared.faults.panic(verb);
     }
 
     /// The next call of `verb` hangs, before it does anything, until the [`Hold`] is dropped.

@@ -1,0 +1,18 @@
+//! The life of Pods: the real Pod loop between an API server in memory and the fake runtime, with faults on both sides.
+
+// Helpers of tests may unwrap as tests do.
+#![allow(clippy::unwrap_used)]
+
+mod admission;
+mod api;
+mod drain;
+mod ending;
+mod faults;
+mod interrupted;
+mod pods;
+mod restart;
+mod start;
+mod statuses;
+mod sweeping;
+mod watching;
+mod world;
