@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt as _;
 use futures::stream::BoxStream;
+use futures::{FutureExt as _, StreamExt as _};
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::Api;
@@ -31,6 +31,8 @@ use crate::telemetry::chain;
 
 /// Wait before the runtime's events are asked for again.
 const SUBSCRIBE_AGAIN: Duration = Duration::from_secs(1);
+/// Wait before a worker that panicked is replaced.
+const REPLACE_AFTER: Duration = Duration::from_secs(1);
 /// Annotation of a container with the Pod's grace period in seconds, for Pods whose object is gone after a restart.
 pub(super) const GRACE_ANNOTATION: &str = "grace-seconds";
 
@@ -96,9 +98,9 @@ impl PodLoop {
                         self.pod_event(event).await;
                     }
                     Err(error) => {
-                        // The stream itself waits before its next try.
-                        let _ = broken.failed(chain(&error));
-                        if is_expired(&error) { pods = self.watch(); }
+                        // The stream itself waits before its next try; a new one does not.
+                        let pause = broken.failed(chain(&error));
+                        if is_expired(&error) { pods = self.watch_after(pause); }
                     }
                 },
                 // Cancel-safe: likewise.
@@ -168,6 +170,15 @@ impl PodLoop {
             self.workers.values().for_each(|h| h.signal.send_modify(|s| s.relists += 1));
         }
         stream
+    }
+
+    fn watch_after(&self, pause: Duration) -> BoxStream<'static, Result<Event<Guarded>, watcher::Error>> {
+        let watch = self.watch();
+        let rest = async move {
+            tokio::time::sleep(pause).await;
+            watch
+        };
+        rest.flatten_stream().boxed()
     }
 
     fn watch(&self) -> BoxStream<'static, Result<Event<Guarded>, watcher::Error>> {
@@ -245,11 +256,16 @@ impl PodLoop {
     }
 
     fn hire(&mut self, uid: String, desired: Desired) {
+        self.hire_after(Duration::ZERO, uid, desired);
+    }
+
+    fn hire_after(&mut self, pause: Duration, uid: String, desired: Desired) {
         let (desired, desired_seen) = channel::channel(desired);
         let (signal, signal_seen) = channel::channel(Signal::default());
         let worker = Worker::new(self.shared.clone(), desired_seen, signal_seen);
         self.workers.insert(uid.clone(), Handle { desired, signal });
         self.running.spawn(async move {
+            tokio::time::sleep(pause).await;
             worker.run().await;
             uid
         });
@@ -267,13 +283,14 @@ impl PodLoop {
         }
     }
 
-    /// A worker that panicked is replaced: its Pod must not be left without an owner.
+    /// A worker that panicked is replaced: its Pod must not be left without an owner. Not at once, since what made it
+    /// panic may still be there.
     fn rehire_lost(&mut self) {
         let lost: Vec<_> = self.workers.iter().filter(|(_, h)| h.desired.is_closed()).map(|(u, _)| u.clone()).collect();
         for uid in lost {
             if let Some(handle) = self.workers.remove(&uid) {
                 let last = handle.desired.borrow().clone();
-                self.hire(uid, last);
+                self.hire_after(REPLACE_AFTER, uid, last);
             }
         }
     }
