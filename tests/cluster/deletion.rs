@@ -155,8 +155,8 @@ fn an_address_is_not_given_to_another_pod_while_it_cools_down() {
             let pod = t.running(&format!("after-{number}")).await;
             assert_ne!(pod_ip(&pod), address);
         }
-        let refused = get(&format!("{address}:8080"), "/").await.unwrap_err();
-        assert!(refused.starts_with("connecting to"), "a dead address refuses, it does not swallow: {refused}");
+        let nobody = get(&format!("{address}:8080"), "/").await.unwrap_err();
+        assert!(nobody.starts_with("connecting to"), "somebody answers at a dead address: {nobody}");
     });
 }
 

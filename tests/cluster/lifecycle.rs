@@ -97,7 +97,8 @@ fn a_pod_runs_until_its_last_container_ends() {
         let spec =
             json!({"restartPolicy": "Never", "containers": [container("short", "exit 0"), container("long", STAY)]});
         t.pod("pair", spec).await;
-        let pod = t.until("pair", "half ended", |p| exit_code(p, "short") == Some(0)).await;
+        let half = |p: &Pod| exit_code(p, "short") == Some(0) && status(p, "long").is_some_and(|s| s.ready);
+        let pod = t.until("pair", "half ended", half).await;
         assert_eq!(phase(&pod), "Running");
         assert!(!holds(&pod, "Ready"));
         let message = pod_condition(&pod, "ContainersReady").unwrap().message.clone().unwrap();
