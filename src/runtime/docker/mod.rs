@@ -12,6 +12,7 @@
 
 mod cgroup;
 mod container;
+mod creates;
 mod events;
 mod failure;
 mod http;
@@ -37,6 +38,7 @@ use futures::stream::BoxStream;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use self::cgroup::Cgroups;
+use self::creates::Creates;
 use self::failure::failed;
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
@@ -124,6 +126,7 @@ pub struct DockerRuntime {
     verdicts: oom::Verdicts,
     /// Whether this daemon leaves out the newline that ends a line longer than one log record.
     restores_newlines: bool,
+    creates: Creates,
     starts: Semaphore,
     removals: Semaphore,
     network: Mutex<NetworkBook>,
@@ -158,6 +161,7 @@ impl DockerRuntime {
             verdicts: oom::Verdicts::default(),
             restores_newlines: (version.major_version, version.minor_version) < API_WITH_WHOLE_LINES,
             cgroups: Cgroups::of_host(systemd),
+            creates: Creates::default(),
             starts: Semaphore::new(options.starts_in_flight.max(1)),
             removals: Semaphore::new(options.removals_in_flight.max(1)),
             network: Mutex::default(),

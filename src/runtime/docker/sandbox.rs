@@ -112,10 +112,17 @@ impl DockerRuntime {
     /// Creates a Docker container; a name that is taken is not an error.
     pub(super) async fn create_named(&self, name: &str, body: bollard::models::ContainerCreateBody) -> Result<Created> {
         let options = CreateContainerOptionsBuilder::new().name(name).build();
-        match self.docker.create_container(Some(options), body).await {
-            Ok(made) => Ok(Created::New(made.id)),
-            Err(error) if http_status(&error) == Some(409) => Ok(Created::NameTaken),
-            Err(error) => Err(failed(format!("failed to create {name}"), error)),
+        let labelled = body.labels.as_ref().and_then(|labels| labels.get(labels::POD_UID));
+        let pod_uid = labelled.cloned().unwrap_or_default();
+        let docker = self.docker.clone();
+        let create = async move { docker.create_container(Some(options), body).await };
+        match self.creates.run(&pod_uid, create).await {
+            Ok(Ok(made)) => Ok(Created::New(made.id)),
+            Ok(Err(error)) if http_status(&error) == Some(409) => Ok(Created::NameTaken),
+            Ok(Err(error)) => Err(failed(format!("failed to create {name}"), error)),
+            Err(lost) => {
+                Err(RuntimeError::new(Kind::Internal, format!("lost the creation of {name}")).with_source(lost))
+            }
         }
     }
 
@@ -295,8 +302,12 @@ impl DockerRuntime {
             .await)
     }
 
-    /// Every object of a kind, or of one Pod, inspected. One that vanishes meanwhile is left out.
+    /// Every object of a kind, or of one Pod, inspected. One that vanishes meanwhile is left out; one of the Pod that is
+    /// being created is waited for.
     pub(super) async fn list_seen(&self, kind: &str, pod_uid: Option<&str>) -> Result<Vec<Seen>> {
+        if let Some(uid) = pod_uid {
+            self.creates.landed(uid).await;
+        }
         let of_pod: Vec<_> = pod_uid.map(|uid| (labels::POD_UID, uid)).into_iter().collect();
         let listed = self.list_ids(kind, &of_pod).await?;
         stream::iter(listed)
