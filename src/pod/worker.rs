@@ -205,6 +205,15 @@ impl Worker {
         }
     }
 
+    /// Whether the API server is removing the object this very moment, as it does after a deletion by force.
+    ///
+    /// Nobody would read a status written now. Worse, the API server answers a write to such an object by deleting what
+    /// stands under its name, UID or not, and by then that may be a Pod made anew.
+    fn is_vanishing(&self) -> bool {
+        let meta = &self.pod.metadata;
+        meta.deletion_grace_period_seconds == Some(0) && meta.finalizers.as_ref().is_none_or(Vec::is_empty)
+    }
+
     fn is_deleted(&self) -> bool {
         self.pod.metadata.deletion_timestamp.is_some()
     }
@@ -244,7 +253,7 @@ impl Worker {
             return None;
         }
         self.shared.directory.put(&self.pod, &status, &self.observed);
-        if self.gone {
+        if self.gone || self.is_vanishing() {
             return None;
         }
         if !urgent {
