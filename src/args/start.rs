@@ -15,7 +15,7 @@ use crate::config::{RuntimeKind, Settings};
 use crate::kubelet_api::{self, KubeletApi};
 use crate::metrics::Metrics;
 use crate::network::bridge::Bridge;
-use crate::network::ipam::Ipam;
+use crate::network::ipam::{DEFAULT_COOL_DOWN, Ipam};
 use crate::network::uplink::Uplink;
 use crate::node::{self, NodeHandle, health, owner};
 use crate::pod::admission::Admission;
@@ -23,7 +23,7 @@ use crate::pod::directory::Directory;
 use crate::pod::files::DnsSettings;
 use crate::pod::images::Images;
 use crate::pod::inputs::Inputs;
-use crate::pod::inputs::objects::Objects;
+use crate::pod::inputs::objects::{DEFAULT_TTL, Objects};
 use crate::pod::publish::{PublishCounters, Publisher};
 use crate::pod::translate::Host;
 use crate::pod::volumes::VolumeManager;
@@ -40,12 +40,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long they have with `--drain-on-exit`: the longest grace period that is honoured then.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(10 * 60);
-
-/// How long an address rests between two Pods: clients that keep endpoints by address have noticed by then.
-const COOL_DOWN: Duration = Duration::from_secs(60);
-
-/// How long a ConfigMap or Secret that was read serves other Pods: a Deployment's replicas start together.
-const OBJECT_TTL: Duration = Duration::from_secs(1);
 
 /// Pulls at once where the operator sets no limit.
 const UNLIMITED_PULLS: usize = 64;
@@ -179,7 +173,8 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
         () = draining.cancelled() => return Ok(()),
     };
     let root = &settings.pods.root_dir;
-    let ipam = Ipam::open(&root.join("addresses"), range, COOL_DOWN).context("failed to open the Pod addresses")?;
+    let ipam =
+        Ipam::open(&root.join("addresses"), range, DEFAULT_COOL_DOWN).context("failed to open the Pod addresses")?;
     if settings.runtime.kind == RuntimeKind::Docker {
         let name = format!("ll{}", &parts.owner[..8]);
         let made = Bridge::ensure(&name, ipam.gateway(), ipam.range()).await;
@@ -230,7 +225,7 @@ async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> a
         writer.run(closing).await;
         Ok(())
     });
-    let objects = Arc::new(Objects::new(client.clone(), OBJECT_TTL));
+    let objects = Arc::new(Objects::new(client.clone(), DEFAULT_TTL));
     let volumes = VolumeManager::new(client.clone(), Arc::clone(&objects), &settings.pods.root_dir);
     volumes.prepare().await.context("failed to set up the directory of the Pods' secrets")?;
     let inputs = Inputs::new(client, objects);

@@ -21,7 +21,7 @@ pub(super) const HEARTBEAT: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub struct Directory {
     entries: RwLock<BTreeMap<String, Entry>>,
-    heartbeat: RwLock<Option<Instant>>,
+    heartbeat: RwLock<Instant>,
 }
 
 #[derive(Clone, Debug)]
@@ -33,7 +33,7 @@ struct Entry {
 
 impl Default for Directory {
     fn default() -> Self {
-        Self { entries: RwLock::default(), heartbeat: RwLock::new(Some(Instant::now())) }
+        Self { entries: RwLock::default(), heartbeat: RwLock::new(Instant::now()) }
     }
 }
 
@@ -53,18 +53,7 @@ impl Directory {
 
     /// The loop lives.
     pub(super) fn beat(&self) {
-        *self.heartbeat.write().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-    }
-
-    /// How many Pods are in each phase.
-    pub fn phases(&self) -> BTreeMap<String, usize> {
-        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
-        let mut phases = BTreeMap::new();
-        for entry in entries.values() {
-            let phase = entry.status.phase.clone().unwrap_or_default();
-            *phases.entry(phase).or_default() += 1;
-        }
-        phases
+        *self.heartbeat.write().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
     /// The Pod of that name; of several (an old one that is still being removed) the newest.
@@ -114,11 +103,11 @@ impl PodTargets for Directory {
     }
 
     fn healthy(&self) -> Result<(), String> {
-        let last = *self.heartbeat.read().unwrap_or_else(PoisonError::into_inner);
-        match last.map(|at| at.elapsed()) {
-            Some(age) if age > STUCK => Err(format!("the Pod loop has not come round for {} s", age.as_secs())),
-            _ => Ok(()),
+        let age = self.heartbeat.read().unwrap_or_else(PoisonError::into_inner).elapsed();
+        if age > STUCK {
+            return Err(format!("the Pod loop has not come round for {} s", age.as_secs()));
         }
+        Ok(())
     }
 }
 

@@ -112,11 +112,6 @@ impl Shared {
         self.pod_dir(uid).join("containers").join(container).join(attempt.to_string())
     }
 
-    /// Removes the Pod's directory; its volumes must be gone before.
-    async fn remove_pod_dir(&self, uid: &str) -> Result<(), volumes::VolumeError> {
-        self.volumes.tear_down(uid).await
-    }
-
     /// Removes the Pod's sandboxes and containers.
     async fn remove_from_runtime(&self, uid: &str) -> Result<(), RuntimeError> {
         for sandbox in self.runtime.list_pod_sandboxes(Some(uid)).await? {

@@ -284,8 +284,7 @@ impl Worker {
             // Cancel-safe: a timer.
             () = tokio::time::sleep_until(wake) => {}
         }
-        let signalled = self.signal.has_changed().unwrap_or(false) || self.signal.borrow().relists != self.relists;
-        if signalled || self.signal_seen() || Instant::now() >= self.look_at {
+        if self.signal_seen() || Instant::now() >= self.look_at {
             self.look().await;
         }
         if self.memory.next_refresh.is_some_and(|at| at <= Instant::now()) {
@@ -293,10 +292,10 @@ impl Worker {
         }
     }
 
-    /// Whether an event came since the last look.
+    /// Whether an event came since the last look, or may have been lost.
     fn signal_seen(&mut self) -> bool {
-        let events = self.signal.borrow_and_update().events;
-        std::mem::replace(&mut self.memory.events_seen, events) != events
+        let Signal { events, relists } = *self.signal.borrow_and_update();
+        std::mem::replace(&mut self.memory.events_seen, events) != events || relists != self.relists
     }
 
     /// Does one step. It is dropped when the Pod is to end sooner than `goal` says.
@@ -376,11 +375,7 @@ impl Worker {
         let running: Vec<ContainerId> = self.observed.running().map(|c| c.id.clone()).collect();
         let sandbox = self.observed.ready_sandbox().map(|s| s.id.clone());
         for id in running {
-            match self.shared.runtime.container_status(&id).await {
-                Ok(status) => self.observed.put_container(status),
-                Err(error) if error.is_not_found() => self.observed.drop_container(&id),
-                Err(error) => tracing::debug!(pod = %self.reference, error = chain(&error), "failed to look"),
-            }
+            self.look_at_container(&id).await;
         }
         if let Some(id) = sandbox {
             match self.shared.runtime.pod_sandbox_status(&id).await {
@@ -388,6 +383,14 @@ impl Worker {
                 Err(error) if error.is_not_found() => self.observed.drop_sandbox(&id),
                 Err(error) => tracing::debug!(pod = %self.reference, error = chain(&error), "failed to look"),
             }
+        }
+    }
+
+    async fn look_at_container(&mut self, id: &ContainerId) {
+        match self.shared.runtime.container_status(id).await {
+            Ok(status) => self.observed.put_container(status),
+            Err(error) if error.is_not_found() => self.observed.drop_container(id),
+            Err(error) => tracing::debug!(pod = %self.reference, error = chain(&error), "failed to look"),
         }
     }
 

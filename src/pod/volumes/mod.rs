@@ -225,14 +225,6 @@ impl VolumeManager {
         .await
     }
 
-    /// The Pod's own directory, for files that are not volumes (`etc-hosts`). Removed by [`VolumeManager::tear_down`].
-    ///
-    /// # Errors
-    /// [`VolumeError::BadName`].
-    pub fn pod_dir(&self, uid: &str) -> Result<PathBuf, VolumeError> {
-        Ok(self.pods().join(component(uid)?))
-    }
-
     fn pods(&self) -> PathBuf {
         self.root.join("pods")
     }

@@ -149,11 +149,7 @@ impl Worker {
         let failed = join_all(stops).await.into_iter().filter_map(Result::err).next();
         failpoint::hit("stop");
         for id in containers {
-            match self.shared.runtime.container_status(id).await {
-                Ok(status) => self.observed.put_container(status),
-                Err(error) if error.is_not_found() => self.observed.drop_container(id),
-                Err(error) => tracing::debug!(pod = %self.reference, error = chain(&error), "failed to look"),
-            }
+            self.look_at_container(id).await;
         }
         if let Some(error) = failed {
             self.complain("FailedKillPod", chain(&error));
@@ -262,7 +258,7 @@ impl Worker {
     pub(super) async fn clean_up(&mut self) -> Next {
         self.remove_everything_once().await;
         let uid = &self.reference.uid;
-        if let Err(error) = self.shared.remove_pod_dir(uid).await {
+        if let Err(error) = self.shared.volumes.tear_down(uid).await {
             tracing::warn!(pod = %self.reference, error = chain(&error), "failed to remove the Pod's directory; trying again");
             tokio::time::sleep(TRY_AGAIN).await;
             return Next::Again;
