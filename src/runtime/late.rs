@@ -1,6 +1,7 @@
 //! A runtime that may not be there yet: the node starts, registers and says why it is not ready, and connects as soon
 //! as the engine answers.
 
+use std::pin::Pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -8,6 +9,7 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use tokio::sync::OnceCell;
 
+use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -90,6 +92,18 @@ impl SandboxRuntime for Late {
 
     async fn logs(&self, id: &ContainerId, options: &LogOptions) -> Result<BoxStream<'static, Result<LogChunk>>> {
         self.get().await?.logs(id, options).await
+    }
+
+    async fn exec(&self, id: &ContainerId, request: &ExecRequest) -> Result<Session> {
+        self.get().await?.exec(id, request).await
+    }
+
+    async fn attach(&self, id: &ContainerId, request: &AttachRequest) -> Result<Session> {
+        self.get().await?.attach(id, request).await
+    }
+
+    async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Pin<Box<dyn Duplex>>> {
+        self.get().await?.port_forward(id, port).await
     }
 
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {

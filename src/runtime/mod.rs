@@ -14,14 +14,18 @@ pub mod error;
 pub mod fake;
 pub mod late;
 mod reference;
+pub mod session;
 pub mod traced;
 pub mod types;
 pub mod verb;
+
+use std::pin::Pin;
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 
 pub use error::{Kind, Result, RuntimeError};
+use session::{AttachRequest, Duplex, ExecRequest, Session};
 use types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -103,9 +107,41 @@ pub trait SandboxRuntime: Send + Sync + 'static {
     /// [`Kind::NotFound`] if there is none of that id.
     async fn logs(&self, id: &ContainerId, options: &LogOptions) -> Result<BoxStream<'static, Result<LogChunk>>>;
 
+    /// Runs a command in a running container.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for an unknown container, [`Kind::Invalid`] for one that does not run or a command that
+    /// cannot be executed there.
+    async fn exec(&self, id: &ContainerId, request: &ExecRequest) -> Result<Session> {
+        let _ = request;
+        Err(unsupported("exec", id))
+    }
+
+    /// Joins the streams of a running container's own process. Its exit code is the container's.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for an unknown container, [`Kind::Invalid`] for one that does not run.
+    async fn attach(&self, id: &ContainerId, request: &AttachRequest) -> Result<Session> {
+        let _ = request;
+        Err(unsupported("attach", id))
+    }
+
+    /// Connects to a TCP port on the loopback address of the sandbox's network.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for an unknown sandbox, [`Kind::Invalid`] where nothing listens on the port.
+    async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Pin<Box<dyn Duplex>>> {
+        let _ = port;
+        Err(unsupported("port-forward", id))
+    }
+
     /// What happens from now on to objects of this owner. The stream ends when the engine goes away; the caller
     /// subscribes again and lists, since what happened in between is not told.
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>>;
+}
+
+fn unsupported(what: &str, subject: &dyn std::fmt::Display) -> RuntimeError {
+    RuntimeError::new(Kind::Unsupported, format!("this runtime has no {what} (asked of {subject})"))
 }
 
 /// Holds images.

@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -13,6 +14,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 use tracing::Instrument;
 
+use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -68,7 +70,7 @@ struct Labels {
 type Durations = Family<Labels, Histogram, fn() -> Histogram>;
 
 /// A runtime that says what it is asked: a `runtime` span with verb and subject around each call, a debug line at its
-/// end, and `lambdalet_runtime_operation_duration_seconds{verb,outcome}`. Of logs and events it measures the opening.
+/// end, and `lambdalet_runtime_operation_duration_seconds{verb,outcome}`. Of streams it measures the opening.
 pub struct Traced<R> {
     inner: R,
     durations: Durations,
@@ -193,6 +195,18 @@ impl<R: SandboxRuntime> SandboxRuntime for Traced<R> {
         self.observe(Verb::Logs, id, self.inner.logs(id, options)).await
     }
 
+    async fn exec(&self, id: &ContainerId, request: &ExecRequest) -> Result<Session> {
+        self.observe(Verb::Exec, id, self.inner.exec(id, request)).await
+    }
+
+    async fn attach(&self, id: &ContainerId, request: &AttachRequest) -> Result<Session> {
+        self.observe(Verb::Attach, id, self.inner.attach(id, request)).await
+    }
+
+    async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Pin<Box<dyn Duplex>>> {
+        self.observe(Verb::PortForward, format!("{id}:{port}"), self.inner.port_forward(id, port)).await
+    }
+
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {
         self.observe(Verb::Events, "", self.inner.events()).await
     }
@@ -274,6 +288,18 @@ impl<R: SandboxRuntime + ?Sized> SandboxRuntime for Arc<R> {
 
     async fn logs(&self, id: &ContainerId, options: &LogOptions) -> Result<BoxStream<'static, Result<LogChunk>>> {
         (**self).logs(id, options).await
+    }
+
+    async fn exec(&self, id: &ContainerId, request: &ExecRequest) -> Result<Session> {
+        (**self).exec(id, request).await
+    }
+
+    async fn attach(&self, id: &ContainerId, request: &AttachRequest) -> Result<Session> {
+        (**self).attach(id, request).await
+    }
+
+    async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Pin<Box<dyn Duplex>>> {
+        (**self).port_forward(id, port).await
     }
 
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {
