@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Shared;
 use super::directory::HEARTBEAT;
-use super::worker::{Desired, Signal, Worker};
+use super::worker::{Desired, Past, Signal, Worker};
 use crate::retry::{Delays, Retry};
 use crate::runtime::types::{PodRef, RuntimeEvent};
 use crate::telemetry::chain;
@@ -193,21 +193,18 @@ impl PodLoop {
                 self.listing.clear();
                 self.sweep_at = None;
             }
-            Event::InitApply(DeserializeGuard(pod)) | Event::Apply(DeserializeGuard(pod)) => {
-                let uid = match &pod {
-                    Ok(pod) => pod.metadata.uid.clone(),
-                    Err(invalid) => invalid.metadata.uid.clone(),
-                };
-                self.listing.extend(uid);
-                self.apply(pod);
+            Event::InitApply(DeserializeGuard(pod)) => {
+                self.listing.extend(uid_of(&pod));
+                self.apply(pod, Past::Unknown);
+            }
+            Event::Apply(DeserializeGuard(pod)) => {
+                // After a LIST that did not have it: no earlier process has seen it either.
+                let is_new = uid_of(&pod).is_some_and(|uid| self.listing.insert(uid));
+                self.apply(pod, if is_new { Past::None } else { Past::Unknown });
             }
             Event::InitDone => self.listed(),
             Event::Delete(DeserializeGuard(pod)) => {
-                let uid = match pod {
-                    Ok(pod) => pod.metadata.uid,
-                    Err(invalid) => invalid.metadata.uid,
-                };
-                let uid = uid.unwrap_or_default();
+                let uid = uid_of(&pod).unwrap_or_default();
                 self.listing.remove(&uid);
                 if !self.workers.contains_key(&uid) {
                     // It never parsed, and may have left something here in the life of another process.
@@ -219,7 +216,7 @@ impl PodLoop {
     }
 
     /// Gives the Pod's worker its newest spec. An object that does not parse keeps its last one.
-    fn apply(&mut self, pod: Result<Pod, InvalidObject>) {
+    fn apply(&mut self, pod: Result<Pod, InvalidObject>, past: Past) {
         let mut pod = match pod {
             Ok(pod) => pod,
             Err(invalid) => return self.refuse(&invalid),
@@ -230,7 +227,7 @@ impl PodLoop {
         let pod = Arc::new(pod);
         match self.workers.get(&uid) {
             Some(handle) => handle.desired.send_modify(|d| d.pod = pod),
-            None => self.hire(uid, Desired { pod, gone: false }),
+            None => self.hire(Duration::ZERO, uid, Desired { pod, gone: false }, past),
         }
     }
 
@@ -255,14 +252,10 @@ impl PodLoop {
         }
     }
 
-    fn hire(&mut self, uid: String, desired: Desired) {
-        self.hire_after(Duration::ZERO, uid, desired);
-    }
-
-    fn hire_after(&mut self, pause: Duration, uid: String, desired: Desired) {
+    fn hire(&mut self, pause: Duration, uid: String, desired: Desired, past: Past) {
         let (desired, desired_seen) = channel::channel(desired);
         let (signal, signal_seen) = channel::channel(Signal::default());
-        let worker = Worker::new(self.shared.clone(), desired_seen, signal_seen);
+        let worker = Worker::new(self.shared.clone(), desired_seen, signal_seen, past);
         self.workers.insert(uid.clone(), Handle { desired, signal });
         self.running.spawn(async move {
             tokio::time::sleep(pause).await;
@@ -290,7 +283,7 @@ impl PodLoop {
         for uid in lost {
             if let Some(handle) = self.workers.remove(&uid) {
                 let last = handle.desired.borrow().clone();
-                self.hire_after(REPLACE_AFTER, uid, last);
+                self.hire(REPLACE_AFTER, uid, last, Past::Unknown);
             }
         }
     }
@@ -331,7 +324,7 @@ impl PodLoop {
             return;
         }
         tracing::info!(uid, pod = pod.metadata.name, namespace = pod.metadata.namespace, "ending a Pod that is gone");
-        self.hire(uid, Desired { pod: Arc::new(pod), gone: true });
+        self.hire(Duration::ZERO, uid, Desired { pod: Arc::new(pod), gone: true }, Past::Unknown);
     }
 
     /// Everything on this node that belongs to a Pod: in the runtime, on disk, and among the addresses.
@@ -362,6 +355,13 @@ impl PodLoop {
 /// not when the server refuses to begin one.
 fn is_expired(error: &watcher::Error) -> bool {
     matches!(error, watcher::Error::WatchStartFailed(kube::Error::Api(answer)) if answer.code == 410)
+}
+
+fn uid_of(pod: &Result<Pod, InvalidObject>) -> Option<String> {
+    match pod {
+        Ok(pod) => pod.metadata.uid.clone(),
+        Err(invalid) => invalid.metadata.uid.clone(),
+    }
 }
 
 /// A Pod of which nothing but its name is known.

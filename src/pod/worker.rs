@@ -31,9 +31,9 @@ use super::translate::pod_ref;
 use crate::runtime::types::{ContainerId, PodRef};
 use crate::telemetry::chain;
 
-/// A status that says only how far a start has come waits this long for a better one: most Pods run by then, and one
-/// PATCH instead of three leaves the API server to others.
-const PROGRESS: Duration = Duration::from_millis(300);
+/// A status that says only how far a start or a removal has come waits this long for a better one: most Pods run, or
+/// are gone, by then, and one PATCH instead of three leaves the API server to others.
+const PROGRESS: Duration = Duration::from_secs(1);
 /// Longest time between two looks at the runtime, in case an event was lost; spread by up to half as much again.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// How long a difference between the API server's status and ours must last before ours is written again: a watch
@@ -70,6 +70,16 @@ pub(super) struct Worker {
     observed: Observed,
     memory: Memory,
     look_at: Instant,
+    past: Past,
+}
+
+/// Whether the runtime may hold something of a Pod when its worker takes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Past {
+    /// The Pod was bound to the node while this process watched: nobody has touched it.
+    None,
+    /// An earlier process, or an earlier worker, may have begun with it.
+    Unknown,
 }
 
 /// Whether the loop goes on.
@@ -79,7 +89,13 @@ enum Next {
 }
 
 impl Worker {
-    pub(super) fn new(shared: Arc<Shared>, desired: watch::Receiver<Desired>, signal: watch::Receiver<Signal>) -> Self {
+    /// A worker for the Pod; `past` says whether the runtime may hold something of it already.
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        desired: watch::Receiver<Desired>,
+        signal: watch::Receiver<Signal>,
+        past: Past,
+    ) -> Self {
         let pod = desired.borrow().pod.clone();
         let relists = signal.borrow().relists;
         Self {
@@ -92,14 +108,17 @@ impl Worker {
             pod,
             gone: false,
             observed: Observed::default(),
-            look_at: Instant::now(),
+            look_at: Instant::now() + spread(LOOK_AGAIN),
+            past,
         }
     }
 
     /// Owns the Pod until its object and everything of it on this node are gone.
     pub(super) async fn run(mut self) {
         tracing::debug!(pod = %self.reference, uid = self.reference.uid, "taking over Pod");
-        self.relist().await;
+        if self.past == Past::Unknown {
+            self.relist().await;
+        }
         self.take_desired();
         self.admit().await;
         while let Next::Again = self.turn().await {}
@@ -121,7 +140,12 @@ impl Worker {
             }
         }
         let status = self.status(goal);
-        let urgent = !matches!(step, Step::SetUpVolumes | Step::RunSandbox { .. } | Step::Start { .. });
+        let urgent = match step {
+            Step::SetUpVolumes | Step::RunSandbox { .. } | Step::Start { .. } => false,
+            // The last words of a Pod that is being deleted say all of it.
+            Step::Stop { .. } | Step::Release => !self.is_deleted(),
+            _ => true,
+        };
         let unsent = self.report(status, urgent);
         if self.memory.released {
             // After the report: whoever waits for the node to be empty may end the process then.

@@ -61,6 +61,7 @@ impl DockerRuntime {
         let body = spec::container_body(sandbox, config, extras, around);
         for _ in 0..CREATE_TRIES {
             if let Created::New(id) = self.create_named(&name, body.clone()).await? {
+                self.unstarted().insert(id.clone());
                 return Ok(ContainerId::from(id));
             }
             match self.see(&name).await? {
@@ -77,6 +78,10 @@ impl DockerRuntime {
     }
 
     async fn check_sandbox(&self, sandbox: &SandboxId, config: &ContainerConfig) -> Result<()> {
+        if self.network_book().plugged.contains(sandbox.as_str()) {
+            // This process brought it up. Should its holder have died since, the start says so.
+            return Ok(());
+        }
         let tried = || format!("failed to create container {} of {}", config.name, config.pod);
         match self.see(sandbox.as_str()).await? {
             Some(seen) if !seen.facts.sandbox_itself => {
@@ -115,13 +120,14 @@ impl DockerRuntime {
     pub(super) async fn start(&self, id: &ContainerId) -> Result<()> {
         let tried = || format!("failed to start container {id}");
         let absent = || RuntimeError::new(Kind::NotFound, format!("{}: it does not exist", tried()));
-        let before = self.status(id).await?;
-        match before.state {
-            ContainerState::Running => return Ok(()),
-            ContainerState::Exited => {
-                return Err(RuntimeError::new(Kind::Invalid, format!("{}: it has exited already", tried())));
+        if !self.unstarted().remove(id.as_str()) {
+            match self.status(id).await?.state {
+                ContainerState::Running => return Ok(()),
+                ContainerState::Exited => {
+                    return Err(RuntimeError::new(Kind::Invalid, format!("{}: it has exited already", tried())));
+                }
+                ContainerState::Created => {}
             }
-            ContainerState::Created => {}
         }
         let started = {
             let _turn = turn(&self.starts).await?;
@@ -213,6 +219,7 @@ impl DockerRuntime {
 
     /// Removes a container that is known to be ours.
     pub(super) async fn remove_own(&self, id: &str) -> Result<()> {
+        self.unstarted().remove(id);
         let deadline = Instant::now() + REMOVE_PATIENCE;
         loop {
             let options = RemoveContainerOptionsBuilder::new().force(true).v(true).build();

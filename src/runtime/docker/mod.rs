@@ -130,6 +130,8 @@ pub struct DockerRuntime {
     starts: Semaphore,
     removals: Semaphore,
     network: Mutex<NetworkBook>,
+    /// Containers that this process made and has not tried to start: of these it need not ask in which state they are.
+    unstarted: Mutex<HashSet<String>>,
 }
 
 /// Which sandboxes have their cable, as far as this process knows. After a restart the book is empty and each running
@@ -165,6 +167,7 @@ impl DockerRuntime {
             starts: Semaphore::new(options.starts_in_flight.max(1)),
             removals: Semaphore::new(options.removals_in_flight.max(1)),
             network: Mutex::default(),
+            unstarted: Mutex::default(),
             docker,
             options,
             cable,
@@ -178,6 +181,11 @@ impl DockerRuntime {
     fn network_book(&self) -> std::sync::MutexGuard<'_, NetworkBook> {
         // Two sets of ids are never half changed, so a panic elsewhere does not spoil them.
         self.network.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unstarted(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
+        // As above.
+        self.unstarted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
