@@ -18,6 +18,7 @@ use crate::network::bridge::Bridge;
 use crate::network::ipam::{DEFAULT_COOL_DOWN, Ipam};
 use crate::network::uplink::Uplink;
 use crate::node::{self, NodeHandle, health, owner};
+use crate::pod::addresses::Addresses;
 use crate::pod::admission::Admission;
 use crate::pod::directory::Directory;
 use crate::pod::files::DnsSettings;
@@ -238,7 +239,7 @@ async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> a
         volumes,
         inputs,
         dns: dns_settings(settings),
-        ipam: Arc::new(ipam),
+        addresses: Addresses::new(Arc::new(ipam)),
         admission: Admission::default(),
         directory: parts.directory.clone(),
         images: Images::new(settings.images.max_parallel_pulls.map_or(UNLIMITED_PULLS, |n| n as usize)),

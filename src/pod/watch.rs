@@ -347,7 +347,7 @@ impl PodLoop {
             spec.termination_grace_period_seconds = spec.termination_grace_period_seconds.max(grace);
         }
         let on_disk = self.shared.volumes.uids().await?;
-        let addressed = self.shared.ipam.held().into_iter().map(|(_, uid)| uid);
+        let addressed = self.shared.addresses.held().into_iter().map(|(_, uid)| uid);
         let uids: BTreeSet<String> = on_disk.into_iter().chain(addressed).collect();
         for uid in uids {
             found
