@@ -188,6 +188,8 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
     PodLoop::new(Arc::clone(&shared), api.client.clone(), drain).run(draining, settings.node.drain_on_exit).await;
     if settings.node.drain_on_exit {
         take_down(&shared, &bridge).await;
+    } else if let Err(error) = docker::remove_empty_cgroup_root(&shared.host.cgroup_root) {
+        tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the Pods' empty cgroup");
     }
     Ok(())
 }
