@@ -16,7 +16,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
 use lambdalet::apiserver::ApiServer;
 use lambdalet::config::{DEFAULT_POD_CIDR, NodeSettings};
-use lambdalet::node::{self, Health, NodeHandle, Params};
+use lambdalet::node::{self, Health, NodeHandle, Params, Registration};
 use lambdalet::shutdown::{Supervisor, Tasks};
 use serde_json::json;
 use tokio::sync::watch;
@@ -197,6 +197,28 @@ async fn what_others_write_into_the_conditions_is_put_right() {
         }
     });
     world.until_ready("True").await;
+}
+
+#[tokio::test]
+async fn a_change_of_the_node_is_nothing_to_its_lease() {
+    let world = start(Api::new(), NodeSettings { lease_duration: Duration::from_secs(40), ..settings() });
+    until("there is a lease", || world.api.state().lease.is_some()).await;
+    until("the watch has listed", || world.api.count("GET /api/v1/nodes") > 0).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let mut registration = world.handle.registration.clone();
+    let uid = registration.borrow_and_update().as_ref().unwrap().uid.clone();
+    world.api.edit_node(|node| node["metadata"]["labels"]["disk"] = json!("ssd"));
+    let labelled =
+        |known: &Option<_>| known.as_ref().is_some_and(|node: &Registration| node.labels.contains_key("disk"));
+    tokio::time::timeout(SOON, registration.wait_for(labelled)).await.unwrap().unwrap();
+    tokio::time::sleep(A_WHILE).await;
+    let lease = world.api.state().lease.clone().unwrap();
+    assert_eq!(lease["metadata"]["ownerReferences"][0]["uid"], json!(uid));
+    assert_eq!(
+        world.api.count(&format!("PUT /apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{NODE}")),
+        0,
+        "it was renewed before its time"
+    );
 }
 
 #[tokio::test]

@@ -18,6 +18,7 @@ use crate::network::bridge::Bridge;
 use crate::network::ipam::{DEFAULT_COOL_DOWN, Ipam};
 use crate::network::uplink::Uplink;
 use crate::node::{self, NodeHandle, health, owner};
+use crate::pod::addresses::Addresses;
 use crate::pod::admission::Admission;
 use crate::pod::directory::Directory;
 use crate::pod::files::DnsSettings;
@@ -187,6 +188,8 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
     PodLoop::new(Arc::clone(&shared), api.client.clone(), drain).run(draining, settings.node.drain_on_exit).await;
     if settings.node.drain_on_exit {
         take_down(&shared, &bridge).await;
+    } else if let Err(error) = docker::remove_empty_cgroup_root(&shared.host.cgroup_root) {
+        tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the Pods' empty cgroup");
     }
     Ok(())
 }
@@ -238,7 +241,7 @@ async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> a
         volumes,
         inputs,
         dns: dns_settings(settings),
-        ipam: Arc::new(ipam),
+        addresses: Addresses::new(Arc::new(ipam)),
         admission: Admission::default(),
         directory: parts.directory.clone(),
         images: Images::new(settings.images.max_parallel_pulls.map_or(UNLIMITED_PULLS, |n| n as usize)),

@@ -4,7 +4,6 @@
 //! sandbox's network namespace. So the kernel is the memory: what is plugged is found again by name, and a namespace
 //! that goes away takes both ends with it.
 
-use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::net::IpAddr;
@@ -22,6 +21,7 @@ use tokio::sync::{Semaphore, oneshot};
 use tracing::debug;
 
 use super::netlink::{Mac, Netlink, Pair};
+use super::routes::Routes;
 use super::{Cable, NetworkError, firewall};
 
 /// Name of the interface inside a sandbox, as every Pod network has it.
@@ -51,6 +51,7 @@ struct Settings {
     gateway: IpAddr,
     range: IpNet,
     mtu: u32,
+    routes: Routes,
 }
 
 // === impl Bridge ===
@@ -84,6 +85,8 @@ impl Bridge {
         on_thread(move || {
             firewall::remove(&settings.name, settings.range)?;
             let mut host = open_netlink()?;
+            let unroute = |source| kernel(&format!("remove the route to {}", settings.range), source);
+            settings.routes.remove(&mut host).map_err(unroute)?;
             delete_by_name(&mut host, &settings.name)
         })
         .await
@@ -97,34 +100,6 @@ impl Bridge {
     /// MTU of the bridge and of every cable, in bytes: that of the host's uplink.
     pub fn mtu(&self) -> u32 {
         self.settings.mtu
-    }
-
-    /// The ports of this bridge that none of these sandboxes has. `live` must also name the sandboxes that are being
-    /// plugged right now. Ports that [`Cable::plug`] did not make are never listed.
-    ///
-    /// # Errors
-    /// The kernel's refusal.
-    pub async fn stale_ports(&self, live: &HashSet<String>) -> Result<Vec<String>, NetworkError> {
-        let kept: HashSet<String> = live.iter().map(|sandbox| port_name(sandbox)).collect();
-        let settings = Arc::clone(&self.settings);
-        on_thread(move || {
-            let mut host = open_netlink()?;
-            let failed = |source| kernel("list interfaces", source);
-            let Some(bridge) = host.link(&settings.name).map_err(failed)? else { return Ok(Vec::new()) };
-            let links = host.links().map_err(failed)?;
-            let ports = links.into_iter().filter(|link| link.bridge == Some(bridge.index)).map(|link| link.name);
-            Ok(ports.filter(|name| is_port_name(name) && !kept.contains(name)).collect())
-        })
-        .await
-    }
-
-    /// Deletes a port that [`Bridge::stale_ports`] listed. Ok if it is gone.
-    ///
-    /// # Errors
-    /// The kernel's refusal.
-    pub async fn remove_port(&self, port: &str) -> Result<(), NetworkError> {
-        let port = port.to_owned();
-        self.work(move |_| delete_by_name(&mut open_netlink()?, &port)).await
     }
 
     async fn work<T: Send + 'static>(
@@ -149,7 +124,15 @@ impl Cable for Bridge {
     }
 
     async fn unplug(&self, sandbox: &str) -> Result<(), NetworkError> {
-        self.remove_port(&port_name(sandbox)).await
+        let port = port_name(sandbox);
+        self.work(move |settings| {
+            let mut host = open_netlink()?;
+            // The route first: a packet on its way to a port that is gone would be answered by nobody.
+            let refuse = |source| kernel(&format!("refuse the address behind {port}"), source);
+            settings.routes.prune(&mut host, Some(&port)).map_err(refuse)?;
+            delete_by_name(&mut host, &port)
+        })
+        .await
     }
 }
 
@@ -158,11 +141,6 @@ fn port_name(sandbox: &str) -> String {
     let hash = Sha256::digest(sandbox.as_bytes());
     let digits: String = hash.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
     format!("{PORT_PREFIX}{digits}")
-}
-
-fn is_port_name(name: &str) -> bool {
-    name.strip_prefix(PORT_PREFIX)
-        .is_some_and(|digits| digits.len() == 12 && digits.bytes().all(|digit| digit.is_ascii_hexdigit()))
 }
 
 /// A locally administered hardware address that follows from the IP address: whoever remembers the one for the other
@@ -213,7 +191,9 @@ fn ensure(name: String, gateway: IpAddr, range: IpNet) -> Result<Settings, Netwo
         set_sysctl(&format!("net/ipv4/conf/{name}/send_redirects"), "0")?;
     }
     firewall::ensure(&name, range)?;
-    Ok(Settings { name, gateway, range, mtu })
+    let routes = Routes::new(&name, gateway, range);
+    routes.ensure(&mut host).map_err(tried("route the range of"))?;
+    Ok(Settings { name, gateway, range, mtu, routes })
 }
 
 fn set_sysctl(key: &str, value: &str) -> Result<(), NetworkError> {
@@ -260,10 +240,12 @@ fn plug(settings: &Settings, port: &str, pid: i32, address: IpAddr) -> Result<()
         namespace: namespace.as_fd(),
         mtu: settings.mtu,
     };
-    connect(&mut host, &mut inside, &pair).map_err(|source| kernel(&format!("plug {port}"), source))?;
+    connect(&mut host, &mut inside, &pair, address).map_err(|source| kernel(&format!("plug {port}"), source))?;
     configure(&mut inside, settings, address)
         .map_err(|source| kernel(&format!("give {address} to {INTERFACE} behind {port}"), source))?;
-    settle(&mut host, &mut inside, port).map_err(|source| kernel(&format!("see {port} working"), source))
+    settle(&mut host, &mut inside, port).map_err(|source| kernel(&format!("see {port} working"), source))?;
+    // The last step: until packets pass the address refuses.
+    settings.routes.open(&mut host, address).map_err(|source| kernel(&format!("lead {address} to {port}"), source))
 }
 
 /// Waits until packets pass. The kernel takes note of a new carrier a little later and drops what is sent before; the
@@ -281,14 +263,14 @@ fn settle(host: &mut Netlink, inside: &mut Netlink, port: &str) -> io::Result<()
 }
 
 /// Makes the pair be there, with both its ends where they belong.
-fn connect(host: &mut Netlink, inside: &mut Netlink, pair: &Pair<'_>) -> io::Result<()> {
+fn connect(host: &mut Netlink, inside: &mut Netlink, pair: &Pair<'_>, address: IpAddr) -> io::Result<()> {
     let (outer, inner) = (host.link(pair.name)?, inside.link(INTERFACE)?);
     if let (Some(outer), Some(inner)) = (&outer, &inner) {
         // Each end tells the other's index; with the hardware address that is enough to know them as one pair.
         let joined = outer.peer == Some(inner.index) && inner.peer == Some(outer.index);
         if joined && inner.mac == pair.peer_mac {
             host.enslave(outer.index, pair.bridge)?;
-            return host.set_hairpin(outer.index);
+            return finish_port(host, outer.index, address);
         }
     }
     if let Some(outer) = outer {
@@ -299,7 +281,13 @@ fn connect(host: &mut Netlink, inside: &mut Netlink, pair: &Pair<'_>) -> io::Res
     }
     host.add_pair(pair)?;
     let outer = host.link(pair.name)?.ok_or(io::ErrorKind::NotFound)?;
-    host.set_hairpin(outer.index)
+    finish_port(host, outer.index, address)
+}
+
+/// What a port has besides its place on the bridge; the alias is how its route is known for its own.
+fn finish_port(host: &mut Netlink, port: u32, address: IpAddr) -> io::Result<()> {
+    host.set_alias(port, &address.to_string())?;
+    host.set_hairpin(port)
 }
 
 /// Interfaces, address and routes as seen from inside; each step replaces what is there.
@@ -308,9 +296,9 @@ fn configure(inside: &mut Netlink, settings: &Settings, address: IpAddr) -> io::
         inside.set_up(loopback.index)?;
     }
     let interface = inside.link(INTERFACE)?.ok_or(io::ErrorKind::NotFound)?.index;
-    inside.add_address(interface, address, settings.range.prefix_len(), false)?;
+    inside.add_address(interface, address, settings.range.prefix_len())?;
     inside.set_up(interface)?;
-    inside.add_link_route(interface, settings.gateway)?;
+    inside.add_link_route(interface, settings.gateway.into(), None)?;
     inside.add_default_route(interface, settings.gateway)?;
     let family = if address.is_ipv4() { "ipv4" } else { "ipv6" };
     for key in ["all", INTERFACE] {

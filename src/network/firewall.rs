@@ -1,4 +1,5 @@
-//! The packet filter rules of a bridge: Pods may talk to everybody, and leave the node under its own address.
+//! The packet filter rules of a bridge: Pods may talk to everybody, and leave the node under its own address; what is
+//! sent to an address that no Pod has ([`super::routes`] leads it nowhere) is refused as a closed port is.
 //!
 //! The `iptables` command is the interface, since it speaks to whichever back end the host uses. Each rule carries a
 //! comment that names the bridge, so what is stale or to be removed is found without remembering anything.
@@ -9,6 +10,7 @@ use std::process::{Command, Stdio};
 use ipnet::IpNet;
 
 use super::NetworkError;
+use super::routes::NOWHERE;
 
 /// Where rules that accept forwarded packets go. Docker sets the policy of FORWARD to DROP and keeps this chain, which
 /// it never flushes, for rules of others that come before its own.
@@ -54,16 +56,21 @@ fn wanted(bridge: &str, range: IpNet, docker: bool) -> Vec<Rule> {
     };
     let forward = if docker { DOCKER_CHAIN } else { "FORWARD" };
     let range = range.trunc();
-    vec![
-        rule("filter", forward, true, &format!("-i {bridge} -m comment --comment {comment} -j ACCEPT")),
-        rule("filter", forward, true, &format!("-o {bridge} -m comment --comment {comment} -j ACCEPT")),
-        rule(
-            "nat",
-            "POSTROUTING",
-            false,
-            &format!("-s {range} ! -o {bridge} -m comment --comment {comment} -j MASQUERADE"),
-        ),
-    ]
+    let tag = format!("-m comment --comment {comment}");
+    let mut rules = vec![
+        rule("filter", forward, true, &format!("-i {bridge} ! -o {NOWHERE} {tag} -j ACCEPT")),
+        rule("filter", forward, true, &format!("-o {bridge} {tag} -j ACCEPT")),
+        rule("nat", "POSTROUTING", false, &format!("-s {range} ! -o {bridge} {tag} -j MASQUERADE")),
+    ];
+    for chain in [forward, "OUTPUT"].into_iter().filter(|_| range.addr().is_ipv4()) {
+        // Not the gateway's own address: what the host sends to itself leaves by the loopback interface as well.
+        let nobody = format!("-m addrtype --dst-type UNICAST {tag} -j REJECT --reject-with");
+        rules.extend([
+            rule("filter", chain, true, &format!("-d {range} -o {NOWHERE} ! -p tcp {nobody} icmp-port-unreachable")),
+            rule("filter", chain, true, &format!("-d {range} -o {NOWHERE} -p tcp {nobody} tcp-reset")),
+        ]);
+    }
+    rules
 }
 
 fn comment(bridge: &str) -> String {
@@ -143,7 +150,7 @@ mod tests {
 -P FORWARD DROP
 -N DOCKER-USER
 -A FORWARD -j DOCKER-USER
--A DOCKER-USER -i lb0 -m comment --comment \"lambdalet:lb0\" -j ACCEPT
+-A DOCKER-USER -i lb0 ! -o lo -m comment --comment \"lambdalet:lb0\" -j ACCEPT
 -A DOCKER-USER -o lb0 -m comment --comment lambdalet:lb0 -j ACCEPT
 -A DOCKER-USER -o lb01 -m comment --comment lambdalet:lb01 -j ACCEPT
 -A DOCKER-USER -o lb0 -m comment --comment \"not lambdalet:lb0 but close\" -j ACCEPT

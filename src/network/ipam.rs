@@ -9,7 +9,7 @@
 //! synced and renamed, so a crash leaves the old record or the new one. What cannot be read is moved aside as
 //! `<address>.quarantined` and that address stays out of use until the file is removed or the address is adopted.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -115,8 +115,8 @@ impl Ipam {
         Ok(address)
     }
 
-    /// Notes that a running sandbox of this Pod has this address: for a sandbox found at start whose record is missing
-    /// or quarantined.
+    /// Notes that a sandbox of this Pod has this address: for a sandbox found at start whose record is missing or
+    /// quarantined.
     ///
     /// # Errors
     /// [`NetworkError::Refused`] if the address is outside the range, reserved, or another Pod's, or the Pod has
@@ -152,17 +152,6 @@ impl Ipam {
         let mut state = self.state();
         let Some(address) = state.by_uid.get(pod_uid).copied() else { return Ok(()) };
         self.release_address(&mut state, address)
-    }
-
-    /// Releases the addresses of all Pods but these. Only for a caller that knows every Pod of the node.
-    ///
-    /// # Errors
-    /// As [`Ipam::release`], after trying each.
-    pub fn retain(&self, live_uids: &HashSet<String>) -> Result<(), NetworkError> {
-        let mut state = self.state();
-        let gone: Vec<IpAddr> =
-            state.by_uid.iter().filter(|(uid, _)| !live_uids.contains(*uid)).map(|(_, address)| *address).collect();
-        gone.into_iter().map(|address| self.release_address(&mut state, address)).fold(Ok(()), Result::and)
     }
 
     /// The first address of the range: the host's end.
@@ -520,17 +509,6 @@ mod tests {
     }
 
     #[test]
-    fn retain_releases_the_pods_that_are_gone() {
-        let host = Host::new("10.1.0.0/24");
-        let ipam = host.open();
-        ipam.allocate("a").unwrap();
-        ipam.allocate("b").unwrap();
-        ipam.retain(&HashSet::from(["b".to_owned()])).unwrap();
-        assert_eq!(ipam.held(), [(ip("10.1.0.3"), "b".to_owned())]);
-        ipam.retain(&HashSet::from(["b".to_owned()])).unwrap();
-    }
-
-    #[test]
     fn ipv6_ranges_work_and_small_ones_are_refused() {
         let host = Host::new("fd00:1::/64");
         let ipam = host.open();
@@ -548,7 +526,6 @@ mod tests {
     enum Step {
         Allocate(u8),
         Release(u8),
-        Retain(Vec<u8>),
         Wait(i64),
         Crash,
     }
@@ -557,7 +534,6 @@ mod tests {
         prop_oneof![
             6 => (0_u8..12).prop_map(Step::Allocate),
             4 => (0_u8..12).prop_map(Step::Release),
-            1 => proptest::collection::vec(0_u8..12, 0..6).prop_map(Step::Retain),
             2 => (0_i64..50).prop_map(Step::Wait),
             2 => Just(Step::Crash),
         ]
@@ -597,16 +573,6 @@ mod tests {
                         if let Some(address) = held.remove(&pod) {
                             released.insert(address, (pod, now));
                         }
-                    }
-                    Step::Retain(pods) => {
-                        ipam.retain(&pods.iter().map(u8::to_string).collect()).unwrap();
-                        held.retain(|pod, address| {
-                            let live = pods.contains(pod);
-                            if !live {
-                                released.insert(*address, (*pod, now));
-                            }
-                            live
-                        });
                     }
                     Step::Wait(seconds) => host.wait(seconds),
                     Step::Crash => ipam = host.open(),

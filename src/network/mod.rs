@@ -10,11 +10,15 @@
 //! A Pod reaches everything, its neighbours too, through the gateway: the address has the range's prefix length, yet
 //! there is no link route to the range. So every packet is routed by the host, and Service addresses work between two
 //! Pods of one node whether or not bridged packets are shown to iptables there (`bridge-nf-call-iptables`).
+//!
+//! The host in turn has one route for each plugged Pod; whoever calls any other address of the range is refused at once
+//! (`routes`).
 
 pub mod bridge;
 mod firewall;
 pub mod ipam;
 mod netlink;
+mod routes;
 pub mod uplink;
 
 use std::io;
@@ -27,15 +31,17 @@ use ipnet::IpNet;
 /// Joins a sandbox to the node's Pod network.
 #[async_trait]
 pub trait Cable: Send + Sync {
-    /// Gives the network namespace of process `pid` the interface `eth0` with `address`. Plugging a plugged sandbox is
-    /// Ok; an interface that a dead process of the same sandbox left behind is replaced.
+    /// Gives the network namespace of process `pid` the interface `eth0` with `address`, and leads packets there that
+    /// were refused before. Plugging a plugged sandbox is Ok; an interface that a dead process of the same sandbox left
+    /// behind is replaced.
     ///
     /// # Errors
     /// [`NetworkError::Namespace`] if the process is gone. Nothing is left behind on an error that `unplug` does not
     /// remove.
     async fn plug(&self, pid: i32, sandbox: &str, address: IpAddr) -> Result<(), NetworkError>;
 
-    /// Takes the interface away, with both its ends. Unplugging what is not plugged is Ok.
+    /// Takes the interface away, with both its ends; from then on its address refuses. Unplugging what is not plugged is
+    /// Ok.
     async fn unplug(&self, sandbox: &str) -> Result<(), NetworkError>;
 }
 

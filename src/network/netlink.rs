@@ -7,6 +7,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use ipnet::IpNet;
 use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader,
     NetlinkMessage, NetlinkPayload,
@@ -16,7 +17,7 @@ use rtnetlink::packet_route::link::{
     BridgePortState, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoVeth, LinkAttribute, LinkInfo, LinkMessage,
     State,
 };
-use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteScope};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteScope, RouteType};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{Socket, SocketAddr};
@@ -24,6 +25,9 @@ use rtnetlink::{LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, Link
 
 /// `ENODEV`, the kernel's word for "no such interface".
 const NO_SUCH_DEVICE: i32 = nix::errno::Errno::ENODEV as i32;
+
+/// `ESRCH`, the kernel's word for "no such route".
+const NO_SUCH_ROUTE: i32 = nix::errno::Errno::ESRCH as i32;
 
 /// A hardware address.
 pub(super) type Mac = [u8; 6];
@@ -39,6 +43,8 @@ pub(super) struct Netlink {
 pub(super) struct Link {
     pub(super) index: u32,
     pub(super) name: String,
+    /// A text for people that the kernel keeps with the interface; empty if there is none.
+    pub(super) alias: String,
     pub(super) mtu: u32,
     pub(super) mac: Vec<u8>,
     /// Index of the other end of a veth pair, in that end's namespace.
@@ -175,8 +181,15 @@ impl Netlink {
         }
     }
 
-    /// Gives the interface an address; with `link_route` false the rest of its range is not taken to be on the link.
-    pub(super) fn add_address(&mut self, index: u32, address: IpAddr, prefix: u8, link_route: bool) -> io::Result<()> {
+    /// Writes a text beside the interface's name; `ip link` shows it.
+    pub(super) fn set_alias(&mut self, index: u32, alias: &str) -> io::Result<()> {
+        let mut message = LinkUnspec::new_with_index(index).build();
+        message.attributes.push(LinkAttribute::IfAlias(alias.to_owned()));
+        self.set(message)
+    }
+
+    /// Gives the interface an address. The rest of its range is not taken to be on the link.
+    pub(super) fn add_address(&mut self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
         let mut message = AddressMessage::default();
         message.header.family = family(address);
         message.header.prefix_len = prefix;
@@ -184,15 +197,14 @@ impl Netlink {
         message.header.index = index;
         message.attributes.extend([AddressAttribute::Local(address), AddressAttribute::Address(address)]);
         // The node gives each address to one Pod, so nothing has to wait for duplicate address detection.
-        let mut flags = if address.is_ipv6() { AddressFlags::Nodad } else { AddressFlags::empty() };
-        flags.set(AddressFlags::Noprefixroute, !link_route);
-        message.attributes.push(AddressAttribute::Flags(flags));
+        let nodad = if address.is_ipv6() { AddressFlags::Nodad } else { AddressFlags::empty() };
+        message.attributes.push(AddressAttribute::Flags(nodad | AddressFlags::Noprefixroute));
         self.change(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_REPLACE)
     }
 
     /// Gives the interface this address and takes away others of its family and of global scope.
     pub(super) fn set_only_address(&mut self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
-        self.add_address(index, address, prefix, true)?;
+        self.add_address(index, address, prefix)?;
         let mut message = AddressMessage::default();
         message.header.family = family(address);
         let answers = self.exchange(RouteNetlinkMessage::GetAddress(message), NLM_F_REQUEST | NLM_F_DUMP)?;
@@ -207,16 +219,49 @@ impl Netlink {
         Ok(())
     }
 
-    /// Routes `destination` itself straight out of the interface.
-    pub(super) fn add_link_route(&mut self, index: u32, destination: IpAddr) -> io::Result<()> {
-        let prefix = if destination.is_ipv4() { 32 } else { 128 };
-        let route = RouteMessageBuilder::<IpAddr>::new()
-            .destination_prefix(destination, prefix)
-            .map_err(io::Error::other)?
-            .output_interface(index)
-            .scope(RouteScope::Link)
-            .build();
+    /// Routes `destination` straight out of the interface, in place of what led there; the host then speaks from
+    /// `source`, if it is given.
+    pub(super) fn add_link_route(&mut self, index: u32, destination: IpNet, source: Option<IpAddr>) -> io::Result<()> {
+        let mut route = link_route(index, destination)?;
+        if let Some(source) = source {
+            route.attributes.push(RouteAttribute::PrefSource(route_address(source)));
+        }
         self.change(RouteNetlinkMessage::NewRoute(route), NLM_F_CREATE | NLM_F_REPLACE)
+    }
+
+    /// Takes such a route away; Ok if there is none.
+    pub(super) fn delete_link_route(&mut self, index: u32, destination: IpNet) -> io::Result<()> {
+        self.delete_route(link_route(index, destination)?)
+    }
+
+    /// Has whoever sends to `destination` told that nobody is there.
+    pub(super) fn add_unreachable_route(&mut self, destination: IpNet) -> io::Result<()> {
+        let route = unreachable_route(destination)?;
+        self.change(RouteNetlinkMessage::NewRoute(route), NLM_F_CREATE | NLM_F_REPLACE)
+    }
+
+    /// Takes such a route away; Ok if there is none.
+    pub(super) fn delete_unreachable_route(&mut self, destination: IpNet) -> io::Result<()> {
+        self.delete_route(unreachable_route(destination)?)
+    }
+
+    fn delete_route(&mut self, route: RouteMessage) -> io::Result<()> {
+        match self.change(RouteNetlinkMessage::DelRoute(route), 0) {
+            Err(error) if error.raw_os_error() == Some(NO_SUCH_ROUTE) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Where the main table leads to straight out of the interface, of the family of `like`.
+    pub(super) fn link_routes(&mut self, index: u32, like: IpAddr) -> io::Result<Vec<IpNet>> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(like);
+        let answers = self.exchange(RouteNetlinkMessage::GetRoute(message), NLM_F_REQUEST | NLM_F_DUMP)?;
+        let routes = answers.into_iter().filter_map(|answer| match answer {
+            RouteNetlinkMessage::NewRoute(route) => Some(route),
+            _ => None,
+        });
+        Ok(routes.filter_map(|route| destination_out_of(index, &route)).collect())
     }
 
     /// Routes everything else by way of `gateway`.
@@ -301,6 +346,7 @@ impl Link {
         let mut link = Self {
             index: message.header.index,
             name: String::new(),
+            alias: String::new(),
             mtu: 0,
             mac: Vec::new(),
             peer: None,
@@ -312,6 +358,7 @@ impl Link {
         for attribute in message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
+                LinkAttribute::IfAlias(alias) => link.alias = alias,
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                 LinkAttribute::Address(mac) => link.mac = mac,
                 LinkAttribute::Link(peer) => link.peer = Some(peer),
@@ -325,6 +372,48 @@ impl Link {
             }
         }
         Some(link)
+    }
+}
+
+/// A unicast route of the main table without a gateway.
+fn link_route(index: u32, destination: IpNet) -> io::Result<RouteMessage> {
+    Ok(RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(destination.addr(), destination.prefix_len())
+        .map_err(io::Error::other)?
+        .output_interface(index)
+        .scope(RouteScope::Link)
+        .build())
+}
+
+fn unreachable_route(destination: IpNet) -> io::Result<RouteMessage> {
+    Ok(RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(destination.addr(), destination.prefix_len())
+        .map_err(io::Error::other)?
+        .kind(RouteType::Unreachable)
+        .build())
+}
+
+fn destination_out_of(index: u32, route: &RouteMessage) -> Option<IpNet> {
+    let (mut out, mut destination, mut direct) = (None, None, true);
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Oif(oif) => out = Some(*oif),
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => destination = Some(IpAddr::V4(*address)),
+            RouteAttribute::Destination(RouteAddress::Inet6(address)) => destination = Some(IpAddr::V6(*address)),
+            RouteAttribute::Gateway(_) => direct = false,
+            _ => {}
+        }
+    }
+    let header = &route.header;
+    let ours = header.table == RouteHeader::RT_TABLE_MAIN && header.kind == RouteType::Unicast;
+    let net = IpNet::new(destination?, header.destination_prefix_length).ok()?;
+    (ours && direct && out == Some(index)).then_some(net)
+}
+
+fn route_address(address: IpAddr) -> RouteAddress {
+    match address {
+        IpAddr::V4(address) => RouteAddress::Inet(address),
+        IpAddr::V6(address) => RouteAddress::Inet6(address),
     }
 }
 

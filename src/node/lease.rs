@@ -52,14 +52,14 @@ impl Lease {
         let mut retry = Retry::new("renew the node's lease");
         let mut registration = self.registration.clone();
         loop {
-            let node = registration.borrow_and_update().as_ref().map(|node| node.uid.clone());
-            let pause = match node {
+            let node = uid(&registration.borrow_and_update());
+            let pause = match &node {
                 None => None,
                 Some(uid) => {
                     // Cancel-safe: this is the end, and a renewal more or less does not matter.
                     let renewal = tokio::select! {
                         () = closing.cancelled() => return,
-                        renewal = self.renew(&uid) => renewal,
+                        renewal = self.renew(uid) => renewal,
                     };
                     Some(match renewal {
                         Ok(()) => {
@@ -76,11 +76,12 @@ impl Lease {
                     None => std::future::pending().await,
                 }
             };
-            // Cancel-safe: a dropped sleep renews early, and a change that is not seen stays marked as unseen.
+            // Cancel-safe: a dropped sleep renews early, and a watch channel keeps its value. Another UID is another Node,
+            // whose lease must name it; what else changes of the Node is nothing to its lease.
             tokio::select! {
                 () = closing.cancelled() => return,
                 () = sleep => {}
-                changed = registration.changed() => if changed.is_err() { return },
+                changed = registration.wait_for(|known| uid(known) != node) => if changed.is_err() { return },
             }
         }
     }
@@ -138,4 +139,8 @@ impl Lease {
         };
         LeaseObject { metadata, spec: Some(spec) }
     }
+}
+
+fn uid(known: &Option<Registration>) -> Option<String> {
+    known.as_ref().map(|node| node.uid.clone())
 }

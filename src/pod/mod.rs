@@ -9,6 +9,7 @@
 //! A Pod is known by its UID. Its worker alone acts for it, from the first look at what the runtime already holds until
 //! the Pod object and everything of it on this node are gone.
 
+pub mod addresses;
 pub mod admission;
 pub mod backoff;
 pub mod directory;
@@ -34,6 +35,7 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::watch as channel;
 
+use self::addresses::Addresses;
 use self::admission::{Admission, NodeView};
 use self::directory::Directory;
 use self::events::Events;
@@ -46,7 +48,6 @@ use self::volumes::VolumeManager;
 pub use self::watch::PodLoop;
 use crate::config::PodSettings;
 use crate::failpoint;
-use crate::network::ipam::Ipam;
 use crate::node::{NodeFacts, Registration};
 use crate::runtime::{Runtime, RuntimeError};
 
@@ -78,7 +79,7 @@ pub struct Shared {
     /// What the node knows about names.
     pub dns: DnsSettings,
     /// Who has which address.
-    pub ipam: Arc<Ipam>,
+    pub addresses: Addresses,
     /// Who was let in.
     pub admission: Admission,
     /// What is known of each Pod.

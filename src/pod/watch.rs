@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt as _, StreamExt as _};
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
@@ -31,6 +32,8 @@ use crate::telemetry::chain;
 
 /// Wait before the runtime's events are asked for again.
 const SUBSCRIBE_AGAIN: Duration = Duration::from_secs(1);
+/// How long the runtime may take to begin with its events; the loop does nothing else meanwhile.
+const SUBSCRIBE_PATIENCE: Duration = Duration::from_secs(5);
 /// Wait before a worker that panicked is replaced.
 const REPLACE_AFTER: Duration = Duration::from_secs(1);
 /// Annotation of a container with the Pod's grace period in seconds, for Pods whose object is gone after a restart.
@@ -47,6 +50,9 @@ enum LookError {
 
 type Guarded = DeserializeGuard<Pod>;
 
+/// What belongs to Pods on this node, by UID.
+type Found = Result<BTreeMap<String, Pod>, LookError>;
+
 /// The Pod loop.
 pub struct PodLoop {
     shared: Arc<Shared>,
@@ -58,6 +64,8 @@ pub struct PodLoop {
     listing: HashSet<String>,
     /// When to look for what belongs to no Pod; only set after a complete LIST.
     sweep_at: Option<Instant>,
+    /// The look for it, while it is under way: a runtime that does not answer holds nothing else up.
+    sweeping: Option<BoxFuture<'static, Found>>,
     drain: channel::Sender<bool>,
 }
 
@@ -76,6 +84,7 @@ impl PodLoop {
             running: JoinSet::new(),
             listing: HashSet::new(),
             sweep_at: None,
+            sweeping: None,
             drain,
         }
     }
@@ -84,7 +93,7 @@ impl PodLoop {
     pub async fn run(mut self, stop: CancellationToken, drain_on_exit: bool) {
         let mut pods = self.watch();
         let mut broken = Retry::new("watch Pods");
-        let mut events = self.subscribe().await;
+        let mut events = subscribe(&self.shared).await;
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         let shared = Arc::clone(&self.shared);
         let mut leaving = false;
@@ -111,9 +120,9 @@ impl PodLoop {
                 // Cancel-safe: a finished worker stays in the set until it is taken.
                 Some(ended) = self.running.join_next() => self.worker_ended(ended),
                 // Cancel-safe: a timer.
-                () = tokio::time::sleep_until(self.sweep_at.unwrap_or_else(Instant::now)), if self.sweep_at.is_some() => {
-                    self.sweep().await;
-                }
+                () = sleep_until(self.sweep_at), if self.sweeping.is_none() => self.sweep(),
+                // Cancel-safe: the look goes on the next time round.
+                found = look(&mut self.sweeping) => self.swept(found),
                 // Cancel-safe: a tick not taken comes at once.
                 _ = heartbeat.tick() => self.shared.directory.beat(),
                 // Cancel-safe: a token stays cancelled.
@@ -153,19 +162,9 @@ impl PodLoop {
         }
     }
 
-    async fn subscribe(&self) -> Option<BoxStream<'static, RuntimeEvent>> {
-        match self.shared.runtime.events().await {
-            Ok(stream) => Some(stream),
-            Err(error) => {
-                tracing::warn!(error = chain(&error), "failed to subscribe to the runtime's events; trying again");
-                None
-            }
-        }
-    }
-
     /// After a gap in the events everything is listed again.
     async fn resubscribe(&mut self) -> Option<BoxStream<'static, RuntimeEvent>> {
-        let stream = self.subscribe().await;
+        let stream = subscribe(&self.shared).await;
         if stream.is_some() {
             self.workers.values().for_each(|h| h.signal.send_modify(|s| s.relists += 1));
         }
@@ -192,6 +191,7 @@ impl PodLoop {
             Event::Init => {
                 self.listing.clear();
                 self.sweep_at = None;
+                self.sweeping = None;
             }
             Event::InitApply(DeserializeGuard(pod)) => {
                 self.listing.extend(uid_of(&pod));
@@ -305,13 +305,17 @@ impl PodLoop {
         self.sweep_at = Some(Instant::now());
     }
 
-    /// Ends what belongs to no Pod. While the runtime does not answer, everything else goes on.
-    async fn sweep(&mut self) {
-        match self.orphans().await {
-            Ok(orphans) => {
-                self.sweep_at = None;
-                orphans.into_iter().for_each(|(uid, pod)| self.adopt_orphan(uid, pod));
-            }
+    /// Begins to look for what belongs to no Pod.
+    fn sweep(&mut self) {
+        self.sweep_at = None;
+        self.sweeping = Some(belongings(Arc::clone(&self.shared)).boxed());
+    }
+
+    /// Ends what belongs to no Pod.
+    fn swept(&mut self, found: Found) {
+        self.sweeping = None;
+        match found {
+            Ok(found) => found.into_iter().for_each(|(uid, pod)| self.adopt_orphan(uid, pod)),
             Err(error) => {
                 self.sweep_at = Some(Instant::now() + SUBSCRIBE_AGAIN);
                 tracing::warn!(error = chain(&error), "failed to look for what earlier Pods left; trying again");
@@ -326,28 +330,56 @@ impl PodLoop {
         tracing::info!(uid, pod = pod.metadata.name, namespace = pod.metadata.namespace, "ending a Pod that is gone");
         self.hire(Duration::ZERO, uid, Desired { pod: Arc::new(pod), gone: true }, Past::Unknown);
     }
+}
 
-    /// Everything on this node that belongs to a Pod: in the runtime, on disk, and among the addresses.
-    async fn orphans(&self) -> Result<BTreeMap<String, Pod>, LookError> {
-        let mut found = BTreeMap::new();
-        for sandbox in self.shared.runtime.list_pod_sandboxes(None).await? {
-            found.entry(sandbox.pod.uid.clone()).or_insert_with(|| ghost(&sandbox.pod));
+/// The runtime's events, if it begins with them in time.
+async fn subscribe(shared: &Shared) -> Option<BoxStream<'static, RuntimeEvent>> {
+    match tokio::time::timeout(SUBSCRIBE_PATIENCE, shared.runtime.events()).await {
+        Ok(Ok(stream)) => return Some(stream),
+        Ok(Err(error)) => {
+            tracing::warn!(error = chain(&error), "failed to subscribe to the runtime's events; trying again");
         }
-        for container in self.shared.runtime.list_containers(None).await? {
-            let pod = found.entry(container.pod.uid.clone()).or_insert_with(|| ghost(&container.pod));
-            let grace = container.annotations.get(GRACE_ANNOTATION).and_then(|s| s.parse().ok());
-            let spec = pod.spec.get_or_insert_default();
-            spec.termination_grace_period_seconds = spec.termination_grace_period_seconds.max(grace);
-        }
-        let on_disk = self.shared.volumes.uids().await?;
-        let addressed = self.shared.ipam.held().into_iter().map(|(_, uid)| uid);
-        let uids: BTreeSet<String> = on_disk.into_iter().chain(addressed).collect();
-        for uid in uids {
-            found
-                .entry(uid.clone())
-                .or_insert_with(|| ghost(&PodRef { uid, namespace: String::new(), name: String::new() }));
-        }
-        Ok(found)
+        Err(_) => tracing::warn!("the runtime sent no events within {SUBSCRIBE_PATIENCE:?}; trying again"),
+    }
+    None
+}
+
+/// Everything on this node that belongs to a Pod: in the runtime, on disk, and among the addresses.
+async fn belongings(shared: Arc<Shared>) -> Found {
+    let mut found = BTreeMap::new();
+    for sandbox in shared.runtime.list_pod_sandboxes(None).await? {
+        found.entry(sandbox.pod.uid.clone()).or_insert_with(|| ghost(&sandbox.pod));
+    }
+    for container in shared.runtime.list_containers(None).await? {
+        let pod = found.entry(container.pod.uid.clone()).or_insert_with(|| ghost(&container.pod));
+        let grace = container.annotations.get(GRACE_ANNOTATION).and_then(|s| s.parse().ok());
+        let spec = pod.spec.get_or_insert_default();
+        spec.termination_grace_period_seconds = spec.termination_grace_period_seconds.max(grace);
+    }
+    let on_disk = shared.volumes.uids().await?;
+    let addressed = shared.addresses.held().into_iter().map(|(_, uid)| uid);
+    let uids: BTreeSet<String> = on_disk.into_iter().chain(addressed).collect();
+    for uid in uids {
+        found
+            .entry(uid.clone())
+            .or_insert_with(|| ghost(&PodRef { uid, namespace: String::new(), name: String::new() }));
+    }
+    Ok(found)
+}
+
+/// What the look found; never, while none is under way.
+async fn look(sweeping: &mut Option<BoxFuture<'static, Found>>) -> Found {
+    match sweeping {
+        Some(look) => look.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Returns at that moment; never without one.
+async fn sleep_until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
     }
 }
 

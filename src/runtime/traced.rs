@@ -1,10 +1,10 @@
-//! Span, log line and metrics around every verb, once, at the seam.
+//! Span, log line, metrics and a limit of patience around every verb, once, at the seam.
 
 use std::fmt::Display;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
@@ -20,12 +20,28 @@ use super::types::{
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::verb::Verb;
-use super::{ImageStore, Kind, Result, SandboxRuntime};
+use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime};
 use crate::telemetry::chain;
 
 /// Seconds: from 1 ms (a status) doubling to 33 s (a pull).
 fn buckets() -> impl Iterator<Item = f64> {
     exponential_buckets(0.001, 2.0, 16)
+}
+
+/// How long a runtime may be silent on a question before it counts as not answering: what a kubelet grants
+/// (`runtimeRequestTimeout`). On a busy host a look waits for the start that is under way.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Whether the verb only asks, so that asking again is all there is to be done. How long the others may take is for the
+/// work, or the caller, to say.
+fn is_question(verb: Verb) -> bool {
+    use Verb::*;
+    match verb {
+        Version | Ready | PodSandboxStatus | ListPodSandboxes | ListContainers | ContainerStatus | ImageStatus
+        | ListImages | Events => true,
+        RunPodSandbox | StopPodSandbox | RemovePodSandbox | CreateContainer | StartContainer | StopContainer
+        | RemoveContainer | Logs | Exec | Attach | PortForward | PullImage | RemoveImage => false,
+    }
 }
 
 /// How a verb ended: closed, so that the number of time series is.
@@ -69,11 +85,13 @@ struct Labels {
 
 type Durations = Family<Labels, Histogram, fn() -> Histogram>;
 
-/// A runtime that says what it is asked: a `runtime` span with verb and subject around each call, a debug line at its
+/// A runtime that says what it is asked, and that answers every question in time: a `runtime` span with verb and subject around each call, a debug line at its
 /// end, and `lambdalet_runtime_operation_duration_seconds{verb,outcome}`. Of streams it measures the opening.
+/// A look or a list that takes longer than two minutes fails with [`Kind::Unavailable`].
 pub struct Traced<R> {
     inner: R,
     durations: Durations,
+    patience: Duration,
 }
 
 impl<R> Traced<R> {
@@ -86,12 +104,17 @@ impl<R> Traced<R> {
             Unit::Seconds,
             durations.clone(),
         );
-        Self { inner, durations }
+        Self { inner, durations, patience: PATIENCE }
     }
 
     /// The runtime inside.
     pub fn inner(&self) -> &R {
         &self.inner
+    }
+
+    fn silence(&self, verb: Verb, subject: &str) -> RuntimeError {
+        let asked = if subject.is_empty() { verb.name().to_owned() } else { format!("{} ({subject})", verb.name()) };
+        RuntimeError::new(Kind::Unavailable, format!("the runtime did not answer {asked} within {:?}", self.patience))
     }
 
     async fn observe<T>(
@@ -100,10 +123,16 @@ impl<R> Traced<R> {
         subject: impl Display,
         work: impl Future<Output = Result<T>> + Send,
     ) -> Result<T> {
-        let span = tracing::debug_span!("runtime", verb = verb.name(), %subject);
+        let subject = subject.to_string();
+        let span = tracing::debug_span!("runtime", verb = verb.name(), subject);
         let mut watch = Watch { durations: &self.durations, verb, begun: Instant::now(), outcome: Outcome::Cancelled };
         let watched = async {
-            let result = work.await;
+            let result = if is_question(verb) {
+                let answer = tokio::time::timeout(self.patience, work).await;
+                answer.unwrap_or_else(|_| Err(self.silence(verb, &subject)))
+            } else {
+                work.await
+            };
             watch.outcome = result.as_ref().map_or_else(|error| Outcome::Failed(error.kind()), |_| Outcome::Ok);
             let milliseconds = watch.begun.elapsed().as_millis();
             match &result {
@@ -332,7 +361,6 @@ mod tests {
     use futures::FutureExt;
 
     use super::*;
-    use crate::runtime::RuntimeError;
     use crate::runtime::fake::FakeRuntime;
 
     #[tokio::test]
@@ -351,5 +379,35 @@ mod tests {
                 format!("lambdalet_runtime_operation_duration_seconds_count{{verb=\"ready\",outcome=\"{outcome}\"}} 1");
             assert!(text.contains(&line), "{line} is not in\n{text}");
         }
+    }
+    /// One that loses patience soon.
+    fn impatient() -> Traced<Arc<FakeRuntime>> {
+        let mut registry = Registry::with_prefix("lambdalet");
+        let traced = Traced::new(Arc::new(FakeRuntime::new()), &mut registry);
+        Traced { patience: Duration::from_millis(20), ..traced }
+    }
+
+    #[tokio::test]
+    async fn a_question_that_hangs_for_ever_fails_in_time_and_says_which() {
+        let traced = impatient();
+        let _holds = [Verb::ListContainers, Verb::PodSandboxStatus].map(|verb| traced.inner().hang_next(verb));
+        let error = traced.list_containers(Some("uid-7")).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable);
+        assert_eq!(error.to_string(), "the runtime did not answer list_containers (uid-7) within 20ms");
+        let error = traced.pod_sandbox_status(&SandboxId::from("s1")).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable, "not taken for a sandbox that is gone");
+        traced.list_containers(None).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn work_takes_as_long_as_it_takes() {
+        let traced = impatient();
+        let hold = traced.inner().hang_next(Verb::PullImage);
+        let release = async {
+            tokio::time::sleep(3 * traced.patience).await;
+            drop(hold);
+        };
+        let (pulled, ()) = tokio::join!(traced.pull_image("busybox:1.36", &[]), release);
+        pulled.unwrap();
     }
 }

@@ -1,5 +1,8 @@
 //! Names, addresses and who reaches whom.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
 use k8s_openapi::api::core::v1::Service;
 use serde_json::json;
 
@@ -41,6 +44,62 @@ fn a_port_without_a_listener_is_refused_at_once() {
         let refused = get(&format!("{address}:8080"), "/").await.unwrap_err();
         assert!(refused.contains("refused"), "{refused}");
         assert!(began.elapsed().as_millis() < 500, "{:?}", began.elapsed());
+    });
+}
+
+/// Connects until told to stop, and checks that each try is accepted or refused before a lost packet would be sent
+/// again (after a second). How many were refused.
+async fn never_left_without_answer(address: &str, stop: impl Fn() -> bool) -> usize {
+    let mut refused = 0;
+    while !stop() {
+        let asked = std::time::Instant::now();
+        let within = Duration::from_millis(900);
+        match tokio::time::timeout(within, tokio::net::TcpStream::connect(address)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => {
+                assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused, "{error} after {:?}", asked.elapsed());
+                refused += 1;
+            }
+            Err(_) => panic!("{address} did not answer within {within:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    refused
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn an_address_refuses_host_and_pods_at_once_while_its_pod_goes_and_when_it_is_gone() {
+    on_shared_node(async |t| {
+        let ip = server(t, "web").await;
+        let address = format!("{ip}:8080");
+        poll("an answer", SOON, async || get(&address, "/").await).await;
+        let gone = AtomicBool::new(false);
+        let going = async {
+            t.delete("web", None).await;
+            t.gone("web", SOON).await;
+            gone.store(true, Ordering::Relaxed);
+        };
+        let stop = || gone.load(Ordering::Relaxed);
+        tokio::join!(never_left_without_answer(&address, stop), going);
+        let tries = AtomicUsize::new(0);
+        let refused = never_left_without_answer(&address, || tries.fetch_add(1, Ordering::Relaxed) == 20).await;
+        assert_eq!(refused, 20);
+        let log = t.script(&format!("nc -w 1 {ip} 8080 </dev/null 2>&1 || true")).await;
+        assert!(log.contains("refused"), "{log}");
+    });
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn the_address_of_a_pod_that_has_ended_refuses_at_once_while_its_object_stays() {
+    on_shared_node(async |t| {
+        let pod = t.run_pod("short", json!({"containers": [busybox("true")]})).await;
+        // The status says so before the sandbox is stopped.
+        let address = format!("{}:8080", pod_ip(&pod));
+        let tries = AtomicUsize::new(0);
+        let refused = never_left_without_answer(&address, || tries.fetch_add(1, Ordering::Relaxed) == 50).await;
+        assert_eq!(refused, 50);
     });
 }
 

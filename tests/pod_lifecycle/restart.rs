@@ -43,6 +43,29 @@ async fn a_restarted_process_adopts_what_runs_and_touches_none_of_it() {
 }
 
 #[tokio::test]
+async fn an_address_whose_record_is_lost_or_torn_is_not_given_to_another_pod() {
+    let mut world = World::new();
+    for name in ["a", "b"] {
+        world.running(pod(name)).await;
+    }
+    let address =
+        |world: &World, name: &str| world.api.pod(name).unwrap()["status"]["podIP"].as_str().unwrap().to_owned();
+    let taken = ["a", "b"].map(|name| address(&world, name));
+    world.crash();
+    let records = world.root.path().join("addresses");
+    std::fs::remove_file(records.join(&taken[0])).unwrap();
+    std::fs::write(records.join(&taken[1]), "{").unwrap();
+    world.start();
+    for name in ["c", "d"] {
+        world.running(pod(name)).await;
+        assert!(!taken.contains(&address(&world, name)), "{name} got {}", address(&world, name));
+    }
+    let held: Vec<String> =
+        world.shared().addresses.held().into_iter().map(|(address, _)| address.to_string()).collect();
+    assert!(taken.iter().all(|address| held.contains(address)), "{held:?}");
+}
+
+#[tokio::test]
 async fn a_process_that_dies_in_any_step_leaves_nothing_that_the_next_one_does_not_find() {
     for verb in [Verb::RunPodSandbox, Verb::PullImage, Verb::CreateContainer, Verb::StartContainer] {
         let mut world = World::new();

@@ -79,7 +79,7 @@ async fn a_pod_recreated_under_the_same_name_never_gets_the_old_ones_status() {
     assert!(!world.containers(&old).await.is_empty(), "the new one did not wait for the old one");
     drop((hold, hanging));
     until("the old one is gone", || {
-        let held = world.shared().ipam.held();
+        let held = world.shared().addresses.held();
         held.len() == 1 && held[0].1 == new
     })
     .await;

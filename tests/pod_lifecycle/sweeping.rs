@@ -1,5 +1,7 @@
 //! Nothing is swept before one complete LIST of Pods, and everything that is nobody's afterwards.
 
+use lambdalet::runtime::verb::Verb;
+
 use super::api::Fault;
 use super::pods::pod;
 use super::world::{SOON, World, until};
@@ -66,9 +68,25 @@ async fn half_a_list_sweeps_nothing() {
 #[tokio::test]
 async fn a_list_of_this_node_does_not_end_what_comes_while_the_sweep_is_under_way() {
     let (mut world, orphan) = with_an_orphan().await;
-    world.runtime.fail_next(lambdalet::runtime::verb::Verb::ListPodSandboxes, super::world::unavailable());
+    world.runtime.fail_next(Verb::ListPodSandboxes, super::world::unavailable());
     world.start();
     world.running(pod("c")).await;
     world.until_swept(&orphan).await;
     assert_eq!(world.all_sandboxes().await, 3);
+}
+
+#[tokio::test]
+async fn a_look_for_leftovers_that_hangs_holds_no_pod_up() {
+    let mut world = World::stopped(Default::default());
+    let orphan = world.leave_an_orphan("orphan").await;
+    let hold = world.runtime.hang_next(Verb::ListPodSandboxes);
+    let before = world.runtime.calls(Verb::ListPodSandboxes);
+    world.start();
+    until("the look hangs", || world.runtime.calls(Verb::ListPodSandboxes) == before + 1).await;
+    world.running(pod("a")).await;
+    world.api.delete("a", 1);
+    until("the object is gone", || world.api.pod("a").is_none()).await;
+    assert_eq!(world.sandboxes(&orphan).await.len(), 1, "the look still hangs");
+    drop(hold);
+    world.until_swept(&orphan).await;
 }

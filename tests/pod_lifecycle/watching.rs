@@ -36,7 +36,8 @@ async fn a_watch_whose_history_is_forgotten_finds_what_it_missed() {
     world.api.remove("gone");
     world.api.expire_watches();
     world.running(pod("new")).await;
-    until("the one that is gone has ended", || world.shared().ipam.held().iter().all(|(_, uid)| *uid != gone)).await;
+    until("the one that is gone has ended", || world.shared().addresses.held().iter().all(|(_, uid)| *uid != gone))
+        .await;
     assert!(world.sandboxes(&gone).await.is_empty());
     assert_eq!(world.runtime.calls(Verb::StopContainer), 1, "no other was stopped");
 }

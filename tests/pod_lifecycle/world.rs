@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use lambdalet::config::PodSettings;
 use lambdalet::network::ipam::Ipam;
 use lambdalet::node::{NodeFacts, Registration};
+use lambdalet::pod::addresses::Addresses;
 use lambdalet::pod::admission::Admission;
 use lambdalet::pod::directory::Directory;
 use lambdalet::pod::files::DnsSettings;
@@ -121,7 +122,7 @@ impl World {
             volumes: VolumeManager::new(client.clone(), Arc::clone(&objects), self.root.path()),
             inputs: Inputs::new(client.clone(), objects),
             dns: DnsSettings { cluster_domain: "cluster.local".to_owned(), ..DnsSettings::default() },
-            ipam: Arc::new(ipam),
+            addresses: Addresses::new(Arc::new(ipam)),
             admission: Admission::default(),
             directory: Arc::default(),
             images: Images::new(1),
@@ -258,7 +259,8 @@ impl World {
 
     /// Waits until nothing of the Pod is left.
     pub(crate) async fn until_swept(&self, uid: &str) {
-        until(&format!("{uid} is swept"), || self.shared().ipam.held().iter().all(|(_, holder)| holder != uid)).await;
+        until(&format!("{uid} is swept"), || self.shared().addresses.held().iter().all(|(_, holder)| holder != uid))
+            .await;
         assert!(self.sandboxes(uid).await.is_empty() && self.containers(uid).await.is_empty());
     }
 
@@ -278,7 +280,7 @@ impl World {
         left.extend(containers.into_iter().flatten().map(|c| format!("container {} {}", c.name, c.id)));
         left.extend(self.on_disk().into_iter().map(|path| path.display().to_string()));
         if let Some(process) = &self.process {
-            left.extend(process.shared.ipam.held().into_iter().map(|(address, _)| format!("address {address}")));
+            left.extend(process.shared.addresses.held().into_iter().map(|(address, _)| format!("address {address}")));
             let pods = lambdalet::kubelet_api::targets::PodTargets::pods(&*process.shared.directory);
             left.extend(pods.iter().map(|pod| format!("directory entry {:?}", pod.metadata.uid)));
         }

@@ -94,13 +94,11 @@ async fn bridge() -> Bridge {
 }
 
 #[test]
-fn port_names_fit_an_interface_and_are_told_from_others() {
+fn port_names_fit_an_interface_and_follow_the_sandbox() {
     let name = port_name("lambdalet_default_web_1b2c_0");
-    assert!(name.len() <= 15 && is_port_name(&name), "{name}");
+    assert!(name.len() <= 15 && name.starts_with(PORT_PREFIX), "{name}");
     assert_eq!(name, port_name("lambdalet_default_web_1b2c_0"));
-    for other in ["lv", "lv0", "lvxyzxyzxyzxyz", "veth0123456789ab", "lv0123456789abc"] {
-        assert!(!is_port_name(other), "{other}");
-    }
+    assert_ne!(name, port_name("lambdalet_default_web_1b2c_1"));
 }
 
 #[test]
@@ -180,13 +178,14 @@ fn thirty_plugs_at_once_are_quick_and_all_there() {
         });
         futures::future::join_all(plugs).await;
         println!("thirty plugs took {:?}", begun.elapsed());
-        let live: HashSet<String> = (2..32).map(|last| format!("s{last}")).collect();
-        assert_eq!(bridge.stale_ports(&HashSet::new()).await.unwrap().len(), 30);
-        assert!(bridge.stale_ports(&live).await.unwrap().is_empty());
+        let ports = || shell("ip -o link show master lb0").lines().count();
+        let routes = || shell("ip -o route show dev lb0").lines().count();
+        assert_eq!((ports(), routes()), (30, 30));
+        let sandboxes: Vec<String> = (2..32).map(|last| format!("s{last}")).collect();
         let begun = Instant::now();
-        futures::future::join_all(live.iter().map(|sandbox| bridge.unplug(sandbox))).await;
+        futures::future::join_all(sandboxes.iter().map(|sandbox| bridge.unplug(sandbox))).await;
         println!("thirty unplugs took {:?}", begun.elapsed());
-        assert_eq!(bridge.stale_ports(&HashSet::new()).await.unwrap().len(), 0);
+        assert_eq!((ports(), routes()), (0, 0));
     });
 }
 
@@ -212,20 +211,103 @@ fn a_remade_sandbox_is_reached_at_once_under_its_old_address() {
     });
 }
 
+/// How the address says no, and that it does so at once.
+fn refusal(asked: impl FnOnce() -> Result<String, io::Error>) -> io::ErrorKind {
+    let begun = Instant::now();
+    let error = asked().unwrap_err();
+    assert!(begun.elapsed() < Duration::from_millis(200), "{error} took {:?}", begun.elapsed());
+    error.kind()
+}
+
 #[test]
-fn stale_ports_are_told_from_live_and_foreign_ones() {
+fn an_address_refuses_host_and_pods_at_once_unless_its_pod_is_plugged_in() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let (pod, neighbour) = (Namespace::new(), Namespace::new());
+        bridge.plug(neighbour.tid, "neighbour", ip("10.77.0.3")).await.unwrap();
+        let refuses = |when: &str| {
+            assert_eq!(refusal(|| ask(ip("10.77.0.2"))), io::ErrorKind::ConnectionRefused, "host, {when}");
+            assert_eq!(refusal(|| neighbour.ask(ip("10.77.0.2"))), io::ErrorKind::ConnectionRefused, "Pod, {when}");
+        };
+        refuses("before anybody had it");
+        bridge.plug(pod.tid, "sandbox", ip("10.77.0.2")).await.unwrap();
+        refuses("without a listener");
+        pod.listen(ip("10.77.0.2"));
+        ask(ip("10.77.0.2")).unwrap();
+        neighbour.ask(ip("10.77.0.2")).unwrap();
+        bridge.unplug("sandbox").await.unwrap();
+        refuses("after its Pod was unplugged");
+        // What the host sends to itself is not meant.
+        let listener = TcpListener::bind("10.77.0.1:80").unwrap();
+        thread::spawn(move || listener.accept().unwrap().0.write_all(b"host").unwrap());
+        assert_eq!(neighbour.ask(ip("10.77.0.1")).unwrap(), "host");
+        bridge.plug(pod.tid, "sandbox", ip("10.77.0.2")).await.unwrap();
+        ask(ip("10.77.0.2")).unwrap();
+    });
+}
+
+#[test]
+fn nothing_of_the_host_answers_for_a_pod_that_is_gone() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let neighbour = Namespace::new();
+        bridge.plug(neighbour.tid, "neighbour", ip("10.77.0.3")).await.unwrap();
+        let everywhere = TcpListener::bind("0.0.0.0:80").unwrap();
+        everywhere.set_nonblocking(true).unwrap();
+        // As Docker and kube-proxy publish ports: on whatever address is local.
+        for chain in ["PREROUTING", "OUTPUT"] {
+            shell(&format!("iptables -t nat -A {chain} -p tcp -m addrtype --dst-type LOCAL -j REDIRECT --to-ports 80"));
+        }
+        assert_eq!(refusal(|| ask(ip("10.77.0.2"))), io::ErrorKind::ConnectionRefused);
+        assert_eq!(refusal(|| neighbour.ask(ip("10.77.0.2"))), io::ErrorKind::ConnectionRefused);
+        assert_eq!(everywhere.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    });
+}
+
+#[test]
+fn a_connection_to_a_pod_that_is_unplugged_is_reset_by_the_next_packet() {
     on_a_host(|| async {
         let bridge = bridge().await;
         let pod = Namespace::new();
-        bridge.plug(pod.tid, "dead", ip("10.77.0.2")).await.unwrap();
-        let other = Namespace::new();
-        bridge.plug(other.tid, "live", ip("10.77.0.3")).await.unwrap();
-        shell("ip link add tap9 type veth peer name tap8 && ip link set tap9 master lb0");
-        let stale = bridge.stale_ports(&HashSet::from(["live".to_owned()])).await.unwrap();
-        assert_eq!(stale, [port_name("dead")]);
-        bridge.remove_port(&stale[0]).await.unwrap();
-        bridge.remove_port(&stale[0]).await.unwrap();
-        assert!(bridge.stale_ports(&HashSet::from(["live".to_owned()])).await.unwrap().is_empty());
+        bridge.plug(pod.tid, "sandbox", ip("10.77.0.2")).await.unwrap();
+        let listener = pod.run(|| TcpListener::bind("10.77.0.2:80").unwrap());
+        let mut stream = TcpStream::connect("10.77.0.2:80").unwrap();
+        let _kept = listener.accept().unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        bridge.unplug("sandbox").await.unwrap();
+        let asked = || stream.write_all(b"hello").and_then(|()| stream.read(&mut [0]).map(|_| String::new()));
+        assert_eq!(refusal(asked), io::ErrorKind::ConnectionReset);
+    });
+}
+
+#[test]
+fn an_address_stays_with_the_sandbox_that_was_plugged_last() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let (old, new) = (Namespace::new(), Namespace::new());
+        bridge.plug(old.tid, "old", ip("10.77.0.2")).await.unwrap();
+        bridge.unplug("old").await.unwrap();
+        bridge.plug(new.tid, "new", ip("10.77.0.2")).await.unwrap();
+        new.listen(ip("10.77.0.2"));
+        bridge.unplug("old").await.unwrap();
+        ask(ip("10.77.0.2")).unwrap();
+    });
+}
+
+#[test]
+fn after_a_restart_an_address_refuses_whose_port_went_with_its_namespace() {
+    on_a_host(|| async {
+        let first = bridge().await;
+        let (dead, live) = (Namespace::new(), Namespace::new());
+        first.plug(dead.tid, "dead", ip("10.77.0.2")).await.unwrap();
+        first.plug(live.tid, "live", ip("10.77.0.3")).await.unwrap();
+        live.listen(ip("10.77.0.3"));
+        // The kernel takes the port away when it gets round to ending the namespace.
+        shell(&format!("ip link delete {}", port_name("dead")));
+        assert!(shell("ip route").contains("10.77.0.2 dev lb0"), "the kernel knows nothing of the Pod");
+        bridge().await;
+        assert_eq!(refusal(|| ask(ip("10.77.0.2"))), io::ErrorKind::ConnectionRefused);
+        ask(ip("10.77.0.3")).unwrap();
     });
 }
 
@@ -251,7 +333,7 @@ fn ensure_twice_changes_nothing_and_remove_takes_exactly_its_own() {
         let untouched = rules_of("iptables-save");
         let first = bridge().await;
         let made = rules_of("iptables-save");
-        assert_eq!(made.iter().filter(|rule| rule.contains("lambdalet:lb0")).count(), 3, "{made:?}");
+        assert_eq!(made.iter().filter(|rule| rule.contains("lambdalet:lb0")).count(), 7, "{made:?}");
         let second = bridge().await;
         assert_eq!(rules_of("iptables-save"), made);
         assert_eq!(shell("cat /proc/sys/net/ipv4/ip_forward").trim(), "1");
@@ -265,6 +347,7 @@ fn ensure_twice_changes_nothing_and_remove_takes_exactly_its_own() {
         moved.remove().await.unwrap();
         assert_eq!(rules_of("iptables-save"), untouched);
         assert!(!shell("ip -o link").contains("lb0"));
+        assert_eq!(shell("ip route"), "");
         first.remove().await.unwrap();
     });
 }
@@ -292,6 +375,14 @@ fn ipv6_works_as_well() {
         bridge.plug(pod.tid, "six", ip("fd77::2")).await.unwrap();
         pod.listen(ip("fd77::2"));
         assert_eq!(ask(ip("fd77::2")).unwrap(), "fd77::1");
+        let neighbour = Namespace::new();
+        bridge.plug(neighbour.tid, "seven", ip("fd77::3")).await.unwrap();
+        assert_eq!(neighbour.ask(ip("fd77::2")).unwrap(), "fd77::3");
+        bridge.unplug("six").await.unwrap();
+        assert_eq!(refusal(|| ask(ip("fd77::2"))), io::ErrorKind::HostUnreachable);
+        let begun = Instant::now();
+        assert_eq!(neighbour.ask(ip("fd77::2")).unwrap_err().kind(), io::ErrorKind::NetworkUnreachable);
+        assert!(begun.elapsed() < Duration::from_millis(1500), "{:?}", begun.elapsed());
         bridge.remove().await.unwrap();
     });
 }

@@ -263,7 +263,7 @@ impl Worker {
             tokio::time::sleep(TRY_AGAIN).await;
             return Next::Again;
         }
-        if let Err(error) = self.shared.ipam.release(uid) {
+        if let Err(error) = self.shared.addresses.release(uid) {
             tracing::warn!(pod = %self.reference, error = chain(&error), "failed to give the Pod's address back");
         }
         Next::Done

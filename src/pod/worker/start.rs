@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::{Worker, trouble};
 use crate::failpoint;
 use crate::pod::PodContext;
+use crate::pod::addresses::AddressError;
 use crate::pod::backoff;
 use crate::pod::files;
 use crate::pod::images::{self, Local, Wanted};
@@ -88,9 +89,9 @@ impl Worker {
     pub(super) async fn run_sandbox(&mut self, attempt: u32) {
         let pod = self.pod.clone();
         let Some(spec) = &pod.spec else { return };
-        let address = match self.allot(spec) {
+        let address = match self.allot(spec).await {
             Ok(address) => address,
-            Err(message) => return self.hold_pod("FailedCreatePodSandBox", message),
+            Err(error) => return self.hold_pod("FailedCreatePodSandBox", chain(&error)),
         };
         failpoint::hit("address");
         let hostname = match files::hostname(&pod, &self.shared.dns) {
@@ -109,12 +110,12 @@ impl Worker {
         }
     }
 
-    /// The Pod's address; the same for every sandbox it ever has.
-    fn allot(&self, spec: &PodSpec) -> Result<Option<std::net::IpAddr>, String> {
+    /// The Pod's address, unless it is the node's.
+    async fn allot(&self, spec: &PodSpec) -> Result<Option<std::net::IpAddr>, AddressError> {
         if spec.host_network == Some(true) {
             return Ok(None);
         }
-        self.shared.ipam.allocate(&self.reference.uid).map(Some).map_err(|error| chain(&error))
+        self.shared.addresses.allot(&*self.shared.runtime, &self.reference.uid).await.map(Some)
     }
 
     async fn sandbox_is_up(&mut self, id: &SandboxId) {

@@ -103,17 +103,33 @@ impl Cgroups {
 
     /// Removes the cgroup and those below it, in every tree. What is gone already is fine.
     pub(super) fn remove(&self, path: &str) -> io::Result<()> {
-        let relative = self.relative(path);
-        if relative.as_os_str().is_empty() {
-            return Ok(());
-        }
-        if self.unified {
-            return remove_tree(&self.root.join(relative));
-        }
-        for tree in fs::read_dir(&self.root)? {
-            remove_tree(&tree?.path().join(&relative))?;
+        self.directories(path)?.iter().try_for_each(|directory| remove_tree(directory))
+    }
+
+    /// Removes those right below the cgroup that nothing is in, and then the cgroup itself if nothing is left in it: neither
+    /// a process nor another cgroup.
+    pub(super) fn remove_if_empty(&self, path: &str) -> io::Result<()> {
+        for directory in self.directories(path)? {
+            for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+                if entry.file_type()?.is_dir() {
+                    remove_unless_used(&entry.path())?;
+                }
+            }
+            remove_unless_used(&directory)?;
         }
         Ok(())
+    }
+
+    /// Where the cgroup is, or would be.
+    fn directories(&self, path: &str) -> io::Result<Vec<PathBuf>> {
+        let relative = self.relative(path);
+        if relative.as_os_str().is_empty() {
+            return Ok(Vec::new());
+        }
+        if self.unified {
+            return Ok(vec![self.root.join(relative)]);
+        }
+        fs::read_dir(&self.root)?.map(|tree| Ok(tree?.path().join(&relative))).collect()
     }
 }
 
@@ -140,6 +156,14 @@ fn slices(path: &str) -> Vec<String> {
 /// cpu.weight (1 to 10000) for v1 shares (2 to 262144), as runc converts them.
 fn weight(shares: i64) -> i64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
+}
+
+fn remove_unless_used(directory: &Path) -> io::Result<()> {
+    use io::ErrorKind::{DirectoryNotEmpty, NotADirectory, NotFound, ResourceBusy};
+    match fs::remove_dir(directory) {
+        Err(error) if matches!(error.kind(), DirectoryNotEmpty | NotADirectory | NotFound | ResourceBusy) => Ok(()),
+        done => done,
+    }
 }
 
 fn remove_tree(directory: &Path) -> io::Result<()> {
@@ -186,6 +210,19 @@ mod tests {
     #[test]
     fn shares_map_onto_the_whole_range_of_weights() {
         assert_eq!((weight(2), weight(1024), weight(262_144), weight(0)), (1, 39, 10_000, 1));
+    }
+
+    #[test]
+    fn what_holds_no_pod_goes_and_what_holds_one_stays() {
+        let root = tempfile::tempdir().unwrap();
+        for path in ["cpu/l/besteffort", "cpu/l/burstable", "memory/l/burstable/pod1"] {
+            fs::create_dir_all(root.path().join(path)).unwrap();
+        }
+        let cgroups = Cgroups::at(root.path(), false);
+        cgroups.remove_if_empty("l").unwrap();
+        cgroups.remove_if_empty("l").unwrap();
+        assert!(!root.path().join("cpu/l").exists());
+        assert!(root.path().join("memory/l/burstable/pod1").exists());
     }
 
     #[test]

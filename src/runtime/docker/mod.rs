@@ -116,6 +116,14 @@ pub fn remove_cgroup_root(name: &str) -> std::io::Result<()> {
     [false, true].into_iter().try_for_each(|systemd| Cgroups::of_host(systemd).remove(name))
 }
 
+/// The same for a node that leaves its Pods running: only if there is none.
+///
+/// # Errors
+/// The kernel's refusal, for another reason than that Pods are there.
+pub fn remove_empty_cgroup_root(name: &str) -> std::io::Result<()> {
+    [false, true].into_iter().try_for_each(|systemd| Cgroups::of_host(systemd).remove_if_empty(name))
+}
+
 /// Runs Pods on one Docker daemon.
 pub struct DockerRuntime {
     docker: Docker,

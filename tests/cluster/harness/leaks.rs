@@ -13,6 +13,8 @@ pub(crate) struct Leaks {
     pub(crate) networks: Vec<String>,
     /// Ports of its bridge.
     pub(crate) links: Vec<String>,
+    /// Routes to Pods.
+    pub(crate) routes: Vec<String>,
     /// Addresses that a Pod holds; those that only cool down are free in due time.
     pub(crate) addresses: Vec<String>,
     /// Mount points below its root directory.
@@ -34,6 +36,7 @@ impl Leaks {
             containers: lines(&output("docker", &["ps", "-a", "--filter", &label, "--format", "{{.Names}}"])),
             networks: lines(&output("docker", &["network", "ls", "--filter", &label, "--format", "{{.Name}}"])),
             links: ports(&node.bridge().unwrap()),
+            routes: lines(&output("ip", &["route", "show", "dev", &node.bridge().unwrap()])),
             addresses: held(&node.root.join("addresses")),
             mounts: mounts_below(&node.root),
             directories: [entries(&node.root.join("pods")), entries(&node.root.join("secrets"))].concat(),
