@@ -22,6 +22,7 @@
 //! * [`apiserver`] is the way to the API server, and what its failures mean.
 //! * [`node`] registers the Node, keeps its status true and renews its lease.
 //! * [`pod`] owns every Pod from the first look to the last: one worker per UID, plan, status, events.
+//! * [`function`] makes a pool of replicas of a labelled Pod: settings, queue, scaling; pure values.
 //! * [`runtime`] is the seam: verbs with CRI's names and rules, and the Docker driver behind them.
 //! * [`network`] gives each Pod an address and plugs its cable.
 //! * [`kubelet_api`] is the node's HTTPS API: logs, Pods, health and metrics, for those who may.
@@ -35,7 +36,7 @@
 //! * [`retry`] says when to try again, and tells a failure that goes on once a minute.
 //! * [`failpoint`] names the steps at which a test may kill the process.
 //!
-//! Imports point one way: [`args`], then [`node`], [`pod`], [`kubelet_api`] and [`check`], then [`runtime`], then
+//! Imports point one way: [`args`], then [`node`], [`pod`], [`kubelet_api`], [`function`] and [`check`], then [`runtime`], then
 //! [`network`]. `tests/layout.rs` holds the code to it.
 
 pub mod apiserver;
@@ -43,6 +44,7 @@ pub mod args;
 pub mod check;
 pub mod config;
 pub mod failpoint;
+pub mod function;
 pub mod kubelet_api;
 pub mod metrics;
 pub mod network;
