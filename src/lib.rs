@@ -43,6 +43,7 @@ pub mod args;
 pub mod check;
 pub mod config;
 pub mod failpoint;
+pub mod function;
 pub mod kubelet_api;
 pub mod metrics;
 pub mod network;
