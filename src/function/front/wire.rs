@@ -1,0 +1,96 @@
+//! One HTTP/1.1 connection to an environment, driven by the call that uses it.
+//!
+//! A connection that a task of its own drives would cost each call two changes of task. So it has none: whoever holds
+//! the [`Wire`] polls it, with the task of the client's connection, and in between nobody does.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::client::conn::TrySendError;
+use hyper::client::conn::http1::{Builder, Connection, SendRequest};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::connection::prepare;
+use super::upload::Upload;
+
+/// Most bytes read ahead of a slow client, and of a response head.
+const BUFFER: usize = 64 << 10;
+
+/// A connection, and the right to send on it.
+pub(super) struct Wire(Box<Inner>);
+
+struct Inner {
+    sender: SendRequest<Upload>,
+    /// None once it ended, unless it became another protocol's.
+    connection: Option<Connection<TokioIo<TcpStream>, Upload>>,
+    ended: bool,
+}
+
+impl Wire {
+    /// Connects within `patience`.
+    pub(super) async fn connect(address: SocketAddr, patience: Duration) -> io::Result<Self> {
+        let stream = timeout(patience, TcpStream::connect(address)).await??;
+        prepare(&stream)?;
+        let handshake = Builder::new().max_buf_size(BUFFER).handshake(TokioIo::new(stream));
+        let (sender, connection) = handshake.await.map_err(io::Error::other)?;
+        Ok(Self(Box::new(Inner { sender, connection: Some(connection), ended: false })))
+    }
+
+    /// Reads and writes what is there to be read and written.
+    pub(super) fn drive(&mut self, cx: &mut Context<'_>) {
+        let Inner { connection, ended, .. } = &mut *self.0;
+        if !*ended && let Some(connection) = connection {
+            // What goes wrong is told to the call, through its response or that one's body.
+            *ended = Pin::new(connection).poll(cx).is_ready();
+        }
+    }
+
+    /// It can take a request now.
+    pub(super) fn is_idle(&self) -> bool {
+        !self.0.ended && self.0.sender.is_ready()
+    }
+
+    /// As [`Wire::is_idle`], having looked whether the other side closed it.
+    pub(super) async fn is_still_idle(&mut self) -> bool {
+        poll_fn(|cx| {
+            self.drive(cx);
+            Poll::Ready(self.is_idle())
+        })
+        .await
+    }
+
+    /// Sends a request and waits for the head of the response. The request comes back with the error if none of it was
+    /// taken. Not cancel-safe: dropped half-way, the wire is of no more use.
+    pub(super) async fn send(
+        &mut self,
+        request: Request<Upload>,
+    ) -> Result<Response<Incoming>, TrySendError<Request<Upload>>> {
+        let mut response = pin!(self.0.sender.try_send_request(request));
+        poll_fn(|cx| {
+            self.drive(cx);
+            let mut polled = response.as_mut().poll(cx);
+            if polled.is_pending() && self.0.ended {
+                // It ended before it took the request; letting go of it gives the request back.
+                self.0.connection = None;
+                polled = response.as_mut().poll(cx);
+            }
+            polled
+        })
+        .await
+    }
+
+    /// The connection after it became another protocol's, and what of that was already read.
+    pub(super) fn into_stream(self) -> Option<(TcpStream, Bytes)> {
+        let parts = self.0.connection?.into_parts();
+        Some((parts.io.into_inner(), parts.read_buf))
+    }
+}

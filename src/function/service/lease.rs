@@ -1,0 +1,111 @@
+//! How the front gets its environments from a pool.
+
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+
+use super::Service;
+use crate::function::front::{Environment, Lease, Leases, Leaves, Outcome, Reason as Refusal, TryAgain};
+use crate::function::pool_state::{self, CallId, Event, Reason};
+use crate::function::protocol::Protocol;
+
+/// The door between the front and a pool.
+pub struct Door(pub Arc<Service>);
+
+/// A lease on its way to its caller. One that nobody takes was not used.
+pub(super) struct Granted(Option<Lease>);
+
+impl Granted {
+    pub(super) fn new(lease: Lease) -> Self {
+        Self(Some(lease))
+    }
+}
+
+impl Drop for Granted {
+    fn drop(&mut self) {
+        if let Some(lease) = self.0.take() {
+            lease.finish(Outcome::CutOff { begun: false });
+        }
+    }
+}
+
+/// A call that waits. Dropped, its client has left.
+struct Waiting<'a> {
+    service: &'a Arc<Service>,
+    call: CallId,
+    answered: bool,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if !self.answered {
+            // Outside the lock: should the lease be there already, dropping it feeds the pool.
+            let waiting = self.service.inner().waiting.remove(&self.call);
+            drop(waiting);
+            self.service.feed(Event::ClientGone { call: self.call });
+        }
+    }
+}
+
+impl Leases for Door {
+    async fn lease(&self) -> Result<Lease, TryAgain> {
+        let service = &self.0;
+        let call = service.new_call();
+        let (caller, answer) = oneshot::channel();
+        service.inner().waiting.insert(call, caller);
+        let mut waiting = Waiting { service, call, answered: false };
+        service.feed(Event::CallArrived { call });
+        let answer = answer.await;
+        waiting.answered = true;
+        match answer {
+            Ok(Ok(mut granted)) => granted.0.take().ok_or_else(gone),
+            Ok(Err(refusal)) => Err(refusal),
+            Err(_) => Err(gone()),
+        }
+    }
+}
+
+impl Service {
+    /// What a granted call gets.
+    pub(super) fn grant(
+        self: &Arc<Self>,
+        call: CallId,
+        environment: Option<Arc<Environment>>,
+    ) -> Result<Granted, TryAgain> {
+        let environment = environment.ok_or_else(gone)?;
+        let service = Arc::downgrade(self);
+        let lease = Lease::new(environment, move |outcome| {
+            if let Some(service) = service.upgrade() {
+                service.call_ended(call, &outcome);
+            }
+        });
+        Ok(Granted::new(lease))
+    }
+
+    fn call_ended(self: &Arc<Self>, call: CallId, outcome: &Outcome) {
+        let reuse = match outcome.leaves() {
+            Leaves::Idle => true,
+            // A plain server was told to stop by the closing of the connection; RIE cannot be told.
+            Leaves::Unknown => self.protocol == Protocol::Http,
+            Leaves::Broken => false,
+        };
+        self.feed(Event::CallEnded { call, reuse });
+    }
+}
+
+/// What a call is told that the pool turned away.
+pub(super) fn refusal(try_again: &pool_state::TryAgain) -> TryAgain {
+    let reason = match try_again.reason {
+        Reason::QueueFull => Refusal::QueueFull,
+        Reason::Busy => Refusal::Deadline,
+        Reason::Starting => Refusal::CannotStart("what was starting did not become ready in time".to_owned()),
+        Reason::NoCapacity => Refusal::CannotStart("the node has no capacity for a replica".to_owned()),
+        Reason::CrashLoop => Refusal::CannotStart("its environments crash".to_owned()),
+        Reason::ShuttingDown => Refusal::ShuttingDown,
+    };
+    TryAgain { reason, retry_after: try_again.retry_after }
+}
+
+fn gone() -> TryAgain {
+    TryAgain { reason: Refusal::ShuttingDown, retry_after: std::time::Duration::from_secs(1) }
+}

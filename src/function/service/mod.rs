@@ -1,0 +1,467 @@
+//! Carries out what a pool decides: between the front's calls and whatever makes replicas.
+//!
+//! ```text
+//! Leases::lease --CallArrived--.                       .--Grant/Refuse--> the waiting lease
+//! Lease ends ----CallEnded-----+--> feed: Pool::handle +--Start/Stop/...-> attendant (one per replica, environment)
+//! attendant, alarm ------------'                       '--> Summary on a watch channel
+//! ```
+//! A call that finds an idle environment takes no other task's turn: the pool is behind a lock that is never held
+//! across a wait. What takes time is done by an attendant, one task per replica and per environment, in the order in
+//! which the pool decided it.
+
+mod attendant;
+mod lease;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
+
+use async_trait::async_trait;
+use futures::future::BoxFuture;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::front::{Environment, TryAgain};
+use super::pool_state::{Action, CallId, EnvironmentId, Event, Exit, Found, Pool, ReplicaId, Summary, Why};
+use super::protocol::Protocol;
+use super::settings::Settings;
+use attendant::{Desk, Order, ReplicaOrder};
+pub use lease::Door;
+use lease::Granted;
+
+/// Makes and removes what a pool asks for.
+///
+/// Calls for one replica or environment never overlap, except that the future of a start is dropped when its stop is
+/// asked for: what it had made is then the stop's to remove.
+#[async_trait]
+pub trait Replicas: Send + Sync + 'static {
+    /// Makes a replica without environments.
+    ///
+    /// # Errors
+    /// [`NotStarted::Denied`] if the node has no capacity to lend, [`NotStarted::Failed`] for anything else; nothing is
+    /// left behind then.
+    async fn start_replica(&self, replica: ReplicaId) -> Result<(), NotStarted>;
+
+    /// Removes a replica, or what there is of it; tries until that is done. Its environments are gone before.
+    async fn stop_replica(&self, replica: ReplicaId);
+
+    /// Starts an environment of a replica that has started; returns when its processes run.
+    ///
+    /// # Errors
+    /// Why it does not.
+    async fn start_environment(&self, environment: EnvironmentId) -> Result<Started, Exit>;
+
+    /// Ends an environment's processes and removes what there is of it; tries until that is done.
+    async fn stop_environment(&self, environment: EnvironmentId);
+
+    /// Stops the processes of an idle environment from running, without ending them. Where that is not possible they
+    /// go on; a call thaws it all the same.
+    async fn freeze(&self, environment: EnvironmentId);
+
+    /// Lets them run again.
+    ///
+    /// # Errors
+    /// What has become of it.
+    async fn thaw(&self, environment: EnvironmentId) -> Result<(), Exit>;
+
+    /// Whether a replica has been idle, and since when, for the node's ledger.
+    fn set_idle(&self, replica: ReplicaId, since: Option<Instant>);
+}
+
+/// An environment whose processes run.
+pub struct Started {
+    /// Where it is, or will be, listening.
+    pub address: SocketAddr,
+    /// How it ends, when it does.
+    pub ended: BoxFuture<'static, Exit>,
+}
+
+/// Why there is no replica.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotStarted {
+    /// The node has no capacity to lend.
+    Denied,
+    /// It could not be made.
+    Failed(Exit),
+}
+
+/// An environment found running after a restart of this process.
+pub struct Adopted {
+    /// Which.
+    pub environment: EnvironmentId,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// How it ends, when it does.
+    pub ended: BoxFuture<'static, Exit>,
+    /// Resolves when it is known to serve nothing.
+    pub idle: BoxFuture<'static, ()>,
+}
+
+/// The pool of one function, at work. Dropped, it stops working: what runs is left running.
+pub struct Service {
+    inner: Mutex<Inner>,
+    replicas: Arc<dyn Replicas>,
+    protocol: Protocol,
+    next_call: AtomicU64,
+    /// The next deadline has moved forward, or the service is gone.
+    alarm: Arc<Notify>,
+    summary: watch::Sender<Summary>,
+    scaled: mpsc::UnboundedSender<Scaled>,
+    tasks: TaskTracker,
+}
+
+struct Inner {
+    pool: Pool,
+    /// Calls that wait for their environment.
+    waiting: HashMap<CallId, oneshot::Sender<Answer>>,
+    /// Calls that run, and where.
+    running: HashMap<CallId, EnvironmentId>,
+    environments: HashMap<EnvironmentId, Place>,
+    replicas: HashMap<ReplicaId, mpsc::UnboundedSender<ReplicaOrder>>,
+    /// When the alarm goes off.
+    armed: Option<Instant>,
+}
+
+/// What a waiting call gets.
+type Answer = Result<Granted, TryAgain>;
+
+/// An environment as its calls and its attendant know it.
+struct Place {
+    orders: mpsc::UnboundedSender<Order>,
+    /// Cancelled once its attendant is done.
+    ended: CancellationToken,
+    /// What leases are made of, once it listens.
+    front: Option<Arc<Environment>>,
+}
+
+/// A change of the number of replicas, for an event on the Pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Scaled {
+    /// A replica was started.
+    Up,
+    /// One was stopped.
+    Down(Why),
+    /// None could be started for want of capacity on the node.
+    Limited,
+}
+
+/// What is done once the lock is free: a lease that nobody takes comes back by feeding the pool.
+#[derive(Default)]
+struct Afterwards {
+    answers: Vec<(oneshot::Sender<Answer>, Answer)>,
+    lost: Vec<(Arc<Environment>, String)>,
+    /// Replicas that became busy or idle.
+    touched: Option<ReplicaId>,
+}
+
+// === impl Service ===
+
+impl Service {
+    /// A pool that begins with what was found running, and the news of its scaling. To be made within the runtime that
+    /// it runs on.
+    pub fn new(
+        settings: Settings,
+        replicas: Arc<dyn Replicas>,
+        found: Vec<Adopted>,
+    ) -> (Arc<Self>, mpsc::UnboundedReceiver<Scaled>) {
+        let (scaled, news) = mpsc::unbounded_channel();
+        let inner = Inner {
+            waiting: HashMap::new(),
+            running: HashMap::new(),
+            environments: HashMap::new(),
+            replicas: HashMap::new(),
+            armed: None,
+            pool: Pool::new(settings.clone()),
+        };
+        let service = Arc::new(Self {
+            inner: Mutex::new(inner),
+            replicas,
+            protocol: settings.protocol,
+            next_call: AtomicU64::new(0),
+            alarm: Arc::new(Notify::new()),
+            summary: watch::Sender::new(Summary::default()),
+            scaled,
+            tasks: TaskTracker::new(),
+        });
+        service.adopt(found);
+        tokio::spawn(ring(Arc::downgrade(&service), Arc::clone(&service.alarm)));
+        (service, news)
+    }
+
+    /// The pool in numbers. A receiver is woken when replicas, environments or their health change, not by each call.
+    pub fn summary(&self) -> watch::Receiver<Summary> {
+        self.summary.subscribe()
+    }
+
+    /// The pool in numbers at this moment, calls included.
+    pub fn summary_now(&self) -> Summary {
+        self.inner().pool.summary(Instant::now())
+    }
+
+    /// The Pod's labels have changed.
+    pub fn set(self: &Arc<Self>, settings: Settings) {
+        self.feed(Event::SettingsChanged(settings));
+    }
+
+    /// The node may have capacity again.
+    pub fn capacity_freed(self: &Arc<Self>) {
+        self.feed(Event::CapacityFreed);
+    }
+
+    /// The node needs a replica's capacity back.
+    pub fn give_back(self: &Arc<Self>, replica: ReplicaId) {
+        self.feed(Event::GiveBack { replica });
+    }
+
+    /// No new call from now on; waiting and running ones may end until then. Resolves when nothing is left. Dropped, the
+    /// drain goes on.
+    pub async fn drain(self: &Arc<Self>, until: Instant) {
+        self.feed(Event::Drain { until });
+        let mut summary = self.summary();
+        while !self.inner().pool.is_drained() {
+            if summary.changed().await.is_err() {
+                return;
+            }
+        }
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    fn adopt(self: &Arc<Self>, found: Vec<Adopted>) {
+        let now = Instant::now();
+        let mut by_replica: HashMap<ReplicaId, Vec<(u32, Found)>> = HashMap::new();
+        for Adopted { environment: id, .. } in &found {
+            by_replica.entry(id.replica).or_default().push((id.ordinal, Found::Unknown));
+        }
+        {
+            let mut inner = self.inner();
+            for (replica, environments) in by_replica {
+                inner.pool.adopt(replica, &environments, now);
+                let orders = self.attend_replica(replica);
+                inner.replicas.insert(replica, orders);
+            }
+            for adopted in found {
+                let id = adopted.environment;
+                let (orders, taken) = mpsc::unbounded_channel();
+                let place = self.attend(orders, self.desk().adopted(adopted, taken));
+                inner.environments.insert(id, place);
+            }
+        }
+        self.feed(Event::Tick);
+    }
+
+    /// Takes an event in and carries out what follows from it.
+    fn feed(self: &Arc<Self>, event: Event) {
+        let now = Instant::now();
+        let mut after = Afterwards::default();
+        let mut inner = self.inner();
+        let denied = matches!(event, Event::ReplicaDenied { .. });
+        if let Event::CallEnded { call, .. } = &event {
+            after.touched = inner.running.remove(call).map(|environment| environment.replica);
+        }
+        for action in inner.pool.handle(event, now) {
+            self.act(&mut inner, action, &mut after);
+        }
+        let idle = after.touched.map(|replica| (replica, inner.pool.idle_since(replica)));
+        let deadline = inner.pool.next_deadline(now);
+        // A deadline that moves back needs no word: the alarm goes off early, and sets itself anew.
+        if deadline.is_some_and(|new| inner.armed.is_none_or(|armed| new < armed)) {
+            inner.armed = deadline;
+            self.alarm.notify_one();
+        }
+        let summary = inner.pool.summary(now);
+        drop(inner);
+        if let Some((replica, since)) = idle {
+            self.replicas.set_idle(replica, since);
+        }
+        if denied {
+            let _ = self.scaled.send(Scaled::Limited);
+        }
+        self.summary.send_if_modified(|before| {
+            let differs = outline(before) != outline(&summary);
+            *before = summary;
+            differs
+        });
+        after.finish();
+    }
+
+    fn act(self: &Arc<Self>, inner: &mut Inner, action: Action, after: &mut Afterwards) {
+        match action {
+            Action::StartReplica { replica } => {
+                let orders = self.attend_replica(replica);
+                let _ = orders.send(ReplicaOrder::Start);
+                inner.replicas.insert(replica, orders);
+                let _ = self.scaled.send(Scaled::Up);
+            }
+            Action::StopReplica { replica, why } => {
+                let _ = self.scaled.send(Scaled::Down(why));
+                inner.stop_replica(replica, after);
+            }
+            Action::StartEnvironment { environment, warm_up } => {
+                let (orders, taken) = mpsc::unbounded_channel();
+                let _ = orders.send(Order::Start { warm_up });
+                let place = self.attend(orders, self.desk().environment(environment, taken));
+                inner.environments.insert(environment, place);
+            }
+            Action::StopEnvironment { environment } => inner.stop(environment, after),
+            Action::FreezeEnvironment { environment } => inner.order(environment, Order::Freeze),
+            Action::ThawEnvironment { environment } => inner.order(environment, Order::Thaw),
+            Action::Grant { call, environment } => {
+                if let Some(caller) = inner.waiting.remove(&call) {
+                    inner.running.insert(call, environment);
+                    after.touched = Some(environment.replica);
+                    let front = inner.environments.get(&environment).and_then(|place| place.front.clone());
+                    after.answers.push((caller, self.grant(call, front)));
+                }
+            }
+            Action::Refuse { call, try_again } => {
+                if let Some(caller) = inner.waiting.remove(&call) {
+                    after.answers.push((caller, Err(lease::refusal(&try_again))));
+                }
+            }
+            Action::FailCall { call, exit } => {
+                let place = inner.running.remove(&call).and_then(|id| inner.environments.get_mut(&id));
+                if let Some(front) = place.and_then(|place| place.front.take()) {
+                    after.lost.push((front, exit.to_string()));
+                }
+            }
+            // Nobody visits by way of this service.
+            Action::Enter { .. } | Action::RefuseVisit { .. } => {}
+        }
+    }
+
+    fn desk(self: &Arc<Self>) -> Desk {
+        Desk { service: Arc::downgrade(self), replicas: Arc::clone(&self.replicas), protocol: self.protocol }
+    }
+
+    fn attend(&self, orders: mpsc::UnboundedSender<Order>, work: impl Future<Output = ()> + Send + 'static) -> Place {
+        let ended = CancellationToken::new();
+        let done = ended.clone().drop_guard();
+        self.tasks.spawn(async move {
+            let _done = done;
+            work.await;
+        });
+        Place { orders, ended, front: None }
+    }
+
+    fn attend_replica(self: &Arc<Self>, id: ReplicaId) -> mpsc::UnboundedSender<ReplicaOrder> {
+        let (orders, taken) = mpsc::unbounded_channel();
+        self.tasks.spawn(self.desk().replica(id, taken));
+        orders
+    }
+
+    /// An environment listens.
+    fn ready(self: &Arc<Self>, environment: EnvironmentId, front: Arc<Environment>) {
+        if let Some(place) = self.inner().environments.get_mut(&environment) {
+            place.front = Some(front);
+        }
+        self.feed(Event::EnvironmentReady { environment });
+    }
+
+    /// An environment has ended by itself; its calls are told before the pool is.
+    fn lost(self: &Arc<Self>, environment: EnvironmentId, exit: Exit) {
+        let front = self.inner().environments.get_mut(&environment).and_then(|place| place.front.take());
+        if let Some(front) = front {
+            front.lose(exit.to_string());
+        }
+        self.feed(Event::EnvironmentDied { environment, exit });
+    }
+
+    /// Nothing is left of an environment.
+    fn forget_environment(self: &Arc<Self>, environment: EnvironmentId) {
+        self.inner().environments.remove(&environment);
+        self.feed(Event::EnvironmentStopped { environment });
+    }
+
+    /// Nothing is left of a replica.
+    fn forget_replica(self: &Arc<Self>, replica: ReplicaId) {
+        self.inner().replicas.remove(&replica);
+        self.feed(Event::ReplicaStopped { replica });
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        // A panic inside the pool leaves it as it was decided: to go on is better than to serve nobody.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn new_call(&self) -> CallId {
+        CallId(self.next_call.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.alarm.notify_one();
+    }
+}
+
+impl Inner {
+    fn order(&self, environment: EnvironmentId, order: Order) {
+        if let Some(place) = self.environments.get(&environment) {
+            // Its attendant is gone only when the environment is.
+            let _ = place.orders.send(order);
+        }
+    }
+
+    /// Nothing runs in it any more, or may.
+    fn stop(&mut self, environment: EnvironmentId, after: &mut Afterwards) {
+        if let Some(place) = self.environments.get_mut(&environment) {
+            let front = place.front.take();
+            after.lost.extend(front.map(|front| (front, "the environment was stopped".to_owned())));
+        }
+        self.order(environment, Order::Stop);
+    }
+
+    /// Its environments first; the replica's attendant waits for theirs.
+    fn stop_replica(&mut self, replica: ReplicaId, after: &mut Afterwards) {
+        let ids: Vec<_> = self.environments.keys().filter(|id| id.replica == replica).copied().collect();
+        let ended = ids.iter().filter_map(|id| self.environments.get(id)).map(|place| place.ended.clone()).collect();
+        ids.into_iter().for_each(|id| self.stop(id, after));
+        if let Some(orders) = self.replicas.get(&replica) {
+            let _ = orders.send(ReplicaOrder::Stop(ended));
+        }
+    }
+}
+
+impl Afterwards {
+    fn finish(self) {
+        for (environment, why) in self.lost {
+            environment.lose(why);
+        }
+        for (caller, answer) in self.answers {
+            // A caller who has left drops what it is given.
+            drop(caller.send(answer));
+        }
+    }
+}
+
+/// Feeds the pool when its next deadline comes, for as long as there is a service.
+async fn ring(service: Weak<Service>, alarm: Arc<Notify>) {
+    loop {
+        let Some(armed) = service.upgrade().map(|service| service.inner().armed) else { return };
+        let due = async {
+            match armed {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            // Cancel-safe: a permit that is not taken stays.
+            () = alarm.notified() => {}
+            // Cancel-safe: a timer.
+            () = due => {
+                let Some(service) = service.upgrade() else { return };
+                service.inner().armed = None;
+                service.feed(Event::Tick);
+            }
+        }
+    }
+}
+
+/// What of a pool is worth waking somebody for.
+fn outline(summary: &Summary) -> Summary {
+    Summary { busy: 0, tainted: 0, running: 0, queued: 0, ..summary.clone() }
+}
