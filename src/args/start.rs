@@ -20,6 +20,8 @@ use crate::network::uplink::Uplink;
 use crate::node::{self, NodeHandle, health, owner};
 use crate::pod::addresses::Addresses;
 use crate::pod::admission::Admission;
+use crate::pod::capacity::Capacity;
+use crate::pod::crew::Environments;
 use crate::pod::directory::Directory;
 use crate::pod::files::DnsSettings;
 use crate::pod::images::Images;
@@ -28,14 +30,13 @@ use crate::pod::inputs::objects::{DEFAULT_TTL, Objects};
 use crate::pod::publish::{PublishCounters, Publisher};
 use crate::pod::translate::Host;
 use crate::pod::volumes::VolumeManager;
-use crate::pod::{self, PodLoop, events};
+use crate::pod::{self, Fronts, PodLoop, events};
 use crate::runtime::Runtime;
 use crate::runtime::docker::{self, DockerOptions, DockerRuntime};
 use crate::runtime::fake::FakeRuntime;
 use crate::runtime::late::Late;
 use crate::runtime::traced::Traced;
 use crate::shutdown::Tasks;
-
 /// How long tasks have to end when Pods are left running: time to finish a request, not to end a Pod.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -232,6 +233,7 @@ async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> a
     let volumes = VolumeManager::new(client.clone(), Arc::clone(&objects), &settings.pods.root_dir);
     volumes.prepare().await.context("failed to set up the directory of the Pods' secrets")?;
     let inputs = Inputs::new(client, objects);
+    let capacity = Capacity::new(&facts.borrow().allocatable);
     let memory = facts.borrow().capacity.get("memory").map_or(0, |memory| memory.value());
     Ok(pod::Shared {
         runtime: parts.runtime.clone(),
@@ -243,6 +245,9 @@ async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> a
         dns: dns_settings(settings),
         addresses: Addresses::new(Arc::new(ipam)),
         admission: Admission::default(),
+        capacity,
+        environments: Environments::default(),
+        fronts: Fronts::new(&parts.metrics),
         directory: parts.directory.clone(),
         images: Images::new(settings.images.max_parallel_pulls.map_or(UNLIMITED_PULLS, |n| n as usize)),
         facts,

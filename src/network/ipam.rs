@@ -154,6 +154,19 @@ impl Ipam {
         self.release_address(&mut state, address)
     }
 
+    /// Forgets the Pod's address at once: nobody outside this node was ever told of it.
+    ///
+    /// # Errors
+    /// The record could not be removed; the Pod then still holds the address.
+    pub fn discard(&self, pod_uid: &str) -> Result<(), NetworkError> {
+        let mut state = self.state();
+        let Some(address) = state.by_uid.get(pod_uid).copied() else { return Ok(()) };
+        remove(&self.dir.join(address.to_string()))?;
+        state.records.remove(&address);
+        state.by_uid.remove(pod_uid);
+        Ok(())
+    }
+
     /// The first address of the range: the host's end.
     pub fn gateway(&self) -> IpAddr {
         at(self.range, 1)

@@ -590,6 +590,9 @@ mod tests {
             digests: Vec::new(),
             size: number,
             user: String::new(),
+            entrypoint: Vec::new(),
+            command: Vec::new(),
+            environment: Vec::new(),
         };
         let many = RuntimeFacts { images: (1..=100).map(image).collect(), ..runtime() };
         let listed = status_with(|world| world.runtime = many).images.unwrap();

@@ -64,6 +64,14 @@ impl Addresses {
         self.ipam.release(pod_uid)
     }
 
+    /// The address can be given away at once: nobody outside this node was ever told of it.
+    ///
+    /// # Errors
+    /// The record could not be removed.
+    pub fn discard(&self, key: &str) -> Result<(), NetworkError> {
+        self.ipam.discard(key)
+    }
+
     /// The addresses that Pods hold, with the Pod's UID.
     pub fn held(&self) -> Vec<(IpAddr, String)> {
         self.ipam.held()

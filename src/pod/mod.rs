@@ -12,6 +12,8 @@
 pub mod addresses;
 pub mod admission;
 pub mod backoff;
+pub mod capacity;
+pub mod crew;
 pub mod directory;
 pub mod events;
 pub mod files;
@@ -37,6 +39,8 @@ use tokio::sync::watch as channel;
 
 use self::addresses::Addresses;
 use self::admission::{Admission, NodeView};
+use self::capacity::Capacity;
+use self::crew::Environments;
 use self::directory::Directory;
 use self::events::Events;
 use self::files::DnsSettings;
@@ -48,6 +52,8 @@ use self::volumes::VolumeManager;
 pub use self::watch::PodLoop;
 use crate::config::PodSettings;
 use crate::failpoint;
+use crate::function::front;
+use crate::metrics::Metrics;
 use crate::node::{NodeFacts, Registration};
 use crate::runtime::{Runtime, RuntimeError};
 
@@ -56,10 +62,36 @@ use crate::runtime::{Runtime, RuntimeError};
 pub struct PodContext<'a> {
     /// The Pod, its latest spec.
     pub pod: &'a Pod,
+    /// Whose volumes: the Pod's UID, or the replica of a function Pod.
+    pub key: &'a str,
     /// The node it runs on.
     pub node: &'a NodeFacts,
     /// The Pod's addresses; empty before the sandbox has one.
     pub addresses: &'a [IpAddr],
+}
+
+/// What the fronts of all functions of the node share.
+pub struct Fronts {
+    /// The bounds of each.
+    pub limits: front::Limits,
+    /// The bound on all their connections.
+    pub connections: front::NodeConnections,
+    /// What they count.
+    pub meters: front::Meters,
+}
+
+/// Most clients' connections of all functions at once: each takes a file descriptor, and another for its environment.
+const CONNECTIONS: usize = 8192;
+
+impl Fronts {
+    /// With every bound at its default.
+    pub fn new(metrics: &Metrics) -> Self {
+        Self {
+            limits: front::Limits::default(),
+            connections: front::NodeConnections::new(CONNECTIONS),
+            meters: front::Meters::new(metrics),
+        }
+    }
 }
 
 /// What every worker uses.
@@ -82,6 +114,12 @@ pub struct Shared {
     pub addresses: Addresses,
     /// Who was let in.
     pub admission: Admission,
+    /// Who uses what of the node.
+    pub capacity: Capacity,
+    /// The environments of function Pods.
+    pub environments: Environments,
+    /// What the fronts of functions share.
+    pub fronts: Fronts,
     /// What is known of each Pod.
     pub directory: Arc<Directory>,
     /// Fetches images.
@@ -128,6 +166,7 @@ impl Shared {
 
     fn forget(&self, uid: &str) {
         self.admission.leave(uid);
+        self.capacity.leave(uid);
         self.directory.remove(uid);
     }
 }

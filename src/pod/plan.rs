@@ -60,6 +60,21 @@ pub enum Step {
     RemoveSandbox(SandboxId),
     /// Every process has ended for good: give sandbox and volumes back.
     Release,
+    /// Listen for calls in the sandbox of a function Pod.
+    Serve,
+    /// Take no more calls, let those under way end within that time, and end every environment.
+    Drain(Duration),
+}
+
+/// How far a function Pod is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FunctionPhase<'a> {
+    /// Its front does not listen.
+    Idle,
+    /// Its front listens in that sandbox.
+    Serving(&'a SandboxId),
+    /// Its front and its environments have ended for good.
+    Drained,
 }
 
 /// Everything the decision depends on.
@@ -82,6 +97,8 @@ pub struct View<'a> {
     pub container_holds: &'a BTreeMap<String, Timestamp>,
     /// Neither volumes nor sandbox are tried before that moment.
     pub pod_hold: Option<Timestamp>,
+    /// How far it is, if it is a function Pod.
+    pub function: Option<FunctionPhase<'a>>,
     /// Now.
     pub now: Timestamp,
 }
@@ -112,6 +129,9 @@ fn plan_end(view: &View<'_>, grace: Duration) -> Step {
     if !containers.is_empty() {
         return Step::Stop { containers, grace };
     }
+    if !view.released && view.function.is_some_and(|phase| phase != FunctionPhase::Drained) {
+        return Step::Drain(grace);
+    }
     if view.released { Step::Wait(None) } else { Step::Release }
 }
 
@@ -136,11 +156,25 @@ fn plan_run(view: &View<'_>) -> Step {
             _ => Step::RunSandbox { attempt: view.observed.next_sandbox_attempt() },
         };
     }
-    match plan_containers(view) {
+    let step = match view.function {
+        Some(phase) => plan_function(view, phase),
+        None => plan_containers(view),
+    };
+    match step {
         // Last, since nobody waits for it.
         Step::Wait(until) => abandoned(view.observed).map_or(Step::Wait(until), Step::RemoveSandbox),
         step => step,
     }
+}
+
+/// A function Pod has nothing in its sandbox but the front; its environments are its pool's affair.
+fn plan_function(view: &View<'_>, phase: FunctionPhase<'_>) -> Step {
+    let sandbox = view.observed.ready_sandbox().map(|sandbox| &sandbox.id);
+    if phase == FunctionPhase::Drained || sandbox.is_some_and(|id| phase == FunctionPhase::Serving(id)) {
+        return Step::Wait(None);
+    }
+    let held = view.container_holds.values().copied().chain(view.pod_hold).filter(|until| *until > view.now).max();
+    held.map_or(Step::Serve, |until| Step::Wait(Some(until)))
 }
 
 /// A sandbox before the present one without a container in it. One that holds an ended container is kept: its log may

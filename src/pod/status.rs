@@ -5,6 +5,7 @@
 
 mod conditions;
 mod containers;
+pub(super) mod function;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -14,6 +15,7 @@ use k8s_openapi::api::core::v1::{ContainerStatus as ApiContainerStatus, HostIP, 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 pub(super) use self::containers::crash_loop;
+pub(super) use self::function::Shown;
 use super::observed::Observed;
 use super::plan::{self, Finish};
 use super::qos::qos_class;
@@ -58,6 +60,10 @@ pub struct StatusInput<'a> {
     pub terminal: bool,
     /// The scheme of container ids (`docker`).
     pub runtime_name: &'a str,
+    /// Running containers are not ready.
+    pub unready: bool,
+    /// The condition `lambdalet.dev/Replicas` of a function Pod: whether it holds, and its text.
+    pub replicas: Option<(bool, &'a str)>,
     /// When this node first saw the Pod.
     pub start_time: Timestamp,
     /// Now.
@@ -153,6 +159,15 @@ pub fn same_as_reported(pod: &Pod, computed: &PodStatus) -> bool {
         && reported.pod_ip == computed.pod_ip
         && ours(reported) == ours(computed)
         && reported.container_statuses.as_ref().map(Vec::len) == computed.container_statuses.as_ref().map(Vec::len)
+}
+
+/// The status without how many replicas of a function are busy.
+pub(super) fn without_replicas(status: &PodStatus) -> PodStatus {
+    let mut status = status.clone();
+    if let Some(conditions) = &mut status.conditions {
+        conditions.retain(|condition| condition.type_ != conditions::REPLICAS);
+    }
+    status
 }
 
 /// Whether a container is up.

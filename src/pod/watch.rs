@@ -23,9 +23,9 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::Shared;
 use super::directory::HEARTBEAT;
 use super::worker::{Desired, Past, Signal, Worker};
+use super::{Shared, crew};
 use crate::retry::{Delays, Retry};
 use crate::runtime::types::{PodRef, RuntimeEvent};
 use crate::telemetry::chain;
@@ -167,6 +167,7 @@ impl PodLoop {
         let stream = subscribe(&self.shared).await;
         if stream.is_some() {
             self.workers.values().for_each(|h| h.signal.send_modify(|s| s.relists += 1));
+            self.shared.environments.relist();
         }
         stream
     }
@@ -289,12 +290,14 @@ impl PodLoop {
     }
 
     fn runtime_event(&self, event: &RuntimeEvent) {
-        if let Some(handle) = self.workers.get(&event.pod_uid) {
-            use crate::runtime::types::EventKind;
-            // A start is always our own doing, and was looked at then.
-            if event.kind != EventKind::Started {
-                handle.signal.send_modify(|s| s.events += 1);
-            }
+        use crate::runtime::types::EventKind;
+        // A start is always our own doing, and was looked at then.
+        if event.kind == EventKind::Started {
+            return;
+        }
+        match self.workers.get(&event.pod_uid) {
+            Some(handle) => handle.signal.send_modify(|s| s.events += 1),
+            None => self.shared.environments.signal(&event.pod_uid),
         }
     }
 
@@ -324,7 +327,9 @@ impl PodLoop {
     }
 
     fn adopt_orphan(&mut self, uid: String, pod: Pod) {
-        if self.workers.contains_key(&uid) || self.listing.contains(&uid) {
+        // An environment is its function Pod's, for as long as that is there.
+        let owner = crew::base(&uid);
+        if self.workers.contains_key(&uid) || self.workers.contains_key(owner) || self.listing.contains(owner) {
             return;
         }
         tracing::info!(uid, pod = pod.metadata.name, namespace = pod.metadata.namespace, "ending a Pod that is gone");

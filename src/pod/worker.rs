@@ -10,7 +10,10 @@
 //! it left is found by listing. So an image that takes minutes to pull does not hold up a deletion.
 
 mod finish;
+mod function;
 mod memory;
+mod report;
+mod seat;
 mod start;
 
 use std::sync::Arc;
@@ -21,12 +24,14 @@ use k8s_openapi::api::core::v1::{Pod, PodSpec, PodStatus};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::function::{Function, NUMBERS};
 use self::memory::Memory;
+pub(super) use self::seat::Seat;
 use super::Shared;
 use super::backoff;
 use super::observed::Observed;
 use super::plan::{self, Goal, Step, View, plan};
-use super::status::{self, StatusInput, Trouble, pod_status};
+use super::status::{self, Trouble};
 use super::translate::pod_ref;
 use crate::runtime::types::{ContainerId, PodRef};
 use crate::telemetry::chain;
@@ -71,6 +76,10 @@ pub(super) struct Worker {
     memory: Memory,
     look_at: Instant,
     past: Past,
+    /// What it owns is an environment of a function Pod, not a Pod of its own.
+    seat: Option<Seat>,
+    /// What a function Pod has beyond any other.
+    function: Option<Function>,
 }
 
 /// Whether the runtime may hold something of a Pod when its worker takes over.
@@ -110,7 +119,15 @@ impl Worker {
             observed: Observed::default(),
             look_at: Instant::now() + spread(LOOK_AGAIN),
             past,
+            seat: None,
+            function: None,
         }
+        .with_function()
+    }
+
+    fn with_function(mut self) -> Self {
+        self.function = Function::of(&self.pod);
+        self
     }
 
     /// Owns the Pod until its object and everything of it on this node are gone.
@@ -120,7 +137,9 @@ impl Worker {
             self.relist().await;
         }
         self.take_desired();
-        self.admit().await;
+        if self.seat.is_none() {
+            self.admit().await;
+        }
         while let Next::Again = self.turn().await {}
         self.shared.forget(&self.reference.uid);
         tracing::debug!(pod = %self.reference, uid = self.reference.uid, "Pod is gone");
@@ -141,9 +160,10 @@ impl Worker {
         }
         let status = self.status(goal);
         let urgent = match step {
-            Step::SetUpVolumes | Step::RunSandbox { .. } | Step::Start { .. } => false,
+            Step::SetUpVolumes | Step::RunSandbox { .. } | Step::Start { .. } | Step::Serve => false,
             // The last words of a Pod that is being deleted say all of it.
             Step::Stop { .. } | Step::Release => !self.is_deleted(),
+            Step::Drain(_) => false,
             _ => true,
         };
         let unsent = self.report(status, urgent);
@@ -164,11 +184,12 @@ impl Worker {
             spec: self.pod.spec.as_ref().unwrap_or(&empty),
             goal,
             observed: &self.observed,
-            volumes_ready: self.memory.places.is_some(),
+            volumes_ready: self.memory.places.is_some() || self.function.is_some(),
             released: self.memory.released,
             floors: &self.memory.floors,
             container_holds: &self.memory.holds,
             pod_hold: self.memory.pod_hold,
+            function: self.function.as_ref().map(Function::phase),
             now: Timestamp::now(),
         })
     }
@@ -180,6 +201,7 @@ impl Worker {
         self.pod = desired.pod;
         self.gone = desired.gone;
         if changed {
+            self.retune();
             self.memory.reassert_at = None;
             if let Some(sent) = &self.memory.sent
                 && !status::same_as_reported(&self.pod, sent)
@@ -194,6 +216,7 @@ impl Worker {
         let (Some(spec), true) = (&self.pod.spec, self.may_live()) else { return };
         if !self.observed.is_empty() {
             self.shared.admission.adopt(&self.reference.uid, spec);
+            self.shared.capacity.adopt(&self.reference.uid, spec);
             return;
         }
         self.registered().await;
@@ -206,8 +229,21 @@ impl Worker {
             self.memory.ended = Some(trouble);
             return;
         }
+        self.make_room(spec).await;
         for omission in super::unsupported::omissions(spec) {
             self.shared.events.warning(&self.pod, None, super::unsupported::REASON, omission);
+        }
+    }
+
+    /// Waits until function pools have given back what they borrowed of the Pod's share. A Pod that is deleted does not
+    /// wait.
+    async fn make_room(&self, spec: &PodSpec) {
+        let mut desired = self.desired.clone();
+        tokio::select! {
+            // Cancel-safe: the Pod is noted at once, and stays so.
+            () = self.shared.capacity.bind(&self.reference.uid, spec) => {}
+            // Cancel-safe: a watch channel keeps its value.
+            _ = desired.wait_for(|d| d.gone || d.pod.metadata.deletion_timestamp.is_some()) => {}
         }
     }
 
@@ -229,64 +265,12 @@ impl Worker {
         }
     }
 
-    /// Whether the API server is removing the object this very moment, as it does after a deletion by force.
-    ///
-    /// Nobody would read a status written now. Worse, the API server answers a write to such an object by deleting what
-    /// stands under its name, UID or not, and by then that may be a Pod made anew.
-    fn is_vanishing(&self) -> bool {
-        let meta = &self.pod.metadata;
-        meta.deletion_grace_period_seconds == Some(0) && meta.finalizers.as_ref().is_none_or(Vec::is_empty)
-    }
-
     fn is_deleted(&self) -> bool {
         self.pod.metadata.deletion_timestamp.is_some()
     }
 
     fn goal(&self) -> Goal {
         goal(&self.pod, self.gone, self.memory.ended.is_some())
-    }
-
-    /// The status now.
-    fn status(&self, goal: Goal) -> PodStatus {
-        let facts = self.shared.facts.borrow();
-        let finished = self.pod.spec.as_ref().is_some_and(|s| plan::finished(s, &self.observed).is_some());
-        // A container in the sandbox proves that the volumes are there, also right after a restart of this process.
-        let has_volumes = self.memory.places.is_some() || self.observed.containers().next().is_some();
-        let ready_to_start = self.observed.ready_sandbox().is_some() && has_volumes;
-        pod_status(&StatusInput {
-            pod: &self.pod,
-            observed: &self.observed,
-            ready_to_start: ready_to_start && !self.memory.released,
-            address: self.memory.address,
-            host_addresses: &facts.addresses,
-            waiting: &self.memory.waiting,
-            messages: &self.memory.messages,
-            ended: self.memory.ended.as_ref(),
-            terminal: (goal != Goal::Run || finished) && self.observed.running().next().is_none(),
-            runtime_name: &self.shared.runtime_name,
-            // The API keeps whole seconds: with more, what comes back would differ from what was sent.
-            start_time: whole_second(self.memory.start_time),
-            now: whole_second(Timestamp::now()),
-        })
-    }
-
-    /// Tells the directory, and the API server if it is urgent. Returns what it was not told.
-    fn report(&mut self, status: PodStatus, urgent: bool) -> Option<PodStatus> {
-        let reassert = self.memory.reassert_at.is_some_and(|at| at <= Instant::now());
-        if self.memory.sent.as_ref() == Some(&status) && !reassert {
-            return None;
-        }
-        self.shared.directory.put(&self.pod, &status, &self.observed);
-        if self.gone || self.is_vanishing() {
-            return None;
-        }
-        if !urgent {
-            return Some(status);
-        }
-        self.memory.reassert_at = None;
-        self.memory.sent = Some(status.clone());
-        self.shared.publisher.publish(&self.reference, status);
-        None
     }
 
     /// Sleeps until something happens or something is due.
@@ -298,11 +282,20 @@ impl Worker {
             self.memory.next_refresh,
             self.memory.reassert_at,
             self.memory.pull_notice.map(at),
+            self.numbers_due().map(|due| if due > Instant::now() { due } else { Instant::now() + NUMBERS }),
         ];
         let wake = due.into_iter().flatten().min().unwrap_or(self.look_at);
+        let function = async {
+            match &mut self.function {
+                Some(function) => function.changed().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             // Cancel-safe: a change not taken stays unseen.
             _ = self.desired.changed() => return,
+            // Cancel-safe: likewise.
+            () = function => return,
             // Cancel-safe: likewise.
             _ = self.signal.changed() => {}
             // Cancel-safe: a timer.
@@ -354,6 +347,8 @@ impl Worker {
     /// Returns when the Pod is to end, or to end sooner than `goal` says.
     fn sooner(&self, goal: Goal) -> impl Future<Output = ()> + use<> {
         let (desired, draining) = (self.desired.clone(), self.shared.draining.clone());
+        // An environment ends when its pool says so.
+        let drains = goal == Goal::Run && self.seat.is_none();
         let ended = self.memory.ended.is_some();
         let deadline = self.memory.deadline(&self.pod).filter(|_| goal == Goal::Run).map(at);
         async move {
@@ -366,7 +361,7 @@ impl Worker {
                 // Cancel-safe: a watch channel keeps its value.
                 () = once(desired, is_sooner) => {}
                 // Cancel-safe: likewise.
-                () = once(draining, |draining| *draining), if goal == Goal::Run => {}
+                () = once(draining, |draining| *draining), if drains => {}
                 // Cancel-safe: a timer.
                 () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {}
             }
@@ -385,6 +380,8 @@ impl Worker {
             Step::Prune(id) => self.prune(&id).await,
             Step::RemoveSandbox(id) => self.remove_sandbox(&id).await,
             Step::Release => self.release().await,
+            Step::Serve => self.serve().await,
+            Step::Drain(grace) => self.drain(grace).await,
         }
     }
 

@@ -329,6 +329,12 @@ pub struct Image {
     pub size: u64,
     /// The image's USER, as written (`1000`, `1000:1000`, `www-data`, or empty for root).
     pub user: String,
+    /// ENTRYPOINT.
+    pub entrypoint: Vec<String>,
+    /// CMD.
+    pub command: Vec<String>,
+    /// ENV, as `NAME=value`.
+    pub environment: Vec<String>,
 }
 
 /// Credentials for one registry.

@@ -71,7 +71,16 @@ impl ImageStore for Silent {
     async fn list_images(&self) -> Result<Vec<Image>> {
         let tags = vec!["busybox:1.36".to_owned()];
         let id = ImageId::from("sha256:1");
-        Ok(vec![Image { id, tags, digests: Vec::new(), size: 4096, user: String::new() }])
+        Ok(vec![Image {
+            id,
+            tags,
+            digests: Vec::new(),
+            size: 4096,
+            user: String::new(),
+            entrypoint: Vec::new(),
+            command: Vec::new(),
+            environment: Vec::new(),
+        }])
     }
     async fn remove_image(&self, _: &ImageId) -> Result<()> {
         unsupported()

@@ -6,10 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lambdalet::config::PodSettings;
+use lambdalet::metrics::Metrics;
 use lambdalet::network::ipam::Ipam;
 use lambdalet::node::{NodeFacts, Registration};
 use lambdalet::pod::addresses::Addresses;
 use lambdalet::pod::admission::Admission;
+use lambdalet::pod::capacity::Capacity;
+use lambdalet::pod::crew::Environments;
 use lambdalet::pod::directory::Directory;
 use lambdalet::pod::files::DnsSettings;
 use lambdalet::pod::images::Images;
@@ -18,7 +21,7 @@ use lambdalet::pod::inputs::objects::Objects;
 use lambdalet::pod::publish::{PublishCounters, Publisher};
 use lambdalet::pod::translate::Host;
 use lambdalet::pod::volumes::VolumeManager;
-use lambdalet::pod::{PodLoop, Shared, events};
+use lambdalet::pod::{Fronts, PodLoop, Shared, events};
 use lambdalet::quantity::Quantity;
 use lambdalet::runtime::SandboxRuntime;
 use lambdalet::runtime::fake::FakeRuntime;
@@ -124,6 +127,9 @@ impl World {
             dns: DnsSettings { cluster_domain: "cluster.local".to_owned(), ..DnsSettings::default() },
             addresses: Addresses::new(Arc::new(ipam)),
             admission: Admission::default(),
+            capacity: Capacity::new(&self.facts().allocatable),
+            environments: Environments::default(),
+            fronts: Fronts::new(&Metrics::default()),
             directory: Arc::default(),
             images: Images::new(1),
             facts: facts_seen,

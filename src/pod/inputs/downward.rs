@@ -193,7 +193,7 @@ mod tests {
     fn every_field_has_its_value() {
         let (pod, node) = (pod(), node());
         let addresses = ["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()];
-        let ctx = PodContext { pod: &pod, node: &node, addresses: &addresses };
+        let ctx = PodContext { key: "", pod: &pod, node: &node, addresses: &addresses };
         for (path, value) in [
             ("metadata.name", "web"),
             ("metadata.namespace", "shop"),
@@ -218,7 +218,7 @@ mod tests {
     #[test]
     fn resources_are_divided_and_limits_default_to_the_node() {
         let (pod, node) = (pod(), node());
-        let ctx = PodContext { pod: &pod, node: &node, addresses: &[] };
+        let ctx = PodContext { key: "", pod: &pod, node: &node, addresses: &[] };
         let main = &pod.spec.as_ref().unwrap().containers[0];
         for (wanted, value) in [
             (json!({"resource": "limits.cpu"}), "2"),
@@ -239,7 +239,8 @@ mod tests {
     #[test]
     fn the_memory_limit_is_the_sum_only_if_every_container_has_one() {
         let (mut pod, node) = (pod(), node());
-        let limit = |pod: &Pod| memory_limit(&PodContext { pod, node: &node, addresses: &[] }).unwrap().unwrap();
+        let limit =
+            |pod: &Pod| memory_limit(&PodContext { key: "", pod, node: &node, addresses: &[] }).unwrap().unwrap();
         assert_eq!(limit(&pod), "8Gi".parse().unwrap());
         let limits = json!({"limits": {"memory": "1Gi"}});
         for container in &mut pod.spec.as_mut().unwrap().containers {

@@ -222,7 +222,7 @@ mod tests {
         let mut container = container;
         container["name"] = json!("main");
         let services = services.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        let ctx = PodContext { pod: &pod, node: &node, addresses: &addresses };
+        let ctx = PodContext { key: "", pod: &pod, node: &node, addresses: &addresses };
         environment(&ctx, &serde_json::from_value(container).unwrap(), &sources, services)
     }
 

@@ -105,7 +105,7 @@ async fn thirty_pods_ask_once_and_again_when_the_answer_is_old() {
     let (api, inputs) = start(with_keys());
     let (pod, node) = (pod(json!({"containers": [key_container()]})), node());
     let container = &pod.spec.as_ref().unwrap().containers[0];
-    let ctx = PodContext { pod: &pod, node: &node, addresses: &[] };
+    let ctx = PodContext { key: "", pod: &pod, node: &node, addresses: &[] };
     let all = futures::future::join_all((0..30).map(|_| inputs.env(ctx, container))).await;
     for environment in all {
         let variables = environment.unwrap().variables;
@@ -134,7 +134,7 @@ async fn a_lasting_refusal_names_the_object_and_why() {
     api.refusals.lock().unwrap().insert(KEYS, u32::MAX);
     let (api, inputs) = start(api);
     let (pod, node) = (pod(json!({"containers": [key_container()]})), node());
-    let ctx = PodContext { pod: &pod, node: &node, addresses: &[] };
+    let ctx = PodContext { key: "", pod: &pod, node: &node, addresses: &[] };
     let error = inputs.env(ctx, &pod.spec.as_ref().unwrap().containers[0]).await.unwrap_err();
     let text = crate::telemetry::chain(&error);
     assert!(
@@ -152,7 +152,7 @@ async fn without_links_services_are_not_watched() {
     api.objects.insert("/api/v1/namespaces/default/services/kubernetes", service);
     let (api, inputs) = start(api);
     let (pod, node) = (pod(json!({"enableServiceLinks": false, "containers": [{"name": "main"}]})), node());
-    let ctx = PodContext { pod: &pod, node: &node, addresses: &[] };
+    let ctx = PodContext { key: "", pod: &pod, node: &node, addresses: &[] };
     let environment = inputs.env(ctx, &pod.spec.as_ref().unwrap().containers[0]).await.unwrap();
     let words = inputs.expand(&["$(KUBERNETES_SERVICE_HOST):$(NONE)".to_owned()], &environment.variables);
     assert_eq!(words, ["10.0.0.1:$(NONE)"]);
@@ -164,7 +164,7 @@ async fn without_links_services_are_not_watched() {
 async fn services_that_cannot_be_listed_are_waited_for_no_longer_than_the_bound() {
     let (_api, inputs) = start(ApiServer { services_hang: true, ..ApiServer::default() });
     let (pod, node) = (pod(json!({"containers": [{"name": "main"}]})), node());
-    let ctx = PodContext { pod: &pod, node: &node, addresses: &[] };
+    let ctx = PodContext { key: "", pod: &pod, node: &node, addresses: &[] };
     let error = inputs.env(ctx, &pod.spec.as_ref().unwrap().containers[0]).await.unwrap_err();
     assert!(matches!(error, InputError::ServicesUnknown), "{error}");
 }

@@ -84,6 +84,7 @@ impl World {
             floors: &BTreeMap::new(),
             container_holds: &BTreeMap::new(),
             pod_hold: None,
+            function: None,
             now: now(),
         })
     }
@@ -109,6 +110,7 @@ impl World {
             Step::Prune(id) => self.observed.drop_container(id),
             Step::RemoveSandbox(id) => self.observed.drop_sandbox(id),
             Step::Release => self.released = true,
+            Step::Serve | Step::Drain(_) => panic!("{step:?} for a Pod that is no function"),
         }
     }
 
@@ -240,6 +242,7 @@ fn a_hold_keeps_a_container_back_but_not_its_neighbour() {
         floors: &BTreeMap::new(),
         container_holds: &holds,
         pod_hold: None,
+        function: None,
         now: now(),
     };
     assert_eq!(plan(&view), Step::Start { name: "b".into(), attempt: 0 });
@@ -264,6 +267,7 @@ fn a_container_removed_behind_our_back_never_reuses_an_attempt_number() {
         floors: &floors,
         container_holds: &BTreeMap::new(),
         pod_hold: None,
+        function: None,
         now: now(),
     };
     assert_eq!(plan(&view), Step::Start { name: "a".into(), attempt: 4 });

@@ -10,6 +10,9 @@ use crate::pod::plan;
 pub(super) const TYPES: [&str; 5] =
     ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
 
+/// The condition of a function Pod that tells its replicas.
+pub(super) const REPLICAS: &str = "lambdalet.dev/Replicas";
+
 /// Whether a condition holds, and if not why.
 struct Verdict {
     holds: bool,
@@ -44,7 +47,12 @@ pub(super) fn all(
     };
     let started = if input.ready_to_start { Verdict::yes() } else { Verdict { reason: None, ..Verdict::no("", None) } };
     let verdicts = [started, initialized(input, phase, init), ready, containers, Verdict::yes()];
-    TYPES.iter().zip(verdicts).map(|(type_, verdict)| condition(input, type_, verdict)).collect()
+    let mut list: Vec<_> =
+        TYPES.iter().zip(verdicts).map(|(type_, verdict)| condition(input, type_, verdict)).collect();
+    if let Some((holds, text)) = input.replicas {
+        list.push(condition(input, REPLICAS, Verdict { holds, reason: None, message: Some(text.to_owned()) }));
+    }
+    list
 }
 
 fn condition(input: &StatusInput<'_>, type_: &str, verdict: Verdict) -> PodCondition {

@@ -33,7 +33,7 @@ pub(super) fn status(input: &StatusInput<'_>, container: &Container, init: bool)
         image: latest.map_or_else(|| container.image.clone().unwrap_or_default(), |l| l.image_ref.clone()),
         image_id: latest.map(|l| l.image.to_string()).unwrap_or_default(),
         container_id: latest.map(|l| format!("{}://{}", input.runtime_name, l.id)),
-        ready: if init { succeeded } else { running },
+        ready: if init { succeeded } else { running && !input.unready },
         started: Some(running),
         restart_count: seen.max(if latest.is_none() { reported.map_or(0, |r| r.restart_count) } else { 0 }),
         state: Some(state),

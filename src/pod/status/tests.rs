@@ -89,6 +89,8 @@ impl Case {
             messages: &self.messages,
             ended: self.ended.as_ref(),
             terminal: self.terminal,
+            unready: false,
+            replicas: None,
             runtime_name: "docker",
             start_time: at(0),
             now: at(10),

@@ -152,7 +152,7 @@ impl VolumeManager {
     /// # Errors
     /// The first volume that cannot be made; those made stay, and [`VolumeManager::tear_down`] removes them.
     pub async fn set_up(&self, ctx: PodContext<'_>) -> Result<BTreeMap<String, MountedVolume>, VolumeError> {
-        let uid = uid(ctx.pod)?;
+        let uid = component(ctx.key)?;
         let mounted = mounted_names(ctx.pod);
         let volumes = volumes(ctx.pod).filter(|volume| mounted.contains(volume.name.as_str()));
         let made = try_join_all(volumes.map(|volume| self.set_up_one(ctx, uid, volume))).await?;
@@ -165,7 +165,7 @@ impl VolumeManager {
     /// # Errors
     /// As [`VolumeManager::set_up`]; the content stays as it was.
     pub async fn refresh(&self, ctx: PodContext<'_>) -> Result<Option<Duration>, VolumeError> {
-        let uid = uid(ctx.pod)?;
+        let uid = component(ctx.key)?;
         let mounted = mounted_names(ctx.pod);
         let mut next: Option<Duration> = None;
         for volume in volumes(ctx.pod).filter(|volume| mounted.contains(volume.name.as_str())) {
@@ -455,10 +455,6 @@ fn mounted_names(pod: &Pod) -> BTreeSet<&str> {
 fn group(pod: &Pod) -> Option<u32> {
     let context = pod.spec.as_ref()?.security_context.as_ref()?;
     context.fs_group.and_then(|group| u32::try_from(group).ok())
-}
-
-fn uid(pod: &Pod) -> Result<&str, VolumeError> {
-    component(pod.metadata.uid.as_deref().unwrap_or_default())
 }
 
 /// A name that is exactly one component of a path.

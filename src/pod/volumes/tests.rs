@@ -132,7 +132,12 @@ fn on_a_host<F: Future<Output = ()>>(token_life: i64, test: impl FnOnce(Host) ->
 
 macro_rules! ctx {
     ($host:expr, $pod:expr) => {
-        PodContext { pod: &$pod, node: &$host.node, addresses: &[] }
+        PodContext {
+            key: $pod.metadata.uid.as_deref().unwrap_or_default(),
+            pod: &$pod,
+            node: &$host.node,
+            addresses: &[],
+        }
     };
 }
 
@@ -324,7 +329,15 @@ fn secrets_are_never_written_to_disk() {
                 allocatable: BTreeMap::new(),
             };
             let pod = pod(json!([{"name": "v", "secret": {"secretName": "x", "optional": true}}]), json!({}));
-            let error = manager.set_up(PodContext { pod: &pod, node: &node, addresses: &[] }).await.unwrap_err();
+            let error = manager
+                .set_up(PodContext {
+                    key: pod.metadata.uid.as_deref().unwrap_or_default(),
+                    pod: &pod,
+                    node: &node,
+                    addresses: &[],
+                })
+                .await
+                .unwrap_err();
             assert!(crate::telemetry::chain(&error).contains("not a tmpfs"), "{error}");
         });
     });

@@ -38,13 +38,14 @@ impl Worker {
             self.digest_end(&status, now).await;
             self.memory.digested.insert(status.id.clone());
         }
-        if *self.shared.draining.borrow() && self.memory.ended.is_none() && !self.memory.released {
+        if self.seat.is_none() && *self.shared.draining.borrow() && self.memory.ended.is_none() && !self.memory.released
+        {
             let text = "Pod was terminated in response to imminent node shutdown.";
             self.memory.ended = Some(Trouble::new("Terminated", text));
         }
         if self.memory.deadline(&self.pod).is_some_and(|at| at <= now) {
             let text = "Pod was active on the node longer than the specified deadline";
-            self.shared.events.normal(&self.pod, None, "DeadlineExceeded", text);
+            self.tell(None, "DeadlineExceeded", text);
             self.memory.ended = Some(Trouble::new("DeadlineExceeded", text));
         }
         if self.memory.pull_notice.is_some_and(|at| at <= now) {
@@ -120,12 +121,7 @@ impl Worker {
     }
 
     pub(super) async fn stop_sandbox(&mut self, id: &SandboxId) {
-        self.shared.events.normal(
-            &self.pod,
-            None,
-            "SandboxChanged",
-            "Pod sandbox changed, it will be killed and re-created.",
-        );
+        self.tell(None, "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.");
         if let Err(error) = self.shared.runtime.stop_pod_sandbox(id).await {
             tracing::warn!(pod = %self.reference, sandbox = %id, error = chain(&error), "failed to stop sandbox");
             tokio::time::sleep(TRY_AGAIN).await;
@@ -137,7 +133,7 @@ impl Worker {
         let names: Vec<_> = self.observed.running().map(|c| c.name.clone()).collect();
         if self.memory.killing.replace(grace).is_none_or(|before| grace < before) {
             for name in &names {
-                self.shared.events.normal(&self.pod, Some(name), "Killing", format!("Stopping container {name}"));
+                self.tell(Some(name), "Killing", format!("Stopping container {name}"));
             }
         }
         // A later, shorter grace starts this step anew; the time already waited counts.
@@ -263,7 +259,11 @@ impl Worker {
             tokio::time::sleep(TRY_AGAIN).await;
             return Next::Again;
         }
-        if let Err(error) = self.shared.addresses.release(uid) {
+        let given_back = match self.seat {
+            None => self.shared.addresses.release(uid),
+            Some(_) => self.shared.addresses.discard(uid),
+        };
+        if let Err(error) = given_back {
             tracing::warn!(pod = %self.reference, error = chain(&error), "failed to give the Pod's address back");
         }
         Next::Done

@@ -46,6 +46,8 @@ pub(super) struct Memory {
     pub(super) digested: BTreeSet<ContainerId>,
     /// The status last handed to the publisher.
     pub(super) sent: Option<PodStatus>,
+    /// When that was.
+    pub(super) sent_at: Option<Instant>,
     /// When to write the status again since the API server's differs.
     pub(super) reassert_at: Option<Instant>,
     /// When a token or other volume content must be renewed.

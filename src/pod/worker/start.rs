@@ -31,7 +31,7 @@ const QUIET_MOUNT_FAILURES: u32 = 3;
 
 impl Worker {
     /// Nothing of the Pod as a whole is tried for a while, and the user is told.
-    fn hold_pod(&mut self, reason: &str, message: String) {
+    pub(super) fn hold_pod(&mut self, reason: &str, message: String) {
         self.shared.events.warning(&self.pod, None, reason, message);
         self.memory.pod_hold = Some(Timestamp::now() + backoff::RETRY);
     }
@@ -44,7 +44,7 @@ impl Worker {
 
     pub(super) async fn set_up_volumes(&mut self) {
         let (pod, facts) = (self.pod.clone(), self.shared.facts.borrow().clone());
-        let context = PodContext { pod: &pod, node: &facts, addresses: &[] };
+        let context = PodContext { pod: &pod, key: &self.reference.uid, node: &facts, addresses: &[] };
         match self.shared.volumes.set_up(context).await {
             Ok(volumes) => {
                 failpoint::hit("mount");
@@ -76,7 +76,7 @@ impl Worker {
     pub(super) async fn refresh_volumes(&mut self) {
         let (pod, facts) = (self.pod.clone(), self.shared.facts.borrow().clone());
         let addresses: Vec<_> = self.memory.address.into_iter().collect();
-        let context = PodContext { pod: &pod, node: &facts, addresses: &addresses };
+        let context = PodContext { pod: &pod, key: &self.reference.uid, node: &facts, addresses: &addresses };
         self.memory.next_refresh = match self.shared.volumes.refresh(context).await {
             Ok(next) => next.map(|after| Instant::now() + after),
             Err(error) => {
@@ -99,7 +99,11 @@ impl Worker {
             Err(error) => return self.hold_pod("FailedCreatePodSandBox", chain(&error)),
         };
         let network = translate::network(spec, address);
-        let config = SandboxConfig { attempt, ..translate::sandbox(&self.shared.host, &pod, spec, &hostname, network) };
+        let mut config =
+            SandboxConfig { attempt, ..translate::sandbox(&self.shared.host, &pod, spec, &hostname, network) };
+        if let Some(seat) = &self.seat {
+            seat.place_sandbox(&mut config);
+        }
         match self.shared.runtime.run_pod_sandbox(&config).await {
             Ok(id) => self.sandbox_is_up(&id).await,
             Err(error) => {
@@ -192,10 +196,16 @@ impl Worker {
     }
 
     /// The image, pulled if need be; `None` puts the container on hold.
-    async fn image(&mut self, pod: &Pod, container: &Container) -> Option<Image> {
+    pub(super) async fn image(&mut self, pod: &Pod, container: &Container) -> Option<Image> {
         let wanted = Wanted { pod, container };
         let shared = self.shared.clone();
         let runtime = shared.runtime.as_ref();
+        if self.seat.is_some()
+            && let Ok(Some(image)) = runtime.image_status(images::reference(container)).await
+        {
+            // Fetched when its Pod came; nobody wants to hear of it for each environment.
+            return Some(image);
+        }
         let trouble = match shared.images.look(runtime, wanted, &shared.events).await {
             Ok(Local::Present(image)) => return Some(image),
             Ok(Local::MustPull) => {
@@ -247,7 +257,7 @@ impl Worker {
         let config_error = |error: &(dyn std::error::Error + 'static)| trouble("CreateContainerConfigError", error);
         let facts = self.shared.facts.borrow().clone();
         let addresses = self.addresses();
-        let context = PodContext { pod, node: &facts, addresses: &addresses };
+        let context = PodContext { pod, key: &self.reference.uid, node: &facts, addresses: &addresses };
         let environment = self.shared.inputs.env(context, container).await.map_err(|e| config_error(&e))?;
         for warning in environment.warnings {
             self.shared.events.warning(pod, Some(&container.name), "InvalidEnvironmentVariableNames", warning);
@@ -263,7 +273,11 @@ impl Worker {
         let (command, args) = (expand(&container.command), expand(&container.args));
         let grace = crate::pod::plan::grace(pod).as_secs().to_string();
         let annotations = std::collections::BTreeMap::from([(GRACE_ANNOTATION.to_owned(), grace)]);
-        Ok(ContainerConfig { attempt, env, command, args, annotations, ..config })
+        let mut config = ContainerConfig { attempt, env, command, args, annotations, ..config };
+        if let Some(seat) = &self.seat {
+            seat.place_container(&mut config);
+        }
+        Ok(config)
     }
 
     /// An empty file that every user of the container may write.
@@ -286,7 +300,7 @@ impl Worker {
             Err(error) => return self.not_created(name, &error).await,
         };
         failpoint::hit("create");
-        shared.events.normal(&pod, Some(name), "Created", format!("Container created: {name}"));
+        self.tell(Some(name), "Created", format!("Container created: {name}"));
         if config.attempt > 0 {
             let max = shared.settings.max_restart_backoff;
             self.memory.crashes.entry(name.to_owned()).or_default().note(Timestamp::now(), max);
@@ -298,7 +312,7 @@ impl Worker {
         self.memory.waiting.remove(name);
         self.seen(&id).await;
         match started {
-            Ok(()) => shared.events.normal(&pod, Some(name), "Started", format!("Container started: {name}")),
+            Ok(()) => self.tell(Some(name), "Started", format!("Container started: {name}")),
             Err(error) if error.kind() == Kind::Invalid => {
                 let trouble = trouble("RunContainerError", &error);
                 shared.events.warning(&pod, Some(name), "Failed", format!("Error: {}", trouble.message));

@@ -147,12 +147,16 @@ fn described(image: ImageInspect) -> Image {
     let named = |names: Option<Vec<String>>| {
         names.unwrap_or_default().into_iter().filter(|name| !name.contains("<none>")).collect()
     };
+    let config = image.config.unwrap_or_default();
     Image {
         id: ImageId::from(image.id.unwrap_or_default()),
         tags: named(image.repo_tags),
         digests: named(image.repo_digests),
         size: image.size.and_then(|size| u64::try_from(size).ok()).unwrap_or(0),
-        user: image.config.and_then(|config| config.user).unwrap_or_default(),
+        user: config.user.unwrap_or_default(),
+        entrypoint: config.entrypoint.unwrap_or_default(),
+        command: config.cmd.unwrap_or_default(),
+        environment: config.env.unwrap_or_default(),
     }
 }
 

@@ -190,6 +190,9 @@ impl Shared {
             digests: Vec::new(),
             size: 1 << 20,
             user: String::new(),
+            entrypoint: Vec::new(),
+            command: Vec::new(),
+            environment: Vec::new(),
         };
         locked(&self.state).images.insert(id.clone(), image);
         id

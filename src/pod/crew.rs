@@ -1,0 +1,368 @@
+//! The replicas and environments of one function Pod, made as Pods are made.
+//!
+//! ```text
+//! Service --start_replica-----> capacity, volumes             (key: <uid>.<replica>)
+//!         --start_environment-> a Worker with a Seat          (key: <uid>.<replica>.<ordinal>)
+//! ```
+//! A key takes the place of a Pod's UID wherever the runtime, the addresses or the disk remember something, so what a
+//! crash leaves of an environment is found and removed as what it leaves of a Pod is.
+
+mod adopt;
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodStatus};
+use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::volumes::MountedVolume;
+use super::worker::{Desired, Past, Seat, Signal, Worker};
+use super::{PodContext, Shared, qos, translate};
+use crate::function::pool_state::{EnvironmentId, Exit, ReplicaId};
+use crate::function::service::{NotStarted, Replicas, Started};
+use crate::function::settings::{Settings, Size};
+use crate::runtime::types::{PodRef, Resources};
+use crate::telemetry::chain;
+
+/// How long an environment may take to run, its init containers included.
+const START_PATIENCE: Duration = Duration::from_secs(600);
+/// Wait before something that must be removed is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// Period of a CPU limit in microseconds, as everywhere.
+const CPU_PERIOD: i64 = 100_000;
+
+/// Makes what the pool of one function Pod asks for.
+pub(super) struct Crew {
+    shared: Arc<Shared>,
+    uid: String,
+    pod: watch::Receiver<Desired>,
+    settings: watch::Receiver<Settings>,
+    replicas: Mutex<HashMap<ReplicaId, Replica>>,
+    members: Mutex<HashMap<EnvironmentId, Member>>,
+}
+
+/// A replica that has started.
+struct Replica {
+    volumes: BTreeMap<String, (PathBuf, bool)>,
+    size: Size,
+    /// Keeps tokens and the like fresh.
+    _refresh: AbortOnDropHandle<()>,
+}
+
+/// An environment and its owner.
+struct Member {
+    desired: watch::Sender<Desired>,
+    worker: AbortOnDropHandle<()>,
+}
+
+/// The environments of this node that runtime events are for.
+#[derive(Default)]
+pub struct Environments {
+    signals: Mutex<HashMap<String, watch::Sender<Signal>>>,
+}
+
+impl Environments {
+    /// Something happened to an environment, if it is one.
+    pub(super) fn signal(&self, key: &str) {
+        if let Some(signal) = self.signals().get(key) {
+            signal.send_modify(|signal| signal.events += 1);
+        }
+    }
+
+    /// Events may have been lost.
+    pub(super) fn relist(&self) {
+        self.signals().values().for_each(|signal| signal.send_modify(|signal| signal.relists += 1));
+    }
+
+    fn signals(&self) -> MutexGuard<'_, HashMap<String, watch::Sender<Signal>>> {
+        self.signals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The UID of the Pod that a key belongs to; a UID is its own.
+pub(super) fn base(key: &str) -> &str {
+    key.split('.').next().unwrap_or(key)
+}
+
+fn replica_key(uid: &str, replica: ReplicaId) -> String {
+    format!("{uid}.{replica}")
+}
+
+fn environment_key(uid: &str, id: EnvironmentId) -> String {
+    format!("{uid}.{}.{}", id.replica, id.ordinal)
+}
+
+/// What a key means, after its Pod's UID.
+enum Part {
+    Replica(ReplicaId),
+    Environment(EnvironmentId),
+}
+
+/// Reads a key of this Pod.
+fn part(uid: &str, key: &str) -> Option<Part> {
+    let rest = key.strip_prefix(uid)?.strip_prefix('.')?;
+    let replica = |text: &str| text.parse().ok().map(ReplicaId);
+    match rest.split_once('.') {
+        None => replica(rest).map(Part::Replica),
+        Some((first, ordinal)) => {
+            Some(Part::Environment(EnvironmentId { replica: replica(first)?, ordinal: ordinal.parse().ok()? }))
+        }
+    }
+}
+
+impl Crew {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        uid: &str,
+        pod: watch::Receiver<Desired>,
+        settings: watch::Receiver<Settings>,
+    ) -> Arc<Self> {
+        let (replicas, members) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { shared, uid: uid.to_owned(), pod, settings, replicas, members })
+    }
+
+    /// The Pod that an environment runs: the function's, but it ends when a process of it ends, and the pool decides
+    /// what follows.
+    fn derived(&self) -> Arc<Pod> {
+        let mut pod = Pod::clone(&self.pod.borrow().pod);
+        pod.status = None;
+        pod.metadata.deletion_timestamp = None;
+        pod.metadata.deletion_grace_period_seconds = None;
+        if let Some(spec) = &mut pod.spec {
+            spec.restart_policy = Some("Never".to_owned());
+            spec.active_deadline_seconds = None;
+        }
+        Arc::new(pod)
+    }
+
+    /// Hires the owner of an environment. `gone`: only to remove what there is of it.
+    fn hire(&self, id: EnvironmentId, past: Past, gone: bool) -> watch::Receiver<Option<PodStatus>> {
+        let key = environment_key(&self.uid, id);
+        let pod = self.derived();
+        let (status, statuses) = watch::channel(None);
+        let seat = self.seat(&pod, id, key.clone(), status);
+        let (desired, wanted) = watch::channel(Desired { pod, gone });
+        let (signal, signals) = watch::channel(Signal::default());
+        let worker = Worker::of_environment(Arc::clone(&self.shared), seat, wanted, signals, past);
+        self.shared.environments.signals().insert(key.clone(), signal);
+        let shared = Arc::clone(&self.shared);
+        let work = async move {
+            worker.run().await;
+            shared.environments.signals().remove(&key);
+        };
+        let worker = AbortOnDropHandle::new(tokio::spawn(work));
+        self.members().insert(id, Member { desired, worker });
+        statuses
+    }
+
+    fn seat(&self, pod: &Pod, id: EnvironmentId, key: String, status: watch::Sender<Option<PodStatus>>) -> Seat {
+        let replicas = self.replicas();
+        let replica = replicas.get(&id.replica);
+        let spec = pod.spec.clone().unwrap_or_default();
+        let host = &self.shared.host;
+        let mut resources = qos::pod_resources(&spec, host.cpu_quota);
+        resources.pids_limit = host.pids_limit;
+        limit(
+            &mut resources,
+            replica.map_or_else(|| self.settings.borrow().size, |replica| replica.size),
+            host.cpu_quota,
+        );
+        Seat {
+            reference: PodRef { uid: key, ..translate::pod_ref(pod) },
+            cgroup: translate::cgroup_parent(host, &replica_key(&self.uid, id.replica), &spec),
+            resources,
+            volumes: replica.map(|replica| replica.volumes.clone()).unwrap_or_default(),
+            status,
+        }
+    }
+
+    /// Makes a replica's volumes and keeps them fresh.
+    async fn furnish(&self, id: ReplicaId) -> Result<(), Exit> {
+        let key = replica_key(&self.uid, id);
+        let (pod, facts) = (self.derived(), self.shared.facts.borrow().clone());
+        let context = PodContext { pod: &pod, key: &key, node: &facts, addresses: &[] };
+        let made = self.shared.volumes.set_up(context).await.map_err(|error| failed("FailedMount", chain(&error)))?;
+        let paths = |(name, volume): (String, MountedVolume)| (name, (volume.host_path, volume.read_only));
+        let refresh = refresh(Arc::clone(&self.shared), self.pod.clone(), key);
+        let replica = Replica {
+            volumes: made.into_iter().map(paths).collect(),
+            size: self.settings.borrow().size,
+            _refresh: AbortOnDropHandle::new(tokio::spawn(refresh)),
+        };
+        self.replicas().insert(id, replica);
+        Ok(())
+    }
+
+    /// How an environment ends, once it does.
+    fn end(statuses: &watch::Receiver<Option<PodStatus>>) -> BoxFuture<'static, Exit> {
+        let mut statuses = statuses.clone();
+        async move {
+            let ended = statuses.wait_for(|status| status.as_ref().is_some_and(|status| ended(status).is_some())).await;
+            let exit = ended.ok().and_then(|status| status.as_ref().and_then(self::ended));
+            exit.unwrap_or_else(|| failed("Lost", "its owner is gone".to_owned()))
+        }
+        .boxed()
+    }
+
+    async fn tear_down(&self, key: &str) {
+        while let Err(error) = self.shared.volumes.tear_down(key).await {
+            tracing::warn!(key, error = chain(&error), "failed to remove a replica's volumes; trying again");
+            tokio::time::sleep(TRY_AGAIN).await;
+        }
+    }
+
+    fn replicas(&self) -> MutexGuard<'_, HashMap<ReplicaId, Replica>> {
+        self.replicas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn members(&self) -> MutexGuard<'_, HashMap<EnvironmentId, Member>> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[async_trait]
+impl Replicas for Crew {
+    async fn start_replica(&self, replica: ReplicaId) -> Result<(), NotStarted> {
+        let size = self.settings.borrow().size;
+        if !self.shared.capacity.lend(&self.uid, replica, size) {
+            return Err(NotStarted::Denied);
+        }
+        self.furnish(replica).await.map_err(NotStarted::Failed)
+    }
+
+    async fn stop_replica(&self, replica: ReplicaId) {
+        drop(self.replicas().remove(&replica));
+        self.tear_down(&replica_key(&self.uid, replica)).await;
+        self.shared.capacity.give_back(&self.uid, replica);
+    }
+
+    async fn start_environment(&self, environment: EnvironmentId) -> Result<Started, Exit> {
+        let mut statuses = self.hire(environment, Past::None, false);
+        let decided = statuses.wait_for(|status| status.as_ref().is_some_and(|status| verdict(status).is_some()));
+        let status = match tokio::time::timeout(START_PATIENCE, decided).await {
+            Ok(Ok(status)) => status.clone(),
+            Ok(Err(_)) => None,
+            Err(_) => return Err(failed("StartTimeout", format!("not running after {} s", START_PATIENCE.as_secs()))),
+        };
+        let verdict = status.as_ref().and_then(verdict);
+        let address = verdict.unwrap_or_else(|| Err(failed("Lost", "its owner is gone".to_owned())))?;
+        let address = SocketAddr::new(address, self.settings.borrow().port);
+        Ok(Started { address, ended: Self::end(&statuses) })
+    }
+
+    async fn stop_environment(&self, environment: EnvironmentId) {
+        let Some(Member { desired, mut worker }) = self.members().remove(&environment) else { return };
+        desired.send_modify(|desired| desired.gone = true);
+        if let Err(error) = (&mut worker).await {
+            tracing::error!(%environment, uid = self.uid, error = chain(&error), "an environment's owner was lost");
+            // What it left is removed by another.
+            self.hire(environment, Past::Unknown, true);
+            let again = self.members().remove(&environment);
+            if let Some(member) = again {
+                let _ = member.worker.await;
+            }
+        }
+    }
+
+    async fn freeze(&self, _environment: EnvironmentId) {}
+
+    async fn thaw(&self, _environment: EnvironmentId) -> Result<(), Exit> {
+        Ok(())
+    }
+
+    fn set_idle(&self, replica: ReplicaId, since: Option<Instant>) {
+        self.shared.capacity.set_idle(&self.uid, replica, since);
+    }
+}
+
+/// Renews what a replica's volumes hold, for as long as the replica is there.
+async fn refresh(shared: Arc<Shared>, pod: watch::Receiver<Desired>, key: String) {
+    let mut wait = Duration::from_secs(30);
+    loop {
+        tokio::time::sleep(wait).await;
+        let (pod, facts) = (pod.borrow().pod.clone(), shared.facts.borrow().clone());
+        let context = PodContext { pod: &pod, key: &key, node: &facts, addresses: &[] };
+        wait = match shared.volumes.refresh(context).await {
+            Ok(Some(next)) => next,
+            Ok(None) => return,
+            Err(error) => {
+                shared.events.warning(&pod, None, "FailedMount", chain(&error));
+                super::backoff::RETRY
+            }
+        };
+    }
+}
+
+/// A replica's limits where the Pod gives none of its own.
+fn limit(resources: &mut Resources, size: Size, cpu_quota: bool) {
+    let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    resources.memory_limit.get_or_insert(whole(size.memory_bytes));
+    if cpu_quota && resources.cpu_quota.is_none() {
+        resources.cpu_period = Some(CPU_PERIOD);
+        resources.cpu_quota = Some(whole(size.cpu_millis).saturating_mul(CPU_PERIOD / 1000));
+    }
+}
+
+fn failed(reason: &str, message: String) -> Exit {
+    Exit { code: None, reason: reason.to_owned(), message }
+}
+
+/// Whether an environment runs, or will not; `None` while that is open.
+fn verdict(status: &PodStatus) -> Option<Result<IpAddr, Exit>> {
+    if let Some(exit) = ended(status) {
+        return Some(Err(exit));
+    }
+    let each = || status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
+    let stuck = each().find_map(|container| {
+        let waiting = container.state.as_ref()?.waiting.as_ref()?;
+        let reason = waiting.reason.as_deref().filter(|r| !matches!(*r, "ContainerCreating" | "PodInitializing"))?;
+        Some(failed(reason, waiting.message.clone().unwrap_or_default()))
+    });
+    if let Some(exit) = stuck {
+        return Some(Err(exit));
+    }
+    let runs = |container: &ContainerStatus| container.state.as_ref().is_some_and(|state| state.running.is_some());
+    let main = status.container_statuses.as_ref()?;
+    (!main.is_empty() && main.iter().all(runs)).then(|| {
+        let address = status.pod_ip.as_ref().and_then(|ip| ip.parse().ok());
+        address.ok_or_else(|| failed("NoAddress", "it has no address".to_owned()))
+    })
+}
+
+/// How it ended: with its first container that did, or with a failed init container.
+fn ended(status: &PodStatus) -> Option<Exit> {
+    let end = |container: &ContainerStatus, init: bool| {
+        let ended = container.state.as_ref()?.terminated.as_ref()?;
+        if init && ended.exit_code == 0 {
+            return None;
+        }
+        let reason = ended.reason.clone().unwrap_or_else(|| "Error".to_owned());
+        Some(Exit { code: Some(ended.exit_code), reason, message: ended.message.clone().unwrap_or_default() })
+    };
+    let init = status.init_container_statuses.iter().flatten().find_map(|container| end(container, true));
+    init.or_else(|| status.container_statuses.iter().flatten().find_map(|container| end(container, false)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_read_as_they_are_written() {
+        let id = EnvironmentId { replica: ReplicaId(7), ordinal: 3 };
+        let key = environment_key("u-1", id);
+        assert_eq!(base(&key), "u-1");
+        assert!(matches!(part("u-1", &key), Some(Part::Environment(read)) if read == id));
+        assert!(matches!(part("u-1", &replica_key("u-1", id.replica)), Some(Part::Replica(ReplicaId(7)))));
+        for other in ["u-1", "u-11.7.3", "u-1.x.3", "u-1.7.", "u-1."] {
+            assert!(part("u-1", other).is_none(), "{other}");
+        }
+    }
+}

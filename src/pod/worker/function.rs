@@ -1,0 +1,288 @@
+//! A function Pod: a sandbox with nothing but a front in it, and a pool of environments behind that.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant as StdInstant};
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{Past, Worker};
+use crate::function::front::{Front, FunctionLabels, listen_in};
+use crate::function::labels::{self, Complaint};
+use crate::function::pool_state::{Summary, Why};
+use crate::function::protocol::ImageConfig;
+use crate::function::service::{Door, Scaled, Service};
+use crate::function::settings::{DEFAULT_PORT, Settings};
+use crate::pod::Shared;
+use crate::pod::backoff;
+use crate::pod::crew::Crew;
+use crate::pod::plan::FunctionPhase;
+use crate::pod::status::{Shown, Trouble, function};
+use crate::runtime::types::{Image, SandboxId, SandboxStatus};
+use crate::telemetry::chain;
+
+/// How often the numbers of a busy function are written anew while its replicas stay as they are.
+pub(super) const NUMBERS: Duration = Duration::from_secs(10);
+
+/// What the worker of a function Pod has beyond any other's.
+pub(super) struct Function {
+    /// The image that decides how environments are called, once it is here.
+    image: Option<ImageConfig>,
+    complaints: Vec<Complaint>,
+    settings: watch::Sender<Settings>,
+    pool: Option<Pool>,
+    front: Option<Listening>,
+    drained: bool,
+}
+
+/// The pool, at work.
+struct Pool {
+    service: Arc<Service>,
+    summary: watch::Receiver<Summary>,
+    _news: AbortOnDropHandle<()>,
+}
+
+/// The front, listening in one sandbox.
+struct Listening {
+    sandbox: SandboxId,
+    since: Timestamp,
+    drain: watch::Sender<Option<Instant>>,
+    _task: AbortOnDropHandle<()>,
+}
+
+impl Function {
+    /// What a function Pod begins with; `None` for any other Pod.
+    pub(super) fn of(pod: &Pod) -> Option<Self> {
+        let reading = labels::read(pod, None)?;
+        Some(Self {
+            image: None,
+            complaints: Vec::new(),
+            settings: watch::Sender::new(reading.settings),
+            pool: None,
+            front: None,
+            drained: false,
+        })
+    }
+
+    pub(super) fn phase(&self) -> FunctionPhase<'_> {
+        match (&self.front, self.drained) {
+            (_, true) => FunctionPhase::Drained,
+            (Some(front), false) => FunctionPhase::Serving(&front.sandbox),
+            (None, false) => FunctionPhase::Idle,
+        }
+    }
+
+    /// Woken when replicas, environments or their health have changed.
+    pub(super) async fn changed(&mut self) {
+        let Some(pool) = &mut self.pool else { return std::future::pending().await };
+        if pool.summary.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// What the Pod's status is made from instead of containers.
+    pub(super) fn shown(&self, pod: &Pod, sandbox: Option<&SandboxStatus>) -> Shown {
+        let summary = self.pool.as_ref().map(|pool| pool.service.summary_now());
+        let since = self.front.as_ref().map(|front| front.since);
+        function::shown(pod, sandbox, since, summary, self.drained)
+    }
+}
+
+impl Worker {
+    /// Listens on the Pod's address, with a pool behind it.
+    pub(super) async fn serve(&mut self) {
+        let Some(sandbox) = self.observed.ready_sandbox().cloned() else { return };
+        let pod = self.pod.clone();
+        let Some(image) = self.function_images(&pod).await else { return };
+        let Some(function) = &mut self.function else { return };
+        function.image = Some(config_of(&image));
+        function.front = None;
+        self.retune();
+        if let Err(trouble) = self.open_pool(self.past).await {
+            return self.hold_pod(&trouble.reason, trouble.message);
+        }
+        self.past = Past::None;
+        match self.listen(&pod, &sandbox).await {
+            Ok(()) => self.tell(None, "Serving", "The function's front takes calls".to_owned()),
+            Err(message) => self.hold_pod("FailedFront", message),
+        }
+    }
+
+    /// Every image of the Pod is here before it is ready; that of the function's container is returned. What cannot be
+    /// had is put on hold as a container would be.
+    async fn function_images(&mut self, pod: &Pod) -> Option<Image> {
+        let serving = labels::container(pod)?.name.clone();
+        let spec = pod.spec.as_ref()?;
+        let mut found = None;
+        for container in spec.init_containers.iter().flatten().chain(&spec.containers) {
+            let image = self.image(pod, container).await?;
+            self.memory.waiting.remove(&container.name);
+            self.memory.holds.remove(&container.name);
+            if container.name == serving {
+                found = Some(image);
+            }
+        }
+        found
+    }
+
+    /// The pool, with what an earlier process left of it.
+    async fn open_pool(&mut self, past: Past) -> Result<(), Trouble> {
+        let Some(function) = &mut self.function else { return Ok(()) };
+        if function.pool.is_some() {
+            return Ok(());
+        }
+        let uid = &self.reference.uid;
+        let crew = Crew::new(Arc::clone(&self.shared), uid, self.desired.clone(), function.settings.subscribe());
+        let found = match past {
+            Past::None => Vec::new(),
+            Past::Unknown => crew.adopt().await.map_err(|error| Trouble::new("FailedAdoption", chain(&error)))?,
+        };
+        let settings = function.settings.borrow().clone();
+        let (service, news) = Service::new(settings, crew, found);
+        self.shared.capacity.register(uid, &service);
+        let told = report_scaling(Arc::clone(&self.shared), self.pod.clone(), Arc::clone(&service), news);
+        function.pool =
+            Some(Pool { summary: service.summary(), service, _news: AbortOnDropHandle::new(tokio::spawn(told)) });
+        Ok(())
+    }
+
+    async fn listen(&mut self, pod: &Pod, sandbox: &SandboxStatus) -> Result<(), String> {
+        let Some(function) = &mut self.function else { return Ok(()) };
+        let (Some(pool), Some(pid)) = (&function.pool, sandbox.pid) else {
+            return Err("the Pod's sandbox has no process".to_owned());
+        };
+        let addresses = ports(pod).into_iter().map(|port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))).collect();
+        let namespace = PathBuf::from(format!("/proc/{pid}/ns/net"));
+        let listeners = listen_in(Some(namespace), addresses).await.map_err(|error| chain(&error))?;
+        let fronts = &self.shared.fronts;
+        let labels = FunctionLabels {
+            namespace: self.reference.namespace.clone(),
+            pod: self.reference.name.clone(),
+            uid: self.reference.uid.clone(),
+        };
+        let door = Arc::new(Door(Arc::clone(&pool.service)));
+        let front = Front::new(door, fronts.limits.clone(), fronts.connections.clone(), &fronts.meters, labels);
+        let (drain, drained) = watch::channel(None);
+        let reference = self.reference.clone();
+        let task = tokio::spawn(async move {
+            match front.run(listeners, drained).await {
+                Ok(ended) if ended.cut > 0 => {
+                    tracing::warn!(pod = %reference, calls = ended.cut, "calls were cut off at the end of the grace period");
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::error!(pod = %reference, error = chain(&error), "the front of a function failed")
+                }
+            }
+        });
+        let since = Timestamp::now();
+        let _task = AbortOnDropHandle::new(task);
+        function.front = Some(Listening { sandbox: sandbox.id.clone(), since, drain, _task });
+        Ok(())
+    }
+
+    /// Takes no new call; those under way may end within `grace`. Then nothing of the pool is left.
+    pub(super) async fn drain(&mut self, grace: Duration) {
+        while let Err(trouble) = self.open_pool(self.past).await {
+            tracing::warn!(pod = %self.reference, error = trouble.message, "failed to find the function's environments");
+            tokio::time::sleep(backoff::RETRY).await;
+        }
+        let deadline = *self.memory.stop_by.get_or_insert_with(|| Instant::now() + grace);
+        let deadline = deadline.min(Instant::now() + grace);
+        self.memory.stop_by = Some(deadline);
+        let Some(function) = &mut self.function else { return };
+        if let Some(front) = &function.front {
+            front.drain.send_replace(Some(deadline));
+        }
+        if let Some(pool) = &function.pool {
+            let left = deadline.saturating_duration_since(Instant::now());
+            pool.service.drain(StdInstant::now() + left).await;
+        }
+        function.front = None;
+        function.pool = None;
+        function.drained = true;
+    }
+
+    /// Takes the Pod's labels as they are now, and says what is wrong with them.
+    pub(super) fn retune(&mut self) {
+        let Some(function) = &mut self.function else { return };
+        let Some(reading) = labels::read(&self.pod, function.image.as_ref()) else { return };
+        let changed = *function.settings.borrow() != reading.settings;
+        if changed {
+            function.settings.send_replace(reading.settings.clone());
+            if let Some(pool) = &function.pool {
+                pool.service.set(reading.settings);
+            }
+        }
+        if function.image.is_some() && function.complaints != reading.complaints {
+            for complaint in &reading.complaints {
+                self.shared.events.warning(&self.pod, None, "InvalidFunctionLabel", complaint.to_string());
+            }
+            function.complaints = reading.complaints;
+        }
+    }
+}
+
+/// The ports that the front listens on: every declared TCP port of the Pod, or the usual one.
+fn ports(pod: &Pod) -> Vec<u16> {
+    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    let declared = containers.flat_map(|container| container.ports.iter().flatten());
+    let tcp = declared.filter(|port| port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP"));
+    let mut ports: Vec<u16> = tcp.filter_map(|port| u16::try_from(port.container_port).ok()).collect();
+    ports.sort_unstable();
+    ports.dedup();
+    if ports.is_empty() { vec![DEFAULT_PORT] } else { ports }
+}
+
+fn config_of(image: &Image) -> ImageConfig {
+    let variable = |text: &String| text.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
+    ImageConfig {
+        entrypoint: image.entrypoint.clone(),
+        command: image.command.clone(),
+        environment: image.environment.iter().filter_map(variable).collect(),
+    }
+}
+
+/// Tells of every change of the number of replicas.
+async fn report_scaling(
+    shared: Arc<Shared>,
+    pod: Arc<Pod>,
+    service: Arc<Service>,
+    mut news: mpsc::UnboundedReceiver<Scaled>,
+) {
+    let service = Arc::downgrade(&{ service });
+    while let Some(scaled) = news.recv().await {
+        let Some(numbers) = service.upgrade().map(|service| service.summary_now()) else { return };
+        match scaled {
+            Scaled::Up => shared.events.normal(&pod, None, "ScaledUp", format!("Started a replica: {numbers}")),
+            Scaled::Down(why) => {
+                shared.events.normal(
+                    &pod,
+                    None,
+                    "ScaledDown",
+                    format!("Stopped a replica ({}): {numbers}", why_down(why)),
+                );
+            }
+            Scaled::Limited => {
+                let text = format!("The node has no capacity for another replica: {numbers}");
+                shared.events.warning(&pod, None, "ScaleLimited", text);
+            }
+        }
+    }
+}
+
+fn why_down(why: Why) -> &'static str {
+    match why {
+        Why::Idle => "idle",
+        Why::Empty => "without environments",
+        Why::Surplus => "more than its labels allow",
+        Why::GivenBack => "the node needs its capacity",
+        Why::Failed => "failed",
+        Why::Drained => "the Pod ends",
+    }
+}

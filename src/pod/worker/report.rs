@@ -1,0 +1,110 @@
+//! What a worker says of its Pod, and when.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::PodStatus;
+use tokio::time::Instant;
+
+use super::function::NUMBERS;
+use super::{Worker, whole_second};
+use crate::pod::plan::{self, FunctionPhase, Goal};
+use crate::pod::status::{Shown, StatusInput, Trouble, function, pod_status, without_replicas};
+
+impl Worker {
+    /// The status now.
+    pub(super) fn status(&self, goal: Goal) -> PodStatus {
+        let facts = self.shared.facts.borrow();
+        let finished = self.pod.spec.as_ref().is_some_and(|s| plan::finished(s, &self.observed).is_some());
+        // A container in the sandbox proves that the volumes are there, also right after a restart of this process.
+        let has_volumes = self.memory.places.is_some() || self.observed.containers().next().is_some();
+        let ready_to_start = self.observed.ready_sandbox().is_some() && (has_volumes || self.function.is_some());
+        let shown = self.function.as_ref().map(|function| function.shown(&self.pod, self.observed.sandbox()));
+        let waiting = self.waiting(shown.as_ref());
+        pod_status(&StatusInput {
+            pod: &self.pod,
+            observed: shown.as_ref().map_or(&self.observed, |shown| &shown.observed),
+            ready_to_start: ready_to_start && !self.memory.released,
+            address: self.memory.address,
+            host_addresses: &facts.addresses,
+            waiting: &waiting,
+            messages: &self.memory.messages,
+            ended: self.memory.ended.as_ref(),
+            terminal: (goal != Goal::Run || finished) && !self.is_up(),
+            runtime_name: if shown.is_some() { function::SCHEME } else { &self.shared.runtime_name },
+            unready: shown.as_ref().is_some_and(|shown| shown.unready),
+            replicas: shown
+                .as_ref()
+                .and_then(|shown| shown.replicas.as_ref())
+                .map(|(holds, text)| (*holds, text.as_str())),
+            // The API keeps whole seconds: with more, what comes back would differ from what was sent.
+            start_time: whole_second(self.memory.start_time),
+            now: whole_second(Timestamp::now()),
+        })
+    }
+
+    /// Tells the directory, and the API server if it is urgent. Returns what it was not told.
+    pub(super) fn report(&mut self, status: PodStatus, urgent: bool) -> Option<PodStatus> {
+        let reassert = self.memory.reassert_at.is_some_and(|at| at <= Instant::now());
+        if self.memory.sent.as_ref() == Some(&status) && !reassert {
+            return None;
+        }
+        if let Some(seat) = &self.seat {
+            seat.report(&status);
+            self.memory.sent = Some(status);
+            return None;
+        }
+        self.shared.directory.put(&self.pod, &status, &self.observed);
+        if self.gone || self.is_vanishing() {
+            return None;
+        }
+        if !urgent {
+            return Some(status);
+        }
+        if !reassert && self.only_numbers(&status) && self.numbers_due().is_some_and(|due| due > Instant::now()) {
+            return None;
+        }
+        self.memory.reassert_at = None;
+        self.memory.sent = Some(status.clone());
+        self.memory.sent_at = Some(Instant::now());
+        self.shared.publisher.publish(&self.reference, status);
+        None
+    }
+
+    /// Whether the API server is removing the object this very moment, as it does after a deletion by force.
+    ///
+    /// Nobody would read a status written now. Worse, the API server answers a write to such an object by deleting what
+    /// stands under its name, UID or not, and by then that may be a Pod made anew.
+    fn is_vanishing(&self) -> bool {
+        let meta = &self.pod.metadata;
+        meta.deletion_grace_period_seconds == Some(0) && meta.finalizers.as_ref().is_none_or(Vec::is_empty)
+    }
+
+    /// Why containers wait; every one of a function for the same reason.
+    fn waiting(&self, shown: Option<&Shown>) -> Cow<'_, BTreeMap<String, Trouble>> {
+        let Some(trouble) = shown.and_then(|shown| shown.trouble.as_ref()) else {
+            return Cow::Borrowed(&self.memory.waiting);
+        };
+        let names = self.pod.spec.iter().flat_map(|spec| &spec.containers).map(|container| container.name.clone());
+        Cow::Owned(names.map(|name| (name, trouble.clone())).collect())
+    }
+
+    /// Whether anything of the Pod runs.
+    fn is_up(&self) -> bool {
+        let serves = self.function.as_ref().is_some_and(|f| matches!(f.phase(), FunctionPhase::Serving(_)));
+        serves || self.observed.running().next().is_some()
+    }
+
+    /// Whether a status differs from the one sent by nothing but how busy a function is.
+    fn only_numbers(&self, status: &PodStatus) -> bool {
+        let Some(sent) = self.memory.sent.as_ref().filter(|_| self.function.is_some()) else { return false };
+        without_replicas(sent) == without_replicas(status)
+    }
+
+    /// When the numbers of a function may be written again.
+    pub(super) fn numbers_due(&self) -> Option<Instant> {
+        self.function.as_ref()?;
+        self.memory.sent_at.map(|at| at + NUMBERS)
+    }
+}

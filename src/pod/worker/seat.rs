@@ -1,0 +1,89 @@
+//! An environment of a function Pod, owned as a Pod is: the same steps, the same care, another place in the runtime.
+//!
+//! To the runtime an environment is a Pod by itself, with a UID of its own (see [`key`]); to the API server it does not
+//! exist. Its volumes and its cgroup are its replica's, its status goes to the pool, and nobody admits or deletes it but
+//! the pool.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::PodStatus;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::memory::Memory;
+use super::{Desired, LOOK_AGAIN, Past, Signal, Worker, spread};
+use crate::pod::Shared;
+use crate::pod::observed::Observed;
+use crate::pod::translate::Places;
+use crate::runtime::types::{ContainerConfig, PodRef, Resources, SandboxConfig};
+
+/// Where an environment is.
+pub(in crate::pod) struct Seat {
+    /// Its identity in the runtime.
+    pub(in crate::pod) reference: PodRef,
+    /// Its replica's cgroup, and the limits of that.
+    pub(in crate::pod) cgroup: String,
+    /// See `cgroup`.
+    pub(in crate::pod) resources: Resources,
+    /// Its replica's volumes.
+    pub(in crate::pod) volumes: BTreeMap<String, (PathBuf, bool)>,
+    /// Who wants to know how it is.
+    pub(in crate::pod) status: watch::Sender<Option<PodStatus>>,
+}
+
+impl Seat {
+    pub(super) fn place_sandbox(&self, config: &mut SandboxConfig) {
+        config.pod = self.reference.clone();
+        config.cgroup_parent.clone_from(&self.cgroup);
+        config.resources = self.resources.clone();
+    }
+
+    pub(super) fn place_container(&self, config: &mut ContainerConfig) {
+        config.pod = self.reference.clone();
+        config.cgroup_parent.clone_from(&self.cgroup);
+    }
+
+    pub(super) fn report(&self, status: &PodStatus) {
+        self.status.send_replace(Some(status.clone()));
+    }
+}
+
+impl Worker {
+    /// A worker for an environment; the Pod in `desired` is the one that [`crate::pod::crew`] derived.
+    pub(in crate::pod) fn of_environment(
+        shared: Arc<Shared>,
+        seat: Seat,
+        desired: watch::Receiver<Desired>,
+        signal: watch::Receiver<Signal>,
+        past: Past,
+    ) -> Self {
+        let pod = desired.borrow().pod.clone();
+        let places = Places { volumes: seat.volumes.clone(), ..Places::default() };
+        let relists = signal.borrow().relists;
+        Self {
+            reference: seat.reference.clone(),
+            memory: Memory { places: Some(places), ..Memory::new(&pod, Timestamp::now()) },
+            shared,
+            desired,
+            signal,
+            relists,
+            pod,
+            gone: false,
+            observed: Observed::default(),
+            look_at: Instant::now() + spread(LOOK_AGAIN),
+            past,
+            seat: Some(seat),
+            function: None,
+        }
+    }
+
+    /// A Normal event on the Pod, or on one of its containers. Those of environments would only repeat each other.
+    pub(super) fn tell(&self, container: Option<&str>, reason: &str, note: impl Into<String>) {
+        if self.seat.is_none() {
+            self.shared.events.normal(&self.pod, container, reason, note);
+        }
+    }
+}
