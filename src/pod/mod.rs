@@ -14,6 +14,7 @@ pub mod admission;
 pub mod backoff;
 pub mod directory;
 pub mod events;
+pub mod fakecloud;
 pub mod files;
 pub mod images;
 pub mod inputs;

@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Shared;
 use super::directory::HEARTBEAT;
+use super::fakecloud;
 use super::worker::{Desired, Signal, Worker};
 use crate::retry::{Delays, Retry};
 use crate::runtime::types::{PodRef, RuntimeEvent};
@@ -226,6 +227,7 @@ impl PodLoop {
         };
         // Nobody here reads it, and it is the larger half of many objects.
         pod.metadata.managed_fields = None;
+        fakecloud::adapt(&mut pod);
         let Some(uid) = pod.metadata.uid.clone() else { return };
         let pod = Arc::new(pod);
         match self.workers.get(&uid) {

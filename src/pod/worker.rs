@@ -182,7 +182,8 @@ impl Worker {
             self.memory.ended = Some(trouble);
             return;
         }
-        for omission in super::unsupported::omissions(spec) {
+        let idle = super::fakecloud::idle_switches(&self.pod);
+        for omission in super::unsupported::omissions(spec).into_iter().chain(idle) {
             self.shared.events.warning(&self.pod, None, super::unsupported::REASON, omission);
         }
     }
