@@ -228,28 +228,21 @@ proc_kill() {
 
 proc_gone() { ! proc_alive "$@"; }
 
-# proc_ready DIR NAME SECONDS CMD...: wait until CMD succeeds, and give up at
-# once, with the end of its log, when the process has ended.
+ready_or_gone() { # DIR NAME CMD...
+  "${@:3}" || proc_gone "$1" "$2"
+}
+
+# proc_ready DIR NAME SECONDS CMD...: wait until CMD succeeds; not when the
+# process has ended. Why it does not become ready is read in the end of its log.
 proc_ready() {
-  local dir=$1 name=$2 limit=$3 start=$SECONDS beat=5
+  local dir=$1 name=$2 limit=$3
   shift 3
-  until "$@" >/dev/null 2>&1; do
-    if ! proc_alive "$dir" "$name"; then
-      say "error: $name ended while starting"
-      show_tail "$dir/$name.log" 30
-      return 1
-    fi
-    if [ $((SECONDS - start)) -ge "$limit" ]; then
-      say "error: $name is not ready after $limit s"
-      show_tail "$dir/$name.log" 30
-      return 1
-    fi
-    if [ $((SECONDS - start)) -ge "$beat" ]; then
-      beat=$((SECONDS - start + 5))
-      say "  waiting for $name: $((SECONDS - start)) s of $limit s"
-    fi
-    sleep 0.1
-  done
+  if wait_for "$limit" "$name to be ready" ready_or_gone "$dir" "$name" "$@"; then
+    proc_gone "$dir" "$name" || return 0
+    say "error: $name ended while starting"
+  fi
+  show_tail "$dir/$name.log" 30
+  return 1
 }
 
 # shellcheck source=hack/lib/docker.sh

@@ -95,6 +95,7 @@ pub async fn examine(settings: &Settings, kubeconfig: Option<&Path>) -> Report {
     let mut findings = host::rights();
     findings.push(host::root_dir(&settings.pods.root_dir));
     findings.push(host::port(&settings.serving).await);
+    findings.push(host::client_ca(settings.serving.client_ca_file.as_deref()));
     findings.extend(host::network().await);
     match settings.runtime.kind {
         RuntimeKind::Docker => findings.extend(docker::examine(&settings.runtime.docker_endpoint).await),
@@ -102,6 +103,7 @@ pub async fn examine(settings: &Settings, kubeconfig: Option<&Path>) -> Report {
             findings.push(Finding::warn("runtime", "fake: Pods are remembered, not run", "for tests only"));
         }
     }
+    findings.push(host::cluster_dns(&settings.pods.cluster_dns));
     findings.extend(cluster::examine(&settings.node.name, kubeconfig).await);
     Report { findings }
 }

@@ -4,8 +4,14 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const DOCUMENTS: [&str; 5] =
-    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/metrics.md", "manifests/fakecloud/README.md"];
+const DOCUMENTS: [&str; 6] = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/fakecloud.md",
+    "docs/metrics.md",
+    "manifests/fakecloud/README.md",
+];
 /// Metrics that a collector makes at each scrape.
 const COLLECTED: [&str; 4] =
     ["process_cpu_seconds", "process_resident_memory_bytes", "process_open_fds", "process_start_time_seconds"];

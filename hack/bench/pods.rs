@@ -4,20 +4,28 @@
 //! `cargo run --release --example bench-pods -- --node NAME --image IMAGE` prints one JSON object; `hack/bench/run`
 //! runs it against lambdalet and its peer and makes a table.
 
+#[path = "changes.rs"]
+mod changes;
+#[path = "memory.rs"]
+mod memory;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Parser;
 use futures::StreamExt as _;
 use futures::future::try_join_all;
-use futures::stream::BoxStream;
-use k8s_openapi::api::core::v1::{Namespace, Pod};
-use kube::api::{Api, DeleteParams, ListParams, PostParams, WatchEvent, WatchParams};
+use k8s_openapi::api::core::v1::{Namespace, Pod, ServiceAccount};
+use kube::api::{Api, DeleteParams, PostParams, WatchParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use serde_json::{Value, json};
+
+use changes::{Change, Changes};
+use memory::Group;
 
 /// Longest time any one wait may take.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -33,27 +41,48 @@ struct Args {
     /// A small image that is present on the node and ends on SIGTERM
     #[arg(long, default_value = "lambdalet.test/pause:1")]
     image: String,
-    /// Pods started one after the other
+    /// Pods started one after the other, each when the one before is gone
     #[arg(long, default_value_t = 15)]
     single: usize,
     /// Sizes of the bursts of Pods created at once
     #[arg(long, value_delimiter = ',', default_value = "10,30")]
     bursts: Vec<usize>,
+    /// Pods created back to back, each when the creation of the one before is answered; 0 leaves it out
+    #[arg(long, default_value_t = 0)]
+    back_to_back: usize,
     /// Pods kept for the idle measurement; 0 leaves it out
     #[arg(long, default_value_t = 50)]
     idle: usize,
     /// Seconds of idleness measured
     #[arg(long, default_value_t = 30)]
     idle_seconds: u64,
-    /// Processes measured while idle, as NAME=PID
+    /// A process measured while idle, as NAME=PID
     #[arg(long)]
     process: Vec<String>,
+    /// Text in the command line of the runtime's shims, which are measured while idle with what they started; those
+    /// that were there before are left out
+    #[arg(long)]
+    shims: Option<String>,
+}
+
+/// How the Pods of a round are created.
+#[derive(Clone, Copy)]
+enum Pace {
+    AtOnce,
+    BackToBack,
+}
+
+/// Seconds of each Pod of a round, and of the round as a whole.
+struct Round {
+    starts: Vec<f64>,
+    start_wall: f64,
+    ends: Vec<f64>,
 }
 
 struct Bench {
     pods: Api<Pod>,
     args: Args,
-    watch: BoxStream<'static, kube::Result<WatchEvent<Pod>>>,
+    changes: Changes,
     number: usize,
 }
 
@@ -78,7 +107,7 @@ async fn main() -> anyhow::Result<()> {
 
 /// Pods are refused until their namespace has its default ServiceAccount.
 async fn wait_for_service_account(client: &Client, namespace: &str) -> anyhow::Result<()> {
-    let accounts: Api<k8s_openapi::api::core::v1::ServiceAccount> = Api::namespaced(client.clone(), namespace);
+    let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), namespace);
     let mut changes = accounts.watch(&WatchParams::default().fields("metadata.name=default"), "0").await?.boxed();
     let seen = tokio::time::timeout(PATIENCE, changes.next()).await;
     seen.context("the namespace got no default ServiceAccount")?.context("the watch ended")??;
@@ -86,131 +115,157 @@ async fn wait_for_service_account(client: &Client, namespace: &str) -> anyhow::R
 }
 
 async fn measure(pods: Api<Pod>, args: Args) -> anyhow::Result<Value> {
-    let version = pods.list(&ListParams::default()).await?.metadata.resource_version.unwrap_or_default();
-    let watch = pods.watch(&WatchParams::default(), &version).await?.boxed();
-    let mut bench = Bench { pods, args, watch, number: 0 };
-    // The first Pod pays for connections and caches.
-    bench.round(2).await?;
+    let changes = Changes::of(pods.clone());
+    let mut bench = Bench { pods, args, changes, number: 0 };
+    // The first Pods pay for connections and caches.
+    bench.round(2, Pace::AtOnce).await?;
     let mut starts = Vec::new();
     let mut ends = Vec::new();
     for _ in 0..bench.args.single {
-        let round = bench.round(1).await?;
+        let round = bench.round(1, Pace::AtOnce).await?;
         starts.extend(round.starts);
         ends.extend(round.ends);
     }
     let mut bursts = Vec::new();
     for size in bench.args.bursts.clone() {
-        let round = bench.round(size).await?;
-        bursts.push(json!({
-            "pods": size, "start_p50": median(round.starts.clone()), "start_wall": longest(&round.starts),
-            "delete_p50": median(round.ends.clone()), "delete_wall": longest(&round.ends),
-        }));
+        bursts.push(bench.round(size, Pace::AtOnce).await?.summary(size, "at once"));
+    }
+    if bench.args.back_to_back > 0 {
+        let size = bench.args.back_to_back;
+        bursts.push(bench.round(size, Pace::BackToBack).await?.summary(size, "back to back"));
     }
     let idle = if bench.args.idle > 0 { bench.idle().await? } else { Value::Null };
     Ok(json!({
         "node": bench.args.node, "start_p50": median(starts.clone()), "start_max": longest(&starts),
-        "delete_p50": median(ends), "bursts": bursts, "idle": idle,
+        "delete_p50": median(ends), "bursts": bursts, "idle": idle, "watch_troubles": bench.changes.troubles(),
     }))
 }
 
-/// Seconds of each Pod of a round.
-struct Round {
-    starts: Vec<f64>,
-    ends: Vec<f64>,
+impl Round {
+    fn summary(self, size: usize, pace: &str) -> Value {
+        json!({
+            "pods": size, "pace": pace, "start_p50": median(self.starts), "start_wall": self.start_wall,
+            "delete_p50": median(self.ends.clone()), "delete_wall": longest(&self.ends),
+        })
+    }
 }
 
 impl Bench {
-    /// Creates so many Pods at once, waits until all run, deletes them at once, waits until all are gone.
-    async fn round(&mut self, size: usize) -> anyhow::Result<Round> {
-        let created = self.create(size).await?;
-        let starts = self.await_all(&created, |event| match event {
-            WatchEvent::Modified(pod) | WatchEvent::Added(pod) if all_run(pod) => pod.metadata.name.clone(),
-            _ => None,
-        });
-        let starts = starts.await?;
-        let ends = self.delete(&created).await?;
-        Ok(Round { starts, ends })
+    /// Creates so many Pods, waits until all run, deletes them at once, waits until all are gone.
+    async fn round(&mut self, size: usize, pace: Pace) -> anyhow::Result<Round> {
+        let begun = Instant::now();
+        let (names, starts) = self.start(size, pace).await?;
+        let start_wall = begun.elapsed().as_secs_f64();
+        let ends = self.delete(&names).await?;
+        Ok(Round { starts, start_wall, ends })
     }
 
-    async fn create(&mut self, size: usize) -> anyhow::Result<HashMap<String, Instant>> {
+    /// Creates so many Pods and waits until all run: their names, and the seconds each took.
+    async fn start(&mut self, size: usize, pace: Pace) -> anyhow::Result<(Vec<String>, Vec<f64>)> {
         let names: Vec<String> = (0..size).map(|i| format!("p{}", self.number + i)).collect();
         self.number += size;
-        let begun = names.iter().map(|name| (name.clone(), Instant::now())).collect();
-        let made = names.iter().map(|name| self.create_one(name));
-        try_join_all(made).await?;
-        Ok(begun)
-    }
-
-    async fn create_one(&self, name: &str) -> anyhow::Result<()> {
-        let pod = json!({
-            "metadata": { "name": name },
-            "spec": {
-                "nodeSelector": { "kubernetes.io/hostname": self.args.node },
-                "tolerations": [{ "operator": "Exists" }],
-                "containers": [{ "name": "c", "image": self.args.image, "imagePullPolicy": "IfNotPresent" }],
-            },
-        });
-        self.pods.create(&PostParams::default(), &serde_json::from_value(pod)?).await?;
-        Ok(())
-    }
-
-    async fn delete(&mut self, pods: &HashMap<String, Instant>) -> anyhow::Result<Vec<f64>> {
-        let begun: HashMap<String, Instant> = pods.keys().map(|name| (name.clone(), Instant::now())).collect();
-        let api = self.pods.clone();
-        let params = DeleteParams::default();
-        try_join_all(begun.keys().map(|name| api.delete(name, &params))).await?;
-        self.await_all(&begun, |event| match event {
-            WatchEvent::Deleted(pod) => pod.metadata.name.clone(),
-            _ => None,
-        })
-        .await
-    }
-
-    /// Seconds from each Pod's begin until the watch delivered what `select` names it for.
-    async fn await_all(
-        &mut self,
-        begun: &HashMap<String, Instant>,
-        select: impl Fn(&WatchEvent<Pod>) -> Option<String>,
-    ) -> anyhow::Result<Vec<f64>> {
-        let mut seen: HashMap<String, f64> = HashMap::new();
-        let deadline = tokio::time::Instant::now() + PATIENCE;
-        while seen.len() < begun.len() {
-            let next = tokio::time::timeout_at(deadline, self.watch.next()).await;
-            let missing = || format!("{} of {} Pods are missing", begun.len() - seen.len(), begun.len());
-            let event = next.with_context(missing)?.context("the watch ended")??;
-            if let Some(name) = select(&event)
-                && let Some(begin) = begun.get(&name)
-            {
-                seen.entry(name).or_insert_with(|| begin.elapsed().as_secs_f64());
+        let begun = Mutex::default();
+        let (pods, args) = (&self.pods, &self.args);
+        let create = async {
+            match pace {
+                Pace::AtOnce => {
+                    try_join_all(names.iter().map(|name| create(pods, args, name, &begun))).await?;
+                }
+                Pace::BackToBack => {
+                    for name in &names {
+                        create(pods, args, name, &begun).await?;
+                    }
+                }
             }
-        }
-        Ok(seen.into_values().collect())
+            anyhow::Ok(())
+        };
+        let started = await_all(&mut self.changes, size, &begun, |change| match change {
+            Change::Seen(pod) if all_run(&pod) => pod.metadata.name.clone(),
+            _ => None,
+        });
+        let ((), seconds) = tokio::try_join!(create, started)?;
+        Ok((names, seconds))
     }
 
-    /// Memory and CPU of the named processes while so many Pods run and nothing happens.
+    async fn delete(&mut self, names: &[String]) -> anyhow::Result<Vec<f64>> {
+        let begun = Mutex::new(names.iter().map(|name| (name.clone(), Instant::now())).collect());
+        let (api, params) = (self.pods.clone(), DeleteParams::default());
+        let delete = async { Ok(try_join_all(names.iter().map(|name| api.delete(name, &params))).await?) };
+        let gone = await_all(&mut self.changes, names.len(), &begun, |change| match change {
+            Change::Gone(name) => Some(name),
+            Change::Seen(_) => None,
+        });
+        let (_, seconds): (Vec<_>, _) = tokio::try_join!(delete, gone)?;
+        Ok(seconds)
+    }
+
+    /// Memory and CPU of the named processes, and of the shims, while so many Pods run and nothing happens.
     async fn idle(&mut self) -> anyhow::Result<Value> {
-        let created = self.create(self.args.idle).await?;
-        self.await_all(&created, |event| match event {
-            WatchEvent::Modified(pod) | WatchEvent::Added(pod) if all_run(pod) => pod.metadata.name.clone(),
-            _ => None,
-        })
-        .await?;
+        let earlier = self.args.shims.as_deref().map(memory::processes_with).unwrap_or_default();
+        let (names, _) = self.start(self.args.idle, Pace::AtOnce).await?;
         // Let what the start has left behind settle before the measurement begins.
         tokio::time::sleep(Duration::from_secs(10)).await;
-        let before: Vec<f64> = self.args.process.iter().map(|p| cpu_seconds(pid(p)?)).collect::<Result<_, _>>()?;
+        let mut groups = self.args.process.iter().map(|text| Group::named(text)).collect::<Result<Vec<_>, _>>()?;
+        if let Some(text) = &self.args.shims {
+            let shims: Vec<u32> =
+                memory::processes_with(text).into_iter().filter(|pid| !earlier.contains(pid)).collect();
+            groups.push(Group::new("processes in Pods", memory::children_of(&shims)));
+            groups.push(Group::new("shims", shims));
+        }
+        let before: Vec<f64> = groups.iter().map(Group::cpu_seconds).collect();
         let span = Duration::from_secs(self.args.idle_seconds);
         tokio::time::sleep(span).await;
-        let mut rows = Vec::new();
-        for (process, before) in self.args.process.iter().zip(before) {
-            let used = cpu_seconds(pid(process)?)? - before;
-            rows.push(json!({
-                "process": process.split('=').next(), "rss_mb": rss_mb(pid(process)?)?,
-                "cpu_percent": 100.0 * used / span.as_secs_f64(),
-            }));
-        }
-        self.delete(&created).await?;
+        let rows: Vec<Value> =
+            groups.iter().zip(before).map(|(group, before)| group.row(before, span)).collect::<Result<_, _>>()?;
+        self.delete(&names).await?;
         Ok(json!({ "pods": self.args.idle, "processes": rows }))
     }
+}
+
+/// Creates a Pod and notes when that began.
+async fn create(
+    pods: &Api<Pod>,
+    args: &Args,
+    name: &str,
+    begun: &Mutex<HashMap<String, Instant>>,
+) -> anyhow::Result<()> {
+    let pod = json!({
+        "metadata": { "name": name },
+        "spec": {
+            "nodeSelector": { "kubernetes.io/hostname": args.node },
+            "tolerations": [{ "operator": "Exists" }],
+            "containers": [{ "name": "c", "image": args.image, "imagePullPolicy": "IfNotPresent" }],
+        },
+    });
+    let pod = serde_json::from_value(pod)?;
+    locked(begun).insert(name.to_owned(), Instant::now());
+    pods.create(&PostParams::default(), &pod).await?;
+    Ok(())
+}
+
+/// Seconds from each Pod's begin until the watch delivered what `select` names it for.
+async fn await_all(
+    changes: &mut Changes,
+    size: usize,
+    begun: &Mutex<HashMap<String, Instant>>,
+    select: impl Fn(Change) -> Option<String>,
+) -> anyhow::Result<Vec<f64>> {
+    let mut seen: HashMap<String, f64> = HashMap::new();
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while seen.len() < size {
+        let next = tokio::time::timeout_at(deadline, changes.next()).await;
+        let change = next.with_context(|| format!("{} of {size} Pods are missing", size - seen.len()))?;
+        if let Some(name) = select(change)
+            && let Some(begin) = locked(begun).get(&name)
+        {
+            seen.entry(name).or_insert_with(|| begin.elapsed().as_secs_f64());
+        }
+    }
+    Ok(seen.into_values().collect())
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 fn all_run(pod: &Pod) -> bool {
@@ -229,23 +284,4 @@ fn median(mut seconds: Vec<f64>) -> f64 {
 
 fn longest(seconds: &[f64]) -> f64 {
     seconds.iter().copied().fold(0.0, f64::max)
-}
-
-fn pid(process: &str) -> anyhow::Result<u32> {
-    let Some((_, pid)) = process.split_once('=') else { bail!("--process {process}: expected NAME=PID") };
-    pid.parse().with_context(|| format!("--process {process}: expected NAME=PID"))
-}
-
-/// CPU time of a process so far (proc(5): fields 14 and 15 of stat, in hundredths of a second).
-fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).context("the process has ended")?;
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |index: usize| fields.get(index).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
-    Ok((ticks(11) + ticks(12)) / 100.0)
-}
-
-fn rss_mb(pid: u32) -> anyhow::Result<f64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).context("the process has ended")?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
 }

@@ -179,7 +179,7 @@ struct ServingArgs {
     /// Port it listens on [default: 10250]
     #[arg(long, value_name = "PORT")]
     port: Option<u16>,
-    /// CA bundle that client certificates are checked against
+    /// CA bundle that client certificates are checked against [default: none is believed: no kubectl logs]
     #[arg(long, value_name = "FILE")]
     client_ca_file: Option<PathBuf>,
     /// Certificate it shows [default: a self-signed one]
@@ -209,7 +209,7 @@ struct PodArgs {
     /// Where this node keeps volumes and what must survive its restart [default: /var/lib/lambdalet]
     #[arg(long, value_name = "DIR")]
     root_dir: Option<PathBuf>,
-    /// Name servers for Pods with dnsPolicy ClusterFirst
+    /// Name servers for Pods with dnsPolicy ClusterFirst [default: the host's, and an event that says so]
     #[arg(long, value_name = "IP", value_delimiter = ',')]
     cluster_dns: Vec<IpAddr>,
     /// The cluster's DNS zone [default: cluster.local]

@@ -1,6 +1,6 @@
 //! The host itself: rights, directories, ports, network tools.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
@@ -92,25 +92,54 @@ pub(super) async fn port(serving: &ServingSettings) -> Finding {
     }
 }
 
+/// Whether the API server's own client certificate can be checked.
+pub(super) fn client_ca(file: Option<&Path>) -> Finding {
+    let subject = "client CA";
+    let remedy =
+        "pass --client-ca-file FILE: the CA that signs the API server's client certificate (often the cluster's)";
+    let Some(file) = file else {
+        let found = "none was given: nobody's certificate is believed, so kubectl logs does not work";
+        return Finding::warn(subject, found, remedy);
+    };
+    match std::fs::read_to_string(file) {
+        Ok(text) if text.contains("BEGIN CERTIFICATE") => Finding::ok(subject, file.display().to_string()),
+        Ok(_) => Finding::fail(subject, format!("{} holds no certificate", file.display()), remedy),
+        Err(error) => Finding::fail(subject, format!("{} cannot be read: {error}", file.display()), remedy),
+    }
+}
+
+/// Whether Pods find the cluster's names.
+pub(super) fn cluster_dns(servers: &[IpAddr]) -> Finding {
+    if servers.is_empty() {
+        return Finding::warn(
+            "cluster DNS",
+            "none was given: Pods ask this host's name servers, which do not know Services",
+            "pass --cluster-dns ADDRESS (that of the kube-dns Service), if Services work on this host",
+        );
+    }
+    let list: Vec<String> = servers.iter().map(IpAddr::to_string).collect();
+    Finding::ok("cluster DNS", list.join(", "))
+}
+
 /// Bridge, forwarding and packet filter.
 pub(super) async fn network() -> Vec<Finding> {
     let mut findings = vec![bridge()];
     findings.push(match std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward") {
         Ok(text) if text.trim() == "1" => Finding::ok("forwarding", "net.ipv4.ip_forward is on"),
-        _ => Finding::warn(
+        Ok(_) => Finding::ok("forwarding", "net.ipv4.ip_forward is off; lambdalet run turns it on"),
+        Err(error) => Finding::fail(
             "forwarding",
-            "net.ipv4.ip_forward is off: Pods reach nobody outside this host",
-            "sysctl -w net.ipv4.ip_forward=1",
+            format!("net.ipv4.ip_forward cannot be read ({error}): Pods reach nobody outside this host"),
+            "mount /proc, and take a kernel with IPv4",
         ),
     });
-    let tools = [tool_version("iptables").await, tool_version("nft").await];
-    findings.push(match tools.into_iter().flatten().collect::<Vec<_>>() {
-        found if found.is_empty() => Finding::fail(
+    findings.push(match tool_version("iptables").await {
+        Some(version) => Finding::ok("packet filter", version),
+        None => Finding::fail(
             "packet filter",
-            "neither iptables nor nft is there: Pod traffic cannot be let through or masqueraded",
-            "install iptables or nftables",
+            "there is no iptables command: Pod traffic cannot be let through, refused or masqueraded",
+            "install iptables (its nf_tables variant will do)",
         ),
-        found => Finding::ok("packet filter", found.join(", ")),
     });
     findings
 }
@@ -155,6 +184,17 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         assert_eq!(root_dir(&directory.path().join("a/b")).level, Level::Ok);
         assert!(!directory.path().join("a").exists(), "check changes nothing");
+    }
+
+    #[test]
+    fn a_client_ca_is_missed_and_one_that_is_none_is_refused_by_name() {
+        assert_eq!(client_ca(None).level, Level::Warn);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let refused = client_ca(Some(file.path()));
+        assert!(refused.level == Level::Fail && refused.found.contains(&file.path().display().to_string()));
+        std::fs::write(file.path(), "-----BEGIN CERTIFICATE-----\n").unwrap();
+        assert_eq!(client_ca(Some(file.path())).level, Level::Ok);
+        assert_eq!(client_ca(Some(Path::new("/nowhere/ca.crt"))).level, Level::Fail);
     }
 
     #[tokio::test]

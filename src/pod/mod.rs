@@ -16,6 +16,7 @@ pub mod capacity;
 pub mod crew;
 pub mod directory;
 pub mod events;
+pub mod fakecloud;
 pub mod files;
 pub mod images;
 pub mod inputs;

@@ -79,6 +79,8 @@ struct Slot {
     pod: PodRef,
     waiting: Option<PodStatus>,
     sending: bool,
+    /// What fails is not sent again.
+    withdrawn: bool,
 }
 
 impl Publisher {
@@ -91,11 +93,26 @@ impl Publisher {
     /// Writes `status` soon, in place of any that waits.
     pub fn publish(&self, pod: &PodRef, status: PodStatus) {
         let mut slots = self.shared.lock();
-        let slot =
-            slots.entry(pod.uid.clone()).or_insert_with(|| Slot { pod: pod.clone(), waiting: None, sending: false });
+        let new = || Slot { pod: pod.clone(), waiting: None, sending: false, withdrawn: false };
+        let slot = slots.entry(pod.uid.clone()).or_insert_with(new);
         slot.waiting = Some(status);
+        slot.withdrawn = false;
         drop(slots);
         self.shared.work.notify_one();
+    }
+
+    /// Writes nothing more of this Pod than what is on its way: its object is being removed.
+    pub fn withdraw(&self, uid: &str) {
+        let mut slots = self.shared.lock();
+        if let Some(slot) = slots.get_mut(uid) {
+            slot.waiting = None;
+            slot.withdrawn = true;
+            if !slot.sending {
+                slots.remove(uid);
+            }
+        }
+        drop(slots);
+        self.shared.done.notify_waiters();
     }
 
     /// Returns once nothing waits for this Pod: all was written, or the Pod is gone.
@@ -190,6 +207,9 @@ impl Shared {
                 break;
             }
             tokio::time::sleep(wait).await;
+            if self.lock().get(&pod.uid).is_some_and(|slot| slot.withdrawn) {
+                break;
+            }
             wait = (wait * 2).min(MAX_WAIT);
             if let Some(newer) = self.lock().get_mut(&pod.uid).and_then(|slot| slot.waiting.take()) {
                 status = newer;

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::directory::HEARTBEAT;
 use super::worker::{Desired, Past, Signal, Worker};
-use super::{Shared, crew};
+use super::{Shared, crew, fakecloud};
 use crate::retry::{Delays, Retry};
 use crate::runtime::types::{PodRef, RuntimeEvent};
 use crate::telemetry::chain;
@@ -224,6 +224,7 @@ impl PodLoop {
         };
         // Nobody here reads it, and it is the larger half of many objects.
         pod.metadata.managed_fields = None;
+        fakecloud::adapt(&mut pod);
         let Some(uid) = pod.metadata.uid.clone() else { return };
         let pod = Arc::new(pod);
         match self.workers.get(&uid) {

@@ -230,7 +230,8 @@ impl Worker {
             return;
         }
         self.make_room(spec).await;
-        for omission in super::unsupported::omissions(spec) {
+        let idle = super::fakecloud::idle_switches(&self.pod);
+        for omission in super::unsupported::omissions(spec).into_iter().chain(idle) {
             self.shared.events.warning(&self.pod, None, super::unsupported::REASON, omission);
         }
     }

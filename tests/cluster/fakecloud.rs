@@ -1,5 +1,7 @@
 //! fakecloud, the real program in its Kubernetes mode, as a client whose Lambda functions are Pods of this node.
 
+mod switches;
+
 use std::ffi::{OsStr, OsString};
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
@@ -47,6 +49,11 @@ struct Fakecloud<'a> {
 
 /// Runs a test with a fakecloud whose Lambda Pods go to the shared node.
 fn with_fakecloud(test: impl AsyncFnOnce(&Case, &mut Fakecloud<'_>)) {
+    with_fakecloud_told(&[], test);
+}
+
+/// The same, with more in its environment.
+fn with_fakecloud_told(more: &[(&str, &str)], test: impl AsyncFnOnce(&Case, &mut Fakecloud<'_>)) {
     let Some(program) = std::env::var_os("LAMBDALET_TEST_FAKECLOUD") else {
         eprintln!("skipped: LAMBDALET_TEST_FAKECLOUD names no fakecloud; run hack/test");
         return;
@@ -54,7 +61,8 @@ fn with_fakecloud(test: impl AsyncFnOnce(&Case, &mut Fakecloud<'_>)) {
     on_shared_node(async |t| {
         grant(t).await;
         let selector = format!("lambdalet.dev/test={}", t.node.name);
-        let mut fakecloud = Fakecloud::start(t, &program, &[("FAKECLOUD_LAMBDA_K8S_NODE_SELECTOR", &selector)]).await;
+        let own = [("FAKECLOUD_LAMBDA_K8S_NODE_SELECTOR", selector.as_str())];
+        let mut fakecloud = Fakecloud::start(t, &program, &[&own, more].concat()).await;
         test(t, &mut fakecloud).await;
     });
 }
@@ -195,7 +203,7 @@ impl Drop for Fakecloud<'_> {
 /// An archive with these files.
 fn zip(directory: &Path, files: &[(&str, &str)]) -> Vec<u8> {
     let path = directory.join(format!("{:x}.zip", rand::random_range(0..0xffff_ffffu32)));
-    let script = "import json, sys, zipfile\nz = zipfile.ZipFile(sys.argv[1], 'w')\nfor n, t in json.loads(sys.argv[2]): z.writestr(n, t)\nz.close()";
+    let script = "import json, sys, zipfile\nz = zipfile.ZipFile(sys.argv[1], 'w')\nfor n, t in json.loads(sys.argv[2]):\n    i = zipfile.ZipInfo(n)\n    i.external_attr = 0o755 << 16\n    z.writestr(i, t)\nz.close()";
     let files = serde_json::to_string(files).unwrap();
     let status = Command::new("python3").args(["-c", script]).arg(&path).arg(files).status().unwrap();
     assert!(status.success());

@@ -278,6 +278,23 @@ fn a_clean_shutdown_leaves_pods_running_and_the_node_ready() {
 
 #[test]
 #[ignore = "needs cluster: run hack/test"]
+fn a_clean_shutdown_without_pods_leaves_no_cgroups() {
+    on_own_node("empty", Options::default(), async |t| {
+        t.run_pod("short", json!({"containers": [busybox("true")]})).await;
+        t.delete("short", Some(0)).await;
+        t.gone("short", SOON).await;
+        t.nothing_remains().await;
+        let pattern = format!("*lambdalet*{}*", t.node.owner().unwrap());
+        let cgroups = || output("find", &["/sys/fs/cgroup", "-type", "d", "-path", &pattern]);
+        assert_ne!(cgroups(), "", "there were none to leave behind");
+        let status = t.node.stop(Duration::from_secs(15)).await;
+        assert!(status.success(), "{status}");
+        assert_eq!(cgroups(), "");
+    });
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
 fn drain_on_exit_ends_pods_by_their_grace_and_leaves_nothing() {
     on_own_node("drains", Options::flags(&["--drain-on-exit"]), async |t| {
         t.pod("polite", json!({"restartPolicy": "Never", "containers": [busybox("trap 'sleep 1; exit 5' TERM; echo up; while true; do sleep 3600 & wait; done")]})).await;

@@ -92,6 +92,38 @@ async fn a_pod_recreated_under_the_same_name_never_gets_the_old_ones_status() {
     assert!(!foreign, "the old one's end was written to the new one");
 }
 
+/// Marks the object as a deletion by force does before it removes it.
+fn mark_as_removed(world: &World) {
+    world.api.edit("a", |pod| {
+        pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+        pod["metadata"]["deletionGracePeriodSeconds"] = json!(0);
+    });
+}
+
+#[tokio::test]
+async fn nothing_is_written_to_a_pod_that_the_api_server_is_removing() {
+    let world = World::new();
+    world.running(pod("a")).await;
+    let written = world.api.state().count("PATCH", "pods/a/status");
+    mark_as_removed(&world);
+    world.until_gone("a").await;
+    assert_eq!(world.api.state().count("PATCH", "pods/a/status"), written);
+}
+
+#[tokio::test]
+async fn what_waits_to_be_written_again_is_not_once_the_api_server_removes_the_pod() {
+    let world = World::new();
+    for _ in 0..100 {
+        world.api.fault_next("PATCH", "pods/a/status", Fault::Fail(500));
+    }
+    world.create(pod("a"));
+    until("a write has failed", || world.api.state().count("PATCH", "pods/a/status") > 0).await;
+    mark_as_removed(&world);
+    // The last words wait for what is still to be written.
+    world.until_gone("a").await;
+    assert!(world.api.state().faults_left() > 90, "it was written again and again");
+}
+
 #[tokio::test]
 async fn the_same_status_is_not_written_twice() {
     let world = World::new();

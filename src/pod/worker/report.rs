@@ -46,6 +46,9 @@ impl Worker {
 
     /// Tells the directory, and the API server if it is urgent. Returns what it was not told.
     pub(super) fn report(&mut self, status: PodStatus, urgent: bool) -> Option<PodStatus> {
+        if self.is_vanishing() {
+            self.shared.publisher.withdraw(&self.reference.uid);
+        }
         let reassert = self.memory.reassert_at.is_some_and(|at| at <= Instant::now());
         if self.memory.sent.as_ref() == Some(&status) && !reassert {
             return None;
@@ -74,8 +77,15 @@ impl Worker {
 
     /// Whether the API server is removing the object this very moment, as it does after a deletion by force.
     ///
-    /// Nobody would read a status written now. Worse, the API server answers a write to such an object by deleting what
-    /// stands under its name, UID or not, and by then that may be a Pod made anew.
+    /// Nobody would read a status written now, and it could cost another Pod its life. A deletion with grace 0 takes two
+    /// writes: the object is marked, then removed. Whatever updates it in between makes the API server remove it there
+    /// and then (`ShouldDeleteDuringUpdate`, `deleteWithoutFinalizers` in apiserver's `registry/store.go`, read at 1.36),
+    /// by its name alone: the UID in a PATCH is compared with the marked object and is no precondition of that removal
+    /// (`Preconditions` in `registry/rest/update.go` knows that of a PUT only). If the first deletion gets there before
+    /// and the Pod is made anew, the new one is removed.
+    ///
+    /// A PATCH that is under way when the mark is set can still meet that moment, as a kubelet's can: only a resource
+    /// version would exclude it, and with that every status would be refused that follows a change not yet seen.
     fn is_vanishing(&self) -> bool {
         let meta = &self.pod.metadata;
         meta.deletion_grace_period_seconds == Some(0) && meta.finalizers.as_ref().is_none_or(Vec::is_empty)
