@@ -156,23 +156,17 @@ impl Ledger {
             if lacking == Size::default() {
                 return recalls;
             }
-            let mut helpful: Vec<_> =
-                self.candidates().filter(|(_, pool, replica)| self.helps(pool, *replica, lacking)).collect();
-            helpful.sort();
-            let Some((_, pool, replica)) = helpful.into_iter().next() else { return recalls };
-            let (pool, replica) = (pool.clone(), replica);
+            let loans =
+                self.loans.iter().flat_map(|(pool, loans)| loans.iter().map(move |(id, loan)| (pool, *id, loan)));
+            let helpful = loans.filter(|(pool, _, loan)| !loan.recalled && self.helps(pool, loan.size, lacking));
+            let first = helpful.min_by_key(|(_, id, loan)| (loan.idle_since.is_none(), loan.idle_since, Reverse(*id)));
+            let Some((pool, replica, _)) = first else { return recalls };
+            let pool = pool.clone();
             if let Some(loan) = self.loans.get_mut(&pool).and_then(|loans| loans.get_mut(&replica)) {
                 loan.recalled = true;
             }
             recalls.push(Recall { pool, replica });
         }
-    }
-
-    #[allow(clippy::type_complexity)]
-    fn candidates(&self) -> impl Iterator<Item = ((bool, Option<Instant>, Reverse<ReplicaId>), &Uid, ReplicaId)> {
-        let loans = self.loans.iter().flat_map(|(pool, loans)| loans.iter().map(move |(id, loan)| (pool, *id, loan)));
-        let left = loans.filter(|(_, _, loan)| !loan.recalled);
-        left.map(|(pool, id, loan)| ((loan.idle_since.is_none(), loan.idle_since, Reverse(id)), pool, id))
     }
 
     /// What would be lacking still if all that is recalled were gone.
@@ -182,12 +176,11 @@ impl Ledger {
         excess(requested.chain(left).fold(Size::default(), sum), self.allocatable)
     }
 
-    /// Whether a pool's use of what is lacking falls by giving a replica back.
-    fn helps(&self, pool: &str, replica: ReplicaId, lacking: Size) -> bool {
-        let Some(loan) = self.loans.get(pool).and_then(|loans| loans.get(&replica)) else { return false };
+    /// Whether a pool borrows less of what is lacking when it gives back a replica of this size.
+    fn helps(&self, pool: &str, size: Size, lacking: Size) -> bool {
         let borrowed = self.borrowed_of(pool, |loan| !loan.recalled);
-        let cpu = lacking.cpu_millis > 0 && borrowed.cpu_millis > 0 && loan.size.cpu_millis > 0;
-        cpu || (lacking.memory_bytes > 0 && borrowed.memory_bytes > 0 && loan.size.memory_bytes > 0)
+        let cpu = lacking.cpu_millis > 0 && borrowed.cpu_millis > 0 && size.cpu_millis > 0;
+        cpu || (lacking.memory_bytes > 0 && borrowed.memory_bytes > 0 && size.memory_bytes > 0)
     }
 }
 
@@ -205,3 +198,6 @@ fn excess(a: Size, b: Size) -> Size {
         memory_bytes: a.memory_bytes.saturating_sub(b.memory_bytes),
     }
 }
+
+#[cfg(test)]
+mod tests;

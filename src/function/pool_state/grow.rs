@@ -9,7 +9,12 @@ use super::{Action, EnvironmentId, Pool, ReplicaId};
 impl Pool {
     /// Starts what waiting calls, visitors, replacements and the minimum lack.
     pub(super) fn grow(&mut self, now: Instant, actions: &mut Vec<Action>) {
-        while self.lacks() && (self.thaw(actions) || self.start_environment(now, actions)) {}
+        if self.drain.is_some() {
+            // What was lost is replaced for those to come, and nobody will.
+            self.owed = 0;
+        }
+        while self.calls_lack() && (self.thaw(actions) || self.start_environment(now, actions)) {}
+        while self.losses_lack() && self.start_environment(now, actions) {}
         while self.kept() < self.minimum() && self.start_replica(now, actions) {}
         if self.kept() <= self.minimum() {
             let empty = |(_, replica): &(&ReplicaId, &Replica)| replica.phase == Phase::Ready && replica.is_empty();
@@ -18,24 +23,36 @@ impl Pool {
                 self.start_environment_in(id, now, actions);
             });
         }
-        if !self.lacks() || self.backoff.holds(now).is_some() {
+        if !self.losses_lack() || self.backoff.holds(now).is_some() {
             self.owed = 0;
         }
     }
 
-    /// Whether fewer environments are coming than are waited for.
-    fn lacks(&self) -> bool {
+    /// Whether fewer environments are coming than calls and visitors wait for.
+    fn calls_lack(&self) -> bool {
         let calls = self.waiting.len().div_ceil(self.settings.calls.max(1) as usize);
         let visitors = usize::from(self.visits.values().any(|visit| visit.environment.is_none()));
-        let coming: usize = self.replicas.values().map(Replica::coming).sum();
-        calls.max(visitors).max(self.owed) > coming
+        calls.max(visitors) > self.coming()
+    }
+
+    /// Whether fewer environments are coming, or there to spare, than were lost.
+    fn losses_lack(&self) -> bool {
+        let spare = |replica: &Replica| {
+            let quiet = replica.environments.values().filter(|e| e.is_idle() || e.state == State::Frozen);
+            if replica.is_kept() { quiet.count() } else { 0 }
+        };
+        self.owed > 0 && self.owed > self.coming() + self.replicas.values().map(spare).sum::<usize>()
+    }
+
+    fn coming(&self) -> usize {
+        self.replicas.values().map(Replica::coming).sum()
     }
 
     /// Whether anything is wanted that a back-off or a want of capacity may be holding up.
     pub(super) fn wants_start(&self) -> bool {
         let below = self.kept() < self.minimum();
         let empty = || self.replicas.values().any(|replica| replica.phase == Phase::Ready && replica.is_empty());
-        below || self.lacks() || (self.kept() <= self.minimum() && empty())
+        below || self.calls_lack() || self.losses_lack() || (self.kept() <= self.minimum() && empty())
     }
 
     /// No-ops are for environments that no call waits for.

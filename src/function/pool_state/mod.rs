@@ -219,7 +219,8 @@ impl Pool {
         if replica.is_kept() {
             self.owed += replica.environments.values().filter(|e| !e.calls.is_empty()).count();
         }
-        let started = replica.environments.values().map(|e| e.started).fold(replica.started, Instant::max);
+        let tried = replica.environments.values().filter(|e| e.state != State::Cold).map(|e| e.started);
+        let started = tried.fold(replica.started, Instant::max);
         let environments = std::mem::take(&mut replica.environments);
         environments.values().for_each(|e| self.fail_calls(&e.calls, &exit, actions));
         self.stop(id, Why::Failed, actions);
