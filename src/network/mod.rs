@@ -16,6 +16,7 @@
 
 pub mod bridge;
 mod firewall;
+pub mod inside;
 pub mod ipam;
 mod netlink;
 mod routes;

@@ -106,6 +106,14 @@ impl SandboxRuntime for Late {
         self.get().await?.port_forward(id, port).await
     }
 
+    async fn pause_container(&self, id: &ContainerId) -> Result<()> {
+        self.get().await?.pause_container(id).await
+    }
+
+    async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
+        self.get().await?.unpause_container(id).await
+    }
+
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {
         self.get().await?.events().await
     }

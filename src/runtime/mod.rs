@@ -135,6 +135,23 @@ pub trait SandboxRuntime: Send + Sync + 'static {
         Err(unsupported("port-forward", id))
     }
 
+    /// Freezes a running container: its processes get no time until they are thawed, and keep their memory and
+    /// connections. Freezing a frozen one is Ok; its state stays running, and it can be stopped and removed as it is.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for an unknown container, [`Kind::Invalid`] for one that does not run.
+    async fn pause_container(&self, id: &ContainerId) -> Result<()> {
+        Err(unsupported("pause", id))
+    }
+
+    /// Thaws a frozen container. Thawing one that is not frozen is Ok.
+    ///
+    /// # Errors
+    /// As [`pause_container`](Self::pause_container).
+    async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
+        Err(unsupported("unpause", id))
+    }
+
     /// What happens from now on to objects of this owner. The stream ends when the engine goes away; the caller
     /// subscribes again and lists, since what happened in between is not told.
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>>;

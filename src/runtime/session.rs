@@ -71,12 +71,15 @@ pub trait Terminal: Send + Sync {
 }
 
 /// Streams of one process. Dropping a session of `exec` before its `exit` was ready ends the process: a client that
-/// goes away leaves nothing running. Dropping one of `attach` leaves the process as it is.
+/// goes away leaves nothing running, within a second (taken apart, it is the `exit` whose drop does so). What left the
+/// process' session on purpose (`setsid`) is spared, as by a terminal that goes away. Dropping a session of `attach`
+/// leaves the process as it is.
 pub struct Session {
-    /// Its standard input where that was asked for; shutting it down is end of file. An error means that the process
-    /// no longer reads.
+    /// Its standard input where that was asked for; shutting it down is end of file (Control-D at a terminal), except to
+    /// a container that keeps its input for the next client. An error means that the process no longer reads.
     pub stdin: Option<Pin<Box<dyn AsyncWrite + Send>>>,
-    /// What it writes; ends when the process has closed its streams.
+    /// What it writes; ends when the process has closed its streams, and soon after the process has ended even if
+    /// something it left in the background still holds them.
     pub output: BoxStream<'static, Result<Output>>,
     /// Its terminal.
     pub terminal: Box<dyn Terminal>,

@@ -40,7 +40,8 @@ fn is_question(verb: Verb) -> bool {
         Version | Ready | PodSandboxStatus | ListPodSandboxes | ListContainers | ContainerStatus | ImageStatus
         | ListImages | Events => true,
         RunPodSandbox | StopPodSandbox | RemovePodSandbox | CreateContainer | StartContainer | StopContainer
-        | RemoveContainer | Logs | Exec | Attach | PortForward | PullImage | RemoveImage => false,
+        | RemoveContainer | Logs | Exec | Attach | PortForward | PauseContainer | UnpauseContainer | PullImage
+        | RemoveImage => false,
     }
 }
 
@@ -236,6 +237,14 @@ impl<R: SandboxRuntime> SandboxRuntime for Traced<R> {
         self.observe(Verb::PortForward, format!("{id}:{port}"), self.inner.port_forward(id, port)).await
     }
 
+    async fn pause_container(&self, id: &ContainerId) -> Result<()> {
+        self.observe(Verb::PauseContainer, id, self.inner.pause_container(id)).await
+    }
+
+    async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
+        self.observe(Verb::UnpauseContainer, id, self.inner.unpause_container(id)).await
+    }
+
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {
         self.observe(Verb::Events, "", self.inner.events()).await
     }
@@ -329,6 +338,14 @@ impl<R: SandboxRuntime + ?Sized> SandboxRuntime for Arc<R> {
 
     async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Pin<Box<dyn Duplex>>> {
         (**self).port_forward(id, port).await
+    }
+
+    async fn pause_container(&self, id: &ContainerId) -> Result<()> {
+        (**self).pause_container(id).await
+    }
+
+    async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
+        (**self).unpause_container(id).await
     }
 
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {

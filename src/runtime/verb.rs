@@ -42,6 +42,8 @@ verbs! {
     Exec => "exec",
     Attach => "attach",
     PortForward => "port_forward",
+    PauseContainer => "pause_container",
+    UnpauseContainer => "unpause_container",
     Events => "events",
     PullImage => "pull_image",
     ImageStatus => "image_status",

@@ -21,7 +21,7 @@ fn told_as(verb: Verb) -> Option<Option<&'static str>> {
         Verb::StopPodSandbox | Verb::PodSandboxStatus | Verb::ListPodSandboxes | Verb::RemoveContainer => Some(None),
         Verb::ListContainers | Verb::ContainerStatus | Verb::Logs | Verb::Events => Some(None),
         Verb::Version | Verb::Ready | Verb::ListImages | Verb::RemoveImage => None,
-        Verb::Exec | Verb::Attach | Verb::PortForward => None,
+        Verb::Exec | Verb::Attach | Verb::PortForward | Verb::PauseContainer | Verb::UnpauseContainer => None,
     }
 }
 

@@ -1,8 +1,10 @@
 //! One driver under test, what its containers can be told to do, and the cleaning up.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -18,11 +20,12 @@ use lambdalet::runtime::types::{
     MountPropagation, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxId, SandboxNetwork, Security,
 };
 use tempfile::TempDir;
+use tokio::net::TcpListener;
 
 /// Distinguishes the benches of one process.
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 /// Longer than anything but a stuck driver takes on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 const BUSYBOX: &str = "/bin/busybox";
 const APPLETS: [&str; 8] = ["sh", "sleep", "cat", "hostname", "id", "head", "tail", "ls"];
 
@@ -120,7 +123,7 @@ impl Bench {
         left
     }
 
-    fn is_fake(&self) -> bool {
+    pub(crate) fn is_fake(&self) -> bool {
         self.docker.is_none()
     }
 
@@ -171,6 +174,49 @@ impl Bench {
         }
     }
 
+    /// The sandbox of a Pod in which something sends back what comes to a port of 127.0.0.1.
+    pub(crate) async fn echoes(&self, pod: &str, port: u16) -> SandboxId {
+        let sandbox = self.sandbox(pod).await;
+        if self.is_fake() {
+            let config = self.container_config(pod, "echo", vec!["listen".into(), port.to_string()]);
+            let id = self.runtime.create_container(&sandbox, &config).await.unwrap();
+            self.runtime.start_container(&id).await.unwrap();
+            // It listens once its program has come so far.
+            while self.runtime.port_forward(&sandbox, port).await.is_err() {
+                tokio::task::yield_now().await;
+            }
+            return sandbox;
+        }
+        let pid = self.runtime.pod_sandbox_status(&sandbox).await.unwrap().pid.unwrap();
+        self.listen(pid, SocketAddr::from(([127, 0, 0, 1], port)));
+        sandbox
+    }
+
+    /// Listens in the network namespace of a process, and sends back what comes, until the test ends.
+    // The tasks end with the test, as its runtime does.
+    #[allow(clippy::disallowed_methods)]
+    pub(crate) fn listen(&self, pid: i32, address: SocketAddr) {
+        // No cable was plugged in, and that is what sets loopback up.
+        let up = ["-t", &pid.to_string(), "-n", "ip", "link", "set", "lo", "up"].map(str::to_owned);
+        assert!(Command::new("nsenter").args(up).status().unwrap().success());
+        let enter = move || {
+            let namespace = std::fs::File::open(format!("/proc/{pid}/ns/net")).unwrap();
+            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            std::net::TcpListener::bind(address).unwrap()
+        };
+        let listener = std::thread::spawn(enter).join().unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let listener = TcpListener::from_std(listener).unwrap();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let (mut reader, mut writer) = stream.split();
+                    let _ = tokio::io::copy(&mut reader, &mut writer).await;
+                });
+            }
+        });
+    }
+
     /// A container of Pod "p" that has been started.
     pub(crate) async fn started(&self, name: &str, command: Vec<String>) -> ContainerId {
         let sandbox = self.sandbox("p").await;
@@ -215,7 +261,8 @@ impl Bench {
         tokio::time::timeout(PATIENCE, stream.try_collect()).await.expect("the log ends").unwrap()
     }
 
-    fn says(&self, fake: &str, shell: &str) -> Vec<String> {
+    /// A command in the fake's words (by `|`), or as a shell script.
+    pub(crate) fn says(&self, fake: &str, shell: &str) -> Vec<String> {
         if self.is_fake() {
             fake.split('|').map(str::to_owned).collect()
         } else {

@@ -10,10 +10,12 @@ mod bench;
 mod containers;
 mod docker_only;
 mod events;
+mod execs;
 mod images;
 mod logs;
 mod registry;
 mod sandboxes;
+mod streams;
 
 /// Runs each case against both drivers, cleans up after it, and checks that nothing is left.
 macro_rules! contract {
@@ -74,6 +76,27 @@ contract! {
         following_from_a_tail_misses_nothing
         a_container_that_never_started_has_an_empty_log
         an_unknown_container_has_no_log;
+    streams:
+        an_exec_tells_both_streams_apart_and_its_code
+        what_is_written_to_an_exec_comes_back_to_the_last_byte
+        an_exec_delivers_only_what_was_asked_for
+        an_exec_without_stdin_reads_its_end
+        what_cannot_be_executed_is_invalid_and_says_why
+        streams_need_a_container_that_runs
+        a_terminal_has_the_size_it_was_given
+        the_end_of_input_reaches_a_process_at_a_terminal
+        an_exit_code_does_not_wait_for_its_output_to_be_read
+        a_process_may_run_on_after_it_closed_its_streams
+        a_removed_container_ends_its_execs
+        many_execs_run_at_once
+        an_attached_client_speaks_with_the_process
+        standard_input_stays_open_for_the_next_client
+        a_client_attached_without_input_only_listens
+        a_port_is_reached_and_each_direction_is_closed_by_itself
+        hundreds_of_connections_can_be_open_at_once
+        a_port_where_nothing_listens_is_invalid_and_says_so
+        a_paused_container_waits_until_it_is_thawed
+        a_paused_container_can_be_stopped_and_removed;
     events:
         what_happens_to_a_container_is_told
         an_owner_is_told_of_its_own_objects_only;
@@ -86,30 +109,48 @@ contract! {
 
 /// Cases that only a real engine can answer.
 macro_rules! on_docker {
-    ($($case:ident)*) => {
+    ($($room:ident: $($case:ident)*;)*) => {
         mod docker_itself {
-            $(#[tokio::test]
+            $($(#[tokio::test]
             async fn $case() {
-                crate::bench::run(crate::bench::Bench::docker().await, crate::docker_only::$case).await;
-            })*
+                crate::bench::run(crate::bench::Bench::docker().await, crate::$room::$case).await;
+            })*)*
         }
     };
 }
 
 on_docker! {
-    a_sandbox_whose_holder_was_killed_is_not_ready_and_is_replaced
-    a_sandbox_without_its_holder_can_still_be_removed
-    members_share_the_sandboxs_host_name_and_network
-    the_pods_cgroup_has_its_limits_and_goes_with_the_sandbox
-    rights_reach_the_process
-    mounts_are_as_asked
-    the_last_value_of_a_variable_wins
-    too_much_memory_is_told_as_such
-    a_terminals_log_reads_as_lines
-    a_driver_that_starts_anew_finds_everything
-    a_daemon_that_is_not_there_is_unavailable
-    a_pull_from_nowhere_is_unavailable
-    a_plain_registry_is_pulled_from_if_the_operator_listed_it
-    the_right_credentials_are_found_among_several
-    an_image_can_be_pulled_by_its_digest
+    docker_only:
+        a_sandbox_whose_holder_was_killed_is_not_ready_and_is_replaced
+        a_sandbox_without_its_holder_can_still_be_removed
+        members_share_the_sandboxs_host_name_and_network
+        the_pods_cgroup_has_its_limits_and_goes_with_the_sandbox
+        rights_reach_the_process
+        mounts_are_as_asked
+        the_last_value_of_a_variable_wins
+        too_much_memory_is_told_as_such
+        a_terminals_log_reads_as_lines
+        a_driver_that_starts_anew_finds_everything
+        a_daemon_that_is_not_there_is_unavailable
+        a_pull_from_nowhere_is_unavailable
+        a_plain_registry_is_pulled_from_if_the_operator_listed_it
+        the_right_credentials_are_found_among_several
+        an_image_can_be_pulled_by_its_digest;
+    execs:
+        a_session_that_is_dropped_ends_its_process_and_children
+        a_process_that_left_the_session_on_purpose_is_spared
+        an_exec_that_nobody_waits_for_leaves_nothing
+        an_exec_ends_although_its_child_holds_the_streams
+        a_slow_reader_loses_nothing
+        nothing_is_read_ahead_of_a_client
+        a_terminals_bytes_arrive_as_they_are
+        a_process_that_stops_reading_is_told_to_the_writer
+        a_port_of_the_other_loopback_address_is_reached
+        a_port_of_the_hosts_network_is_reached;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement"]
+async fn gigabyte() {
+    bench::run(bench::Bench::docker().await, execs::a_gigabyte_goes_through_an_exec_both_ways).await;
 }

@@ -1,5 +1,6 @@
 //! Requests to the daemon's socket that the client library cannot make as we need them: logs by the nanosecond and by
-//! the frame, events without its closed enums, pulls with credentials in the encoding Docker reads.
+//! the frame, events without its closed enums, pulls with credentials in the encoding Docker reads, connections that
+//! become the streams of a process.
 
 use std::path::Path;
 use std::pin::Pin;
@@ -7,13 +8,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures::future::{BoxFuture, Either, select};
+use futures::future::{BoxFuture, Either, join, select};
 use futures::stream::BoxStream;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
-use http_body_util::Empty;
+use http_body_util::{Empty, Full};
 use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::http1;
-use hyper::{Method, Request};
+use hyper::{Method, Request, StatusCode, upgrade};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
@@ -102,6 +103,54 @@ pub(super) async fn request(
     }
     let words = error_words(body).await;
     Err(RuntimeError::new(failure::of_status(head.status.as_u16()), format!("{tried}: {words}")))
+}
+
+/// A connection that the daemon has handed over: from here on it carries the streams of a process.
+pub(super) struct Hijacked {
+    pub(super) socket: UnixStream,
+    /// What came together with the answer's head.
+    pub(super) ahead: Bytes,
+}
+
+/// One POST whose connection becomes a stream of bytes.
+///
+/// # Errors
+/// As [`request`].
+pub(super) async fn hijack(socket: &Path, tried: &str, target: &str, json: &'static str) -> Result<Hijacked> {
+    let unavailable = |error: Box<dyn std::error::Error + Send + Sync>| {
+        RuntimeError::new(Kind::Unavailable, tried).with_source(error)
+    };
+    let request = Request::post(target)
+        .header("host", "docker")
+        .header("content-type", "application/json")
+        .header("connection", "Upgrade")
+        .header("upgrade", "tcp")
+        .body(Full::<Bytes>::from(json))
+        .map_err(|error| RuntimeError::new(Kind::Invalid, tried).with_source(error))?;
+    let io = UnixStream::connect(socket).await.map_err(|error| unavailable(error.into()))?;
+    let (mut sender, connection) =
+        http1::handshake(TokioIo::new(io)).await.map_err(|error| unavailable(error.into()))?;
+    // The sender goes with this future, and with the sender the connection ends unless it was upgraded.
+    let exchange = async move {
+        let mut response = sender.send_request(request).await?;
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return upgrade::on(&mut response).await.map(Ok);
+        }
+        let (head, incoming) = response.into_parts();
+        Ok(Err((head.status, error_words(Body { connection: None, incoming }).await)))
+    };
+    let both = timeout(Duration::from_secs(ANSWER_TIMEOUT), join(connection.with_upgrades(), exchange));
+    let (_, answer): (_, hyper::Result<_>) = both.await.map_err(|elapsed| unavailable(elapsed.into()))?;
+    let upgraded = match answer.map_err(|error| unavailable(error.into()))? {
+        Ok(upgraded) => upgraded,
+        Err((status, words)) => {
+            return Err(RuntimeError::new(failure::of_status(status.as_u16()), format!("{tried}: {words}")));
+        }
+    };
+    let parts = upgraded
+        .downcast::<TokioIo<UnixStream>>()
+        .map_err(|_| RuntimeError::new(Kind::Internal, format!("{tried}: not the connection that was made")))?;
+    Ok(Hijacked { socket: parts.io.into_inner(), ahead: parts.read_buf })
 }
 
 async fn error_words(body: Body) -> String {

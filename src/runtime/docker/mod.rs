@@ -5,16 +5,22 @@
 //! container  joins them by NetworkMode/IpcMode "container:<id>"                           (container, spec)
 //! cgroup     one per Pod above its containers, made here                                  (cgroup)
 //! cable      from the sandbox's empty network namespace to the node's bridge              (trait Cable)
+//! streams    hijacked connections to the daemon, their frames read here                   (exec, attach, wire, process)
+//! ports      sockets made inside the sandbox's network namespace                          (forward)
 //! memory     Docker's labels; nothing else survives a restart of this process             (labels)
 //! ```
 //! A Docker container id is the id of the sandbox or container. Names are deterministic, so what a verb left half done
 //! is found by the next one through the name being taken.
 
+mod attach;
 mod cgroup;
 mod container;
 mod creates;
 mod events;
+mod exec;
 mod failure;
+mod forward;
+mod freeze;
 mod http;
 mod image;
 mod io;
@@ -22,13 +28,16 @@ mod labels;
 mod oom;
 mod pause;
 mod plain_registry;
+mod process;
 mod records;
 mod sandbox;
 mod spec;
+mod wire;
 
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
@@ -39,12 +48,15 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use self::cgroup::Cgroups;
 use self::creates::Creates;
+use self::exec::Keepers;
 use self::failure::failed;
+use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime};
+use crate::network::inside::Sockets;
 use crate::network::{Cable, NetworkError};
 
 /// Seconds until Docker must have begun to answer. No verb that waits (stop, logs, events) is a single request that is
@@ -140,6 +152,8 @@ pub struct DockerRuntime {
     network: Mutex<NetworkBook>,
     /// Containers that this process made and has not tried to start: of these it need not ask in which state they are.
     unstarted: Mutex<HashSet<String>>,
+    keepers: Keepers,
+    sockets: Sockets,
 }
 
 /// Which sandboxes have their cable, as far as this process knows. After a restart the book is empty and each running
@@ -176,6 +190,8 @@ impl DockerRuntime {
             removals: Semaphore::new(options.removals_in_flight.max(1)),
             network: Mutex::default(),
             unstarted: Mutex::default(),
+            keepers: Keepers::default(),
+            sockets: Sockets::default(),
             docker,
             options,
             cable,
@@ -259,6 +275,26 @@ impl SandboxRuntime for DockerRuntime {
 
     async fn logs(&self, id: &ContainerId, options: &LogOptions) -> Result<BoxStream<'static, Result<LogChunk>>> {
         self.read_logs(id, options).await
+    }
+
+    async fn exec(&self, id: &ContainerId, request: &ExecRequest) -> Result<Session> {
+        self.run_exec(id, request).await
+    }
+
+    async fn attach(&self, id: &ContainerId, request: &AttachRequest) -> Result<Session> {
+        self.join_streams(id, request).await
+    }
+
+    async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Pin<Box<dyn Duplex>>> {
+        self.connect_inside(id, port).await
+    }
+
+    async fn pause_container(&self, id: &ContainerId) -> Result<()> {
+        self.set_frozen(id, true).await
+    }
+
+    async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
+        self.set_frozen(id, false).await
     }
 
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {

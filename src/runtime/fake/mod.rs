@@ -6,9 +6,12 @@
 
 mod faults;
 mod log;
+mod process;
 mod program;
 mod state;
+mod streams;
 
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -22,8 +25,10 @@ use tokio::time::{sleep, timeout};
 
 use self::faults::Faults;
 pub use self::faults::Hold;
-use self::program::{Program, Step};
+use self::process::Process;
+use self::program::Program;
 use self::state::{KILLED, State};
+use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, EventKind, Grace, Image, ImageId, LogChunk,
     LogOptions, LogSource, RegistryAuth, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -198,47 +203,10 @@ impl Shared {
         id
     }
 
-    /// Does one step of a container; what it has to wait for is returned.
-    fn step(&self, id: &ContainerId, step: Step) -> Option<Duration> {
-        match step {
-            Step::Write(source, bytes) => self.append_log(id, source, &bytes),
-            Step::Cat(path) => {
-                let host = locked(&self.state).containers.get(id).and_then(|container| {
-                    let mount = container.config.mounts.iter().find(|mount| mount.container_path == path);
-                    mount.map(|mount| mount.host_path.clone())
-                });
-                match host.map(std::fs::read) {
-                    Some(Ok(bytes)) => self.append_log(id, LogSource::Stdout, &bytes),
-                    _ => self.append_log(id, LogSource::Stderr, format!("cat: {path}: not mounted\n").as_bytes()),
-                }
-            }
-            Step::Sleep(time) => return Some(time),
-            Step::Exit(code) => self.end(id, code, false),
-            Step::IgnoreStop => {
-                if let Some(container) = locked(&self.state).containers.get_mut(id) {
-                    container.stubborn = true;
-                }
-            }
-        }
-        None
-    }
-
-    async fn run(self: Arc<Self>, id: ContainerId, steps: Vec<Step>) {
-        for step in steps {
-            if let Some(time) = self.step(&id, step) {
-                sleep(time).await;
-            }
-        }
-    }
-
-    /// Waits until the container does not run.
-    async fn ended(&self, id: &ContainerId) {
+    /// Waits until the state is as wanted.
+    async fn until(&self, wanted: impl Fn(&State) -> bool) {
         let mut changed = self.changed.subscribe();
-        let running = || {
-            let state = locked(&self.state);
-            state.containers.get(id).is_some_and(|container| container.status.state == ContainerState::Running)
-        };
-        while running() && changed.changed().await.is_ok() {}
+        while !wanted(&locked(&self.state)) && changed.changed().await.is_ok() {}
     }
 }
 
@@ -252,6 +220,13 @@ impl FakeRuntime {
         if !delay.is_zero() {
             sleep(delay).await;
         }
+    }
+
+    /// Runs a program or what belongs to one; it ends with the runtime.
+    fn spawn(&self, program: impl Future<Output = ()> + Send + 'static) {
+        let mut programs = locked(&self.programs);
+        while programs.try_join_next().is_some() {}
+        programs.spawn(program);
     }
 
     /// Begins what a created container does.
@@ -280,9 +255,7 @@ impl FakeRuntime {
                 state.mark_started(id);
                 drop(state);
                 self.shared.tell(&pod, EventKind::Started);
-                let mut programs = locked(&self.programs);
-                while programs.try_join_next().is_some() {}
-                programs.spawn(Arc::clone(&self.shared).run(id.clone(), steps));
+                self.spawn(Process::of_container(Arc::clone(&self.shared), id.clone()).live(steps));
                 Ok(())
             }
         }
@@ -388,32 +361,35 @@ impl SandboxRuntime for FakeRuntime {
 
     async fn logs(&self, id: &ContainerId, options: &LogOptions) -> Result<BoxStream<'static, Result<LogChunk>>> {
         self.enter(Verb::Logs).await?;
-        let start = locked(&self.shared.state).container(id)?.log.start(options);
-        let (shared, id, options) = (Arc::clone(&self.shared), id.clone(), options.clone());
-        let changed = shared.changed.subscribe();
-        let chunks = stream::unfold((shared, changed, start), move |(shared, mut changed, mut at)| {
-            let (id, options) = (id.clone(), options.clone());
-            async move {
-                loop {
-                    let (chunk, more) = {
-                        let state = locked(&shared.state);
-                        let container = state.containers.get(&id)?;
-                        (container.log.get(at), container.status.state != ContainerState::Exited)
-                    };
-                    match chunk {
-                        Some(chunk) => {
-                            at += 1;
-                            if options.since.is_none_or(|since| chunk.time >= since) {
-                                return Some((Ok(chunk), (shared, changed, at)));
-                            }
-                        }
-                        None if options.follow && more => changed.changed().await.ok()?,
-                        None => return None,
-                    }
-                }
-            }
-        });
-        Ok(chunks.boxed())
+        self.read_log(id, options)
+    }
+
+    async fn exec(&self, id: &ContainerId, request: &ExecRequest) -> Result<Session> {
+        self.enter(Verb::Exec).await?;
+        self.run_exec(id, request)
+    }
+
+    async fn attach(&self, id: &ContainerId, request: &AttachRequest) -> Result<Session> {
+        self.enter(Verb::Attach).await?;
+        self.join_streams(id, *request)
+    }
+
+    async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Pin<Box<dyn Duplex>>> {
+        self.enter(Verb::PortForward).await?;
+        self.connect_inside(id, port)
+    }
+
+    async fn pause_container(&self, id: &ContainerId) -> Result<()> {
+        self.enter(Verb::PauseContainer).await?;
+        locked(&self.shared.state).running(id, "pause")?.paused = true;
+        Ok(())
+    }
+
+    async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
+        self.enter(Verb::UnpauseContainer).await?;
+        locked(&self.shared.state).running(id, "unpause")?.paused = false;
+        self.shared.touch();
+        Ok(())
     }
 
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {

@@ -1,12 +1,17 @@
-//! Pure: what a fake container does, read from its command.
+//! Pure: what a fake process (a container's own, or one of an exec) does, read from its command.
 //!
 //! | words | meaning |
 //! |---|---|
 //! | `print TEXT`, `warn TEXT` | write a line to standard output, to standard error |
 //! | `cat PATH` | write the file mounted at PATH |
+//! | `copy` | write to standard output what comes on standard input, until that ends |
+//! | `line` | read one line of standard input |
+//! | `size` | write the terminal's size as `stty size` does (rows, columns), once it was set |
+//! | `close` | close standard output and standard error |
+//! | `listen PORT` | from here on accept connections to that port, and send back what comes |
 //! | `sleep MS` | wait |
 //! | `exit CODE` | end |
-//! | `stubborn` | from here on ignore the stop signal |
+//! | `stubborn` | from here on ignore the stop signal (no use in an exec) |
 //! | `missing`, `refused` (first) | cannot be started: not found, not allowed |
 //!
 //! After the last word, and at one that is not in the table, it runs until it is stopped.
@@ -15,11 +20,16 @@ use std::time::Duration;
 
 use crate::runtime::types::LogSource;
 
-/// One thing a fake container does.
+/// One thing a fake process does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Step {
     Write(LogSource, Vec<u8>),
     Cat(String),
+    Copy,
+    Line,
+    Size,
+    Close,
+    Listen(u16),
     Sleep(Duration),
     Exit(i32),
     IgnoreStop,
@@ -43,6 +53,11 @@ pub(super) fn read(words: &[String]) -> Program {
             Some("print") => words.next().map(|text| Step::Write(LogSource::Stdout, format!("{text}\n").into())),
             Some("warn") => words.next().map(|text| Step::Write(LogSource::Stderr, format!("{text}\n").into())),
             Some("cat") => words.next().map(|path| Step::Cat(path.to_owned())),
+            Some("copy") => Some(Step::Copy),
+            Some("line") => Some(Step::Line),
+            Some("size") => Some(Step::Size),
+            Some("close") => Some(Step::Close),
+            Some("listen") => number(words.next()).map(Step::Listen),
             Some("sleep") => number(words.next()).map(|ms| Step::Sleep(Duration::from_millis(ms))),
             Some("exit") => number(words.next()).map(Step::Exit),
             Some("stubborn") => Some(Step::IgnoreStop),

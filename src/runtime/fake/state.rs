@@ -3,10 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bytes::Bytes;
 use jiff::Timestamp;
+use tokio::sync::{mpsc, watch};
 
 use super::log::Log;
 use super::program::{self, Program};
+use crate::runtime::session::TerminalSize;
 use crate::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, Image, ImageId, SandboxConfig, SandboxId,
     SandboxNetwork, SandboxState, SandboxStatus,
@@ -15,6 +18,8 @@ use crate::runtime::{Kind, Result, RuntimeError};
 
 /// Exit code of a process that SIGKILL ended.
 pub(super) const KILLED: i32 = 137;
+/// Writes to a standard input that may wait for its reader.
+pub(super) const WRITES_AHEAD: usize = 4;
 
 /// One container.
 #[derive(Debug)]
@@ -23,7 +28,17 @@ pub(super) struct Container {
     pub(super) program: Program,
     pub(super) config: ContainerConfig,
     pub(super) stubborn: bool,
+    pub(super) paused: bool,
     pub(super) log: Log,
+    /// Where its standard input is written to, as long as somebody may attach.
+    pub(super) stdin: Option<mpsc::Sender<Bytes>>,
+    /// The other end, until its process takes it.
+    pub(super) input: Option<mpsc::Receiver<Bytes>>,
+    pub(super) size: watch::Sender<Option<TerminalSize>>,
+    /// Where its process listens.
+    pub(super) ports: Vec<u16>,
+    /// Execs that run in it.
+    pub(super) execs: usize,
 }
 
 /// Everything.
@@ -124,12 +139,19 @@ impl State {
         }
         let id = ContainerId::from(format!("container-{}", Self::number()));
         let words: Vec<String> = config.command.iter().chain(&config.args).cloned().collect();
+        let (stdin, input) = mpsc::channel(WRITES_AHEAD);
         let container = Container {
             status: created(id.clone(), sandbox.clone(), config),
             program: program::read(&words),
             config: config.clone(),
             stubborn: false,
+            paused: false,
             log: Log::default(),
+            stdin: config.stdin.then_some(stdin),
+            input: Some(input),
+            size: watch::Sender::new(None),
+            ports: Vec::new(),
+            execs: 0,
         };
         self.containers.insert(id.clone(), container);
         Ok(id)
@@ -137,6 +159,22 @@ impl State {
 
     pub(super) fn container(&mut self, id: &ContainerId) -> Result<&mut Container> {
         self.containers.get_mut(id).ok_or_else(|| unknown("container", id))
+    }
+
+    /// The container, if it runs.
+    pub(super) fn running(&mut self, id: &ContainerId, tried: &str) -> Result<&mut Container> {
+        let container = self.container(id)?;
+        if container.status.state == ContainerState::Running {
+            return Ok(container);
+        }
+        Err(RuntimeError::new(Kind::Invalid, format!("failed to {tried} container {id}: it does not run")))
+    }
+
+    /// Whether something in the sandbox listens on the port.
+    pub(super) fn listens(&self, id: &SandboxId, port: u16) -> Result<bool> {
+        self.sandbox(id)?;
+        let members = self.running_members(id);
+        Ok(members.iter().any(|member| self.containers[member].ports.contains(&port)))
     }
 
     /// Ends a running container; `false` if there is none of that id that runs.
@@ -151,6 +189,8 @@ impl State {
         status.exit_code = exit_code;
         status.oom_killed = oom_killed;
         status.pid = None;
+        container.paused = false;
+        container.stdin = None;
         true
     }
 
