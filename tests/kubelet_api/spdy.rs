@@ -84,6 +84,7 @@ pub(crate) enum ServerFrame {
     Reset { id: u32, status: u32 },
     Ping(u32),
     GoAway(u32),
+    Settings,
 }
 
 /// Reads what a server sends.
@@ -122,6 +123,7 @@ impl ServerFrames {
                 ServerFrame::Reply(word)
             }
             3 => ServerFrame::Reset { id: word, status: payload.get_u32() },
+            4 => ServerFrame::Settings,
             6 => ServerFrame::Ping(word),
             7 => ServerFrame::GoAway(word),
             other => panic!("a control frame of type {other}"),
@@ -259,7 +261,7 @@ impl SpdyReader {
                     open.retain(|known| *known != id || !ended);
                 }
                 ServerFrame::Reset { id, .. } => open.retain(|known| *known != id),
-                ServerFrame::Reply(_) | ServerFrame::Ping(_) => {}
+                ServerFrame::Reply(_) | ServerFrame::Ping(_) | ServerFrame::Settings => {}
                 ServerFrame::GoAway(_) => panic!("GOAWAY before the streams ended"),
             }
         }
@@ -405,7 +407,7 @@ mod framer {
         }
 
         #[test]
-        fn what_a_server_writes_a_client_reads(sent in prop::collection::vec((1_u32..100, prop::collection::vec(any::<u8>(), 0..200), 0_u8..5), 0..40)) {
+        fn what_a_server_writes_a_client_reads(sent in prop::collection::vec((1_u32..100, prop::collection::vec(any::<u8>(), 0..200), 0_u8..6), 0..40)) {
             let (mut encoder, mut frames, mut wanted) = (Encoder::default(), ServerFrames::default(), Vec::new());
             for (id, bytes, kind) in sent {
                 let out = &mut frames.input;
@@ -414,6 +416,7 @@ mod framer {
                     1 => { encoder.reset(out, id, ResetReason::Refused); ServerFrame::Reset { id, status: 3 } }
                     2 => { encoder.ping(out, id); ServerFrame::Ping(id) }
                     3 => { encoder.go_away(out, id); ServerFrame::GoAway(id) }
+                    4 => { encoder.no_settings(out); ServerFrame::Settings }
                     _ => { encoder.data(out, id, &bytes, false); ServerFrame::Data { id, bytes, ended: false } }
                 });
             }

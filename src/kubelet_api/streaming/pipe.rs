@@ -142,6 +142,8 @@ pub(super) enum Write {
     End(u32),
     /// What it was for failed.
     Reset(u32),
+    /// Something that needs no answer (see [`HangUp`](super::idle::HangUp)).
+    Beat,
     /// No more streams are taken; then the connection is closed.
     Close,
 }

@@ -262,6 +262,12 @@ impl Encoder {
         out.put_u32(id);
     }
 
+    /// SETTINGS with nothing set: a frame that says nothing and needs no answer.
+    pub fn no_settings(&self, out: &mut BytesMut) {
+        control(out, kind::SETTINGS, 4);
+        out.put_u32(0);
+    }
+
     /// GOAWAY with the status OK, naming the last stream that was taken.
     pub fn go_away(&self, out: &mut BytesMut, last: u32) {
         control(out, kind::GOAWAY, 8);

@@ -169,12 +169,13 @@ impl<R: AsyncRead + Unpin> Reader<R> {
                         feed.end().await;
                     }
                 };
+                let beat = || drop(self.writes.upgrade().map(|writes| writes.try_send(Write::Beat)));
                 tokio::select! {
                     biased;
                     // Not cancel-safe, and need not be: the other arm ends the connection.
                     () = given => {}
                     // Cancel-safe: it only looks. What is still unread would have been of no use to a client that left.
-                    () = self.hang_up.happened() => return Err(SpdyError::HungUp),
+                    () = self.hang_up.happened(beat) => return Err(SpdyError::HungUp),
                 }
             }
             Event::Reset { id } => {
@@ -274,6 +275,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
             Some(Write::Data(id, bytes)) => self.encoder.data(out, id, &bytes, false),
             Some(Write::End(id)) => self.encoder.data(out, id, &[], true),
             Some(Write::Reset(id)) => self.encoder.reset(out, id, ResetReason::Internal),
+            Some(Write::Beat) => self.encoder.no_settings(out),
             Some(Write::Close) | None => {
                 self.encoder.go_away(out, self.last);
                 return false;

@@ -93,11 +93,11 @@ impl WebSocket {
             inboxes.insert(channel, inbox);
         }
         let (joined, hang_up) = socket.joined();
-        let mut tasks = JoinSet::new();
+        let (mut tasks, beats) = (JoinSet::new(), writes.downgrade());
         tasks.spawn(async move {
             let stream = WebSocketStream::from_raw_socket(joined, Role::Server, Some(config())).await;
             let (sink, stream) = stream.split();
-            let reader = Reader { stream, protocol, feeds, hang_up, idle: idle.clone() };
+            let reader = Reader { stream, protocol, feeds, writes: beats, hang_up, idle: idle.clone() };
             let writer = Writer { sink, protocol, queue, idle: idle.clone() };
             run(reader, writer, wiring.closing, idle).await;
         });
@@ -173,6 +173,7 @@ struct Reader {
     stream: SplitStream<WebSocketStream<Joined>>,
     protocol: Protocol,
     feeds: BTreeMap<u8, Feed>,
+    writes: mpsc::WeakSender<Write>,
     hang_up: HangUp,
     idle: Idle,
 }
@@ -209,12 +210,13 @@ impl Reader {
             }
             Ok(())
         };
+        let beat = || drop(self.writes.upgrade().map(|writes| writes.try_send(Write::Beat)));
         tokio::select! {
             biased;
             // Not cancel-safe, and need not be: the other arm ends the connection.
             given = given => given,
             // Cancel-safe: it only looks.
-            () = self.hang_up.happened() => Err(SocketError::HungUp),
+            () = self.hang_up.happened(beat) => Err(SocketError::HungUp),
         }
     }
 }
@@ -244,6 +246,8 @@ impl Writer {
                         let frame = CloseFrame { code: CloseCode::Normal, reason: "".into() };
                         return Ok(self.sink.send(Frame::Close(Some(frame))).await?);
                     }
+                    // An unsolicited Pong (RFC 6455, section 5.5.3).
+                    Write::Beat => self.sink.feed(Frame::Pong(Bytes::new())).await?,
                     // There are no such messages: channels are there from the start and end with the connection.
                     Write::Reply(_) | Write::End(_) | Write::Reset(_) => {}
                 }
