@@ -14,6 +14,7 @@ mod idle;
 mod pipe;
 mod port_forward;
 mod remote_command;
+mod session;
 pub mod spdy;
 pub(super) mod upgrade;
 pub mod websocket;

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
 use super::idle::HangUp;
-use super::spdy::session::{Session as Spdy, Stream, Terms};
+use super::session::{Session as Spdy, Stream, Terms};
 use super::upgrade::Socket;
 use super::websocket::channels::Protocol;
 use super::websocket::socket::{Closing, WebSocket, Wiring};

@@ -13,7 +13,7 @@ use tracing::debug;
 
 use super::STREAM_CREATION;
 use super::pipe::Outbox;
-use super::spdy::session::{Session as Spdy, Stream, Terms};
+use super::session::{Session as Spdy, Stream, Terms};
 use super::upgrade::Socket;
 use super::websocket::channels::{Base, Protocol};
 use super::websocket::socket::{Closing, WebSocket, Wiring};

@@ -1,9 +1,11 @@
 //! SPDY/3.1 as Kubernetes' clients speak it: many streams over one upgraded connection.
 //!
 //! ```text
-//! bytes -> frame::Decoder -> connection::Connection -> session (reader task) -> a Stream's Inbox
-//! bytes <- frame::Encoder <--------------------------- session (writer task) <- a Stream's Outbox
+//! bytes -> frame::Decoder -> connection::Connection -> reader task (`streaming::session`) -> a stream's Inbox
+//! bytes <- frame::Encoder <--------------------------- writer task (`streaming::session`) <- a stream's Outbox
 //! ```
+//!
+//! This room is pure, and names no other: `fuzz/` builds it alone.
 //!
 //! The document is "SPDY Protocol - Draft 3.1" (chromium.org). Its flow control is left out, as the one client there is
 //! (moby/spdystream, in kubectl, client-go and the API server) leaves it out: it sends no WINDOW_UPDATE, minds none,
@@ -13,7 +15,6 @@
 pub mod connection;
 pub mod frame;
 pub mod headers;
-pub(super) mod session;
 
 use std::io;
 

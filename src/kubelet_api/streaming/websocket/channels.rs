@@ -1,4 +1,6 @@
 //! Pure: the messages of the `channel.k8s.io` protocols (KK staging/src/k8s.io/streaming/pkg/httpstream/wsstream).
+//!
+//! Names nothing else of this crate: `fuzz/` builds it alone.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;

@@ -10,12 +10,12 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::debug;
 
-use super::SpdyError;
-use super::connection::{Connection, Event};
-use super::frame::{Encoder, MAX_PIECE, ResetReason};
-use super::headers::Headers;
-use crate::kubelet_api::streaming::idle::{HangUp, Idle};
-use crate::kubelet_api::streaming::pipe::{Budget, Feed, Inbox, Outbox, WRITES_WAITING, Write, stream};
+use super::idle::{HangUp, Idle};
+use super::pipe::{Budget, Feed, Inbox, Outbox, WRITES_WAITING, Write, stream};
+use super::spdy::SpdyError;
+use super::spdy::connection::{Connection, Event};
+use super::spdy::frame::{Encoder, MAX_PIECE, ResetReason};
+use super::spdy::headers::Headers;
 use crate::telemetry::chain;
 
 /// Room that is made for each read.
@@ -31,25 +31,25 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A stream that the client opened. It waits for a [reply](Outbox::reply) or a [refusal](Outbox::fail).
 #[derive(Debug)]
-pub(in crate::kubelet_api) struct Stream {
-    pub(in crate::kubelet_api) id: u32,
-    pub(in crate::kubelet_api) headers: Headers,
-    pub(in crate::kubelet_api) inbox: Inbox,
-    pub(in crate::kubelet_api) outbox: Outbox,
+pub(super) struct Stream {
+    pub(super) id: u32,
+    pub(super) headers: Headers,
+    pub(super) inbox: Inbox,
+    pub(super) outbox: Outbox,
 }
 
 /// What a connection is given.
-pub(in crate::kubelet_api) struct Terms {
+pub(super) struct Terms {
     /// Streams at once.
-    pub(in crate::kubelet_api) streams: usize,
+    pub(super) streams: usize,
     /// When it ends for want of traffic.
-    pub(in crate::kubelet_api) idle: Duration,
+    pub(super) idle: Duration,
     /// How to see that the client left.
-    pub(in crate::kubelet_api) hang_up: HangUp,
+    pub(super) hang_up: HangUp,
 }
 
 /// The connection. Dropping it closes the socket.
-pub(in crate::kubelet_api) struct Session {
+pub(super) struct Session {
     opened: mpsc::Receiver<Stream>,
     writes: mpsc::Sender<Write>,
     tasks: JoinSet<Result<(), SpdyError>>,
@@ -57,7 +57,7 @@ pub(in crate::kubelet_api) struct Session {
 
 impl Session {
     /// Starts reading and writing.
-    pub(in crate::kubelet_api) fn start<R, W>(reader: R, writer: W, terms: Terms) -> Self
+    pub(super) fn start<R, W>(reader: R, writer: W, terms: Terms) -> Self
     where
         R: AsyncRead + Unpin + Send + 'static,
         W: AsyncWrite + Unpin + Send + 'static,
@@ -85,12 +85,12 @@ impl Session {
     }
 
     /// The next stream that the client opens; `None` once the client is gone. Cancel-safe.
-    pub(in crate::kubelet_api) async fn accept(&mut self) -> Option<Stream> {
+    pub(super) async fn accept(&mut self) -> Option<Stream> {
         self.opened.recv().await
     }
 
     /// Lets the client read to the end and close the connection, else closes it.
-    pub(in crate::kubelet_api) async fn close(mut self) {
+    pub(super) async fn close(mut self) {
         let gone = async { while self.opened.recv().await.is_some() {} };
         if timeout(PATIENCE, gone).await.is_err() {
             let _ = timeout(PATIENCE, async {
