@@ -51,17 +51,10 @@ impl IntoResponse for LogError {
         let status = match &self {
             Self::Encoding => StatusCode::BAD_REQUEST,
             Self::Query(error) => error.status(),
-            Self::Target(error) => target_status(error),
+            Self::Target(error) => error.status(),
             Self::Runtime { cause, .. } => runtime_status(cause.kind()),
         };
         (status, format!("{self}\n")).into_response()
-    }
-}
-
-fn target_status(error: &TargetError) -> StatusCode {
-    match error {
-        TargetError::NoPod(_) | TargetError::NoContainer { .. } => StatusCode::NOT_FOUND,
-        TargetError::Waiting { .. } | TargetError::NoPrevious { .. } => StatusCode::BAD_REQUEST,
     }
 }
 
@@ -360,7 +353,7 @@ mod tests {
             (TargetError::Waiting { pod: pod(), container: container(), reason: pod() }, 400),
             (TargetError::NoPrevious { pod: pod(), container: container() }, 400),
         ] {
-            assert_eq!(target_status(&error).as_u16(), wanted);
+            assert_eq!(error.status().as_u16(), wanted);
         }
     }
 

@@ -54,6 +54,30 @@ struct LostLabels {
     reason: Lost,
 }
 
+/// What a connection that is not HTTP any more is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub(super) enum StreamKind {
+    Exec,
+    Attach,
+    PortForward,
+    Run,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StreamLabels {
+    kind: StreamKind,
+}
+
+/// Counts as open until it is dropped.
+#[derive(Debug)]
+pub(super) struct OpenStream(Gauge);
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReviewLabels {
     review: Review,
@@ -67,6 +91,7 @@ pub(super) struct Meters {
     seconds: Histogram,
     lost: Family<LostLabels, Counter>,
     reviews: Family<ReviewLabels, Counter>,
+    streams: Family<StreamLabels, Gauge>,
     /// Connections open now.
     pub(super) connections: Gauge,
     /// Log bytes handed to clients.
@@ -80,6 +105,7 @@ impl Meters {
             seconds: Histogram::new(BUCKETS),
             lost: Family::default(),
             reviews: Family::default(),
+            streams: Family::default(),
             connections: Gauge::default(),
             log_bytes: Counter::default(),
         };
@@ -89,6 +115,11 @@ impl Meters {
             registry.register("request_seconds", "Time to the response head", meters.seconds.clone());
             registry.register("connections_lost", "Connections that were not served", meters.lost.clone());
             registry.register("reviews", "Questions to the API server about clients", meters.reviews.clone());
+            registry.register(
+                "streams",
+                "Sessions of exec, attach, port-forward and run open now",
+                meters.streams.clone(),
+            );
             registry.register("connections", "Connections open now", meters.connections.clone());
             registry.register("log_bytes", "Container log bytes sent", meters.log_bytes.clone());
         });
@@ -99,6 +130,12 @@ impl Meters {
         let labels = RequestLabels { route, method: method_label(method), code: code.as_u16() };
         self.requests.get_or_create(&labels).inc();
         self.seconds.observe(took.as_secs_f64());
+    }
+
+    pub(super) fn open(&self, kind: StreamKind) -> OpenStream {
+        let gauge = self.streams.get_or_create(&StreamLabels { kind }).clone();
+        gauge.inc();
+        OpenStream(gauge)
     }
 
     pub(super) fn lost(&self, reason: Lost) {

@@ -18,6 +18,7 @@ mod seldom;
 mod self_signed;
 mod server;
 mod slots;
+pub mod streaming;
 pub mod targets;
 mod tls;
 
@@ -30,7 +31,7 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get};
+use axum::routing::{any, get, post};
 use http::{StatusCode, Uri, header};
 use k8s_openapi::api::core::v1::Pod;
 use serde::Serialize;
@@ -43,6 +44,7 @@ use meters::Meters;
 pub use self_signed::SelfSigned;
 pub use server::Limits;
 use server::Server;
+use streaming::endpoints::{self, Room};
 use targets::PodTargets;
 use tls::Tls;
 pub use tls::{Serving, TlsError, TlsParams};
@@ -111,8 +113,13 @@ impl KubeletApi {
         let address = listener.local_addr().map_err(failed)?;
         let meters = Meters::new(&params.metrics);
         let gate = auth::Gate::new(params.node_name, params.access, params.client, tls.clone(), meters.clone());
-        let app =
-            App { targets: params.targets, runtime: params.runtime, metrics: params.metrics, meters: meters.clone() };
+        let app = App {
+            targets: params.targets,
+            runtime: params.runtime,
+            metrics: params.metrics,
+            meters: meters.clone(),
+            room: Room::new(params.limits.streams, params.limits.stream_idle),
+        };
         let router = routes()
             .layer(from_fn_with_state(Arc::new(gate), auth::gate))
             .layer(from_fn_with_state(app.clone(), observe))
@@ -126,8 +133,8 @@ impl KubeletApi {
         self.address
     }
 
-    /// Answers until `shutdown` is cancelled; then what is being answered has two seconds to end. Followed logs are cut
-    /// off: their clients see a broken connection, as with a restarted kubelet.
+    /// Answers until `shutdown` is cancelled; then what is being answered has two seconds to end. Followed logs and
+    /// open streams are cut off: their clients see a broken connection, as with a restarted kubelet.
     pub async fn serve(self, shutdown: CancellationToken) {
         info!(address = %self.address, "serving the node's API");
         server::run(self.server, self.listener, shutdown).await;
@@ -141,6 +148,7 @@ struct App {
     runtime: Arc<dyn SandboxRuntime>,
     metrics: Metrics,
     meters: Meters,
+    room: Room,
 }
 
 /// The whole table.
@@ -150,7 +158,15 @@ fn routes() -> Router<App> {
         .route("/metrics", get(metrics))
         .route("/pods", get(pods))
         .route("/pods/", get(pods))
-        .route("/containerLogs/{namespace}/{pod}/{container}", get(logs::container_logs));
+        .route("/containerLogs/{namespace}/{pod}/{container}", get(logs::container_logs))
+        .route("/exec/{namespace}/{pod}/{container}", get(endpoints::exec).post(endpoints::exec))
+        .route("/exec/{namespace}/{pod}/{uid}/{container}", get(endpoints::exec).post(endpoints::exec))
+        .route("/attach/{namespace}/{pod}/{container}", get(endpoints::attach).post(endpoints::attach))
+        .route("/attach/{namespace}/{pod}/{uid}/{container}", get(endpoints::attach).post(endpoints::attach))
+        .route("/portForward/{namespace}/{pod}", get(endpoints::port_forward).post(endpoints::port_forward))
+        .route("/portForward/{namespace}/{pod}/{uid}", get(endpoints::port_forward).post(endpoints::port_forward))
+        .route("/run/{namespace}/{pod}/{container}", post(endpoints::run))
+        .route("/run/{namespace}/{pod}/{uid}/{container}", post(endpoints::run));
     for path in NOT_SERVED {
         router = router.route(path, any(not_served));
     }
@@ -158,15 +174,13 @@ fn routes() -> Router<App> {
 }
 
 /// What a kubelet answers and this node does not yet.
-const NOT_SERVED: [&str; 28] = [
-    "/attach/{*rest}",
+const NOT_SERVED: [&str; 24] = [
     "/checkpoint/{*rest}",
     "/configz",
     "/debug/flags/v",
     "/debug/pprof",
     "/debug/pprof/",
     "/debug/pprof/{*rest}",
-    "/exec/{*rest}",
     "/flagz",
     "/healthz/log",
     "/healthz/ping",
@@ -178,8 +192,6 @@ const NOT_SERVED: [&str; 28] = [
     "/metrics/probes",
     "/metrics/resource",
     "/metrics/slis",
-    "/portForward/{*rest}",
-    "/run/{*rest}",
     "/runningpods",
     "/runningpods/",
     "/stats",

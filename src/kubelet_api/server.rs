@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! accept -> a slot? -> TLS handshake -> request head -> gate -> handler -> idle -> request head ...
-//!             |           (bounded)      (bounded)                       (bounded)
-//!             '- no: told so in HTTP, or closed
+//!             |           (bounded)      (bounded)                 |      (bounded)
+//!             '- no: told so in HTTP, or closed                    '- 101: streams, in the same task and slot
 //! ```
 
 use std::io;
@@ -33,6 +33,7 @@ use super::meters::{Lost, Meters};
 use super::peer::Peer;
 use super::seldom::{Last, Seldom};
 use super::slots::{Admission, Slot, Slots};
+use super::streaming::upgrade::Handover;
 use super::tls::Tls;
 use crate::telemetry::chain;
 
@@ -63,6 +64,12 @@ pub struct Limits {
     /// Bytes of a request head, and of an answer held for a slow reader; at least 8192. A longer head is answered 431.
     /// Default 64 KiB.
     pub head_bytes: usize,
+    /// Sessions of exec, attach, port-forward and run at once, out of the connections; one more is answered 503.
+    /// Default 512.
+    pub streams: usize,
+    /// After this long without a byte either way such a session ends. Default 4 h, as a kubelet's
+    /// `streamingConnectionIdleTimeout`.
+    pub stream_idle: Duration,
     /// How often changed certificate files are looked for. Default 5 s.
     pub reload: Duration,
 }
@@ -74,6 +81,8 @@ impl Default for Limits {
             handshake: Duration::from_secs(10),
             request_head: Duration::from_secs(90),
             head_bytes: 64 << 10,
+            streams: 512,
+            stream_idle: Duration::from_secs(4 * 60 * 60),
             reload: Duration::from_secs(5),
         }
     }
@@ -223,11 +232,14 @@ impl Server {
         };
         let peer = Arc::new(Peer::new(address, tls.get_ref().1.peer_certificates(), slot.proof()));
         let router = TowerToHyperService::new(self.router.clone());
+        let handover = Arc::new(Handover::default());
+        let held = handover.clone();
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());
+            request.extensions_mut().insert(held.clone());
             router.call(request)
         });
-        let connection = self.http().serve_connection(TokioIo::new(tls), service);
+        let connection = self.http().serve_connection(TokioIo::new(tls), service).with_upgrades();
         tokio::pin!(connection);
         let ended = tokio::select! {
             // Not cancel-safe: it is only polled on, never dropped half-way, below.
@@ -240,6 +252,14 @@ impl Server {
         };
         if let Err(cause) = ended {
             debug!(peer = %address, error = chain(&cause), "connection ended early");
+        }
+        if let Some(upgraded) = handover.take() {
+            tokio::select! {
+                // Not cancel-safe, and must not be: what runs for the client ends with its connection.
+                () = upgraded => {}
+                // Cancel-safe: a token stays cancelled.
+                () = shutdown.cancelled() => debug!(peer = %address, "cut off open streams"),
+            }
         }
     }
 

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use http::StatusCode;
 use k8s_openapi::api::core::v1::Pod;
 
-use crate::runtime::types::ContainerId;
+use crate::runtime::types::{ContainerId, SandboxId};
 
 /// Finds what a request names. Implemented by [`crate::pod`].
 #[async_trait]
@@ -22,6 +23,24 @@ pub trait PodTargets: Send + Sync + 'static {
         container: &str,
         previous: bool,
     ) -> Result<ContainerId, TargetError>;
+
+    /// The running container that `kubectl exec` and `attach` mean; with `uid` only if the Pod of that name has it.
+    ///
+    /// # Errors
+    /// What to tell the user; see [`TargetError`].
+    async fn exec_target(
+        &self,
+        namespace: &str,
+        pod: &str,
+        uid: Option<&str>,
+        container: &str,
+    ) -> Result<ContainerId, TargetError>;
+
+    /// The sandbox whose ports `kubectl port-forward` means; with `uid` only if the Pod of that name has it.
+    ///
+    /// # Errors
+    /// What to tell the user; see [`TargetError`].
+    async fn port_target(&self, namespace: &str, pod: &str, uid: Option<&str>) -> Result<SandboxId, TargetError>;
 
     /// Every Pod of this node with the status last computed here, for `/pods`.
     fn pods(&self) -> Vec<Arc<Pod>>;
@@ -65,4 +84,21 @@ pub enum TargetError {
         /// The container asked for.
         container: String,
     },
+    /// No container of that name runs (HTTP 500, in a kubelet's words).
+    #[error("container not found ({0:?})")]
+    NotRunning(String),
+    /// The Pod has no sandbox that is ready (HTTP 500, as above).
+    #[error("pod not found ({0:?})")]
+    NoSandbox(String),
+}
+
+impl TargetError {
+    /// The status it is answered with.
+    pub(super) fn status(&self) -> StatusCode {
+        match self {
+            Self::NoPod(_) | Self::NoContainer { .. } => StatusCode::NOT_FOUND,
+            Self::Waiting { .. } | Self::NoPrevious { .. } => StatusCode::BAD_REQUEST,
+            Self::NotRunning(_) | Self::NoSandbox(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
 }

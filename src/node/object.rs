@@ -161,6 +161,10 @@ pub fn labels(settings: &NodeSettings) -> BTreeMap<String, String> {
     labels
 }
 
+/// What API servers may rely on (KEP-5328), in order: exec, attach and port-forward over WebSocket with v5 and the SPDY
+/// tunnel (KEP-4006), so that an API server since 1.36 passes them on as they are.
+const DECLARED_FEATURES: [&str; 1] = ["ExtendWebSocketsToKubelet"];
+
 /// The whole status.
 pub fn status(inputs: &Inputs<'_>) -> NodeStatus {
     let Inputs { settings, machine, runtime, .. } = inputs;
@@ -176,6 +180,7 @@ pub fn status(inputs: &Inputs<'_>) -> NodeStatus {
         node_info: Some(node_info(inputs)),
         runtime_handlers: Some(runtime_handlers(&settings.runtime_name)),
         features: Some(NodeFeatures { supplemental_groups_policy: Some(false) }),
+        declared_features: Some(DECLARED_FEATURES.map(str::to_owned).to_vec()),
         ..NodeStatus::default()
     }
 }
@@ -457,6 +462,7 @@ mod tests {
             addresses,
             [("InternalIP".to_owned(), "10.0.0.5".to_owned()), ("Hostname".to_owned(), "n1".to_owned())]
         );
+        assert_eq!(status.declared_features.unwrap(), ["ExtendWebSocketsToKubelet"]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodSpec, PodStatus};
 
 use super::observed::Observed;
 use crate::kubelet_api::targets::{PodTargets, TargetError};
-use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus as Attempt};
+use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus as Attempt, SandboxId};
 
 /// The Pod loop counts as stuck when it has not come round for this long; it comes round at least every
 /// [`HEARTBEAT`].
@@ -29,6 +29,8 @@ struct Entry {
     pod: Arc<Pod>,
     status: Arc<PodStatus>,
     containers: Vec<Attempt>,
+    /// The sandbox, while it is ready.
+    sandbox: Option<SandboxId>,
 }
 
 impl Default for Directory {
@@ -42,7 +44,8 @@ impl Directory {
     pub(super) fn put(&self, pod: &Arc<Pod>, status: &PodStatus, observed: &Observed) {
         let Some(uid) = pod.metadata.uid.clone() else { return };
         let (pod, status) = (Arc::clone(pod), Arc::new(status.clone()));
-        let entry = Entry { pod, status, containers: observed.containers().cloned().collect() };
+        let sandbox = observed.ready_sandbox().map(|sandbox| sandbox.id.clone());
+        let entry = Entry { pod, status, containers: observed.containers().cloned().collect(), sandbox };
         self.entries.write().unwrap_or_else(PoisonError::into_inner).insert(uid, entry);
     }
 
@@ -54,6 +57,12 @@ impl Directory {
     /// The loop lives.
     pub(super) fn beat(&self) {
         *self.heartbeat.write().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// The Pod of that name, if it also has that UID where one is given.
+    fn find_uid(&self, namespace: &str, name: &str, uid: Option<&str>) -> Result<Entry, TargetError> {
+        let same = |entry: &Entry| uid.is_none_or(|uid| entry.pod.metadata.uid.as_deref() == Some(uid));
+        self.find(namespace, name).filter(same).ok_or_else(|| TargetError::NoPod(name.to_owned()))
     }
 
     /// The Pod of that name; of several (an old one that is still being removed) the newest.
@@ -95,6 +104,24 @@ impl PodTargets for Directory {
                 reason: waiting_reason(&entry.status, container),
             }),
         }
+    }
+
+    async fn exec_target(
+        &self,
+        namespace: &str,
+        pod: &str,
+        uid: Option<&str>,
+        container: &str,
+    ) -> Result<ContainerId, TargetError> {
+        let entry = self.find_uid(namespace, pod, uid)?;
+        let running = entry.containers.iter().filter(|c| c.name == container && c.state == ContainerState::Running);
+        let newest = running.max_by_key(|c| c.attempt);
+        newest.map(|c| c.id.clone()).ok_or_else(|| TargetError::NotRunning(container.to_owned()))
+    }
+
+    async fn port_target(&self, namespace: &str, pod: &str, uid: Option<&str>) -> Result<SandboxId, TargetError> {
+        let entry = self.find_uid(namespace, pod, uid)?;
+        entry.sandbox.ok_or_else(|| TargetError::NoSandbox(format!("{pod}_{namespace}")))
     }
 
     fn pods(&self) -> Vec<Arc<Pod>> {

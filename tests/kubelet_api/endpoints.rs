@@ -55,11 +55,6 @@ async fn what_is_not_served_says_so() {
     node.cluster.granted.lock().unwrap().extend(["stats", "log", "checkpoint", "configz", "statusz"]);
     let mut client = node.api_server().await;
     for (method, path, status, named) in [
-        (Method::POST, "/exec/ns/p/c?command=ls", 501, "/exec"),
-        (Method::GET, "/exec/ns/p/uid/c", 501, "/exec"),
-        (Method::POST, "/attach/ns/p/c", 501, "/attach"),
-        (Method::POST, "/portForward/ns/p", 501, "/portForward"),
-        (Method::POST, "/run/ns/p/c", 501, "/run"),
         (Method::POST, "/checkpoint/ns/p/c", 501, "/checkpoint"),
         (Method::GET, "/stats/summary", 501, "/stats/summary"),
         (Method::GET, "/metrics/resource", 501, "/metrics/resource"),

@@ -1,7 +1,8 @@
-//! A node's API on a free port, with an API server that answers reviews and a runtime that only has logs.
+//! A node's API on a free port, with an API server that answers reviews and a runtime that has logs and processes.
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -18,6 +19,7 @@ use k8s_openapi::api::core::v1::Pod;
 use lambdalet::kubelet_api::targets::{PodTargets, TargetError};
 use lambdalet::kubelet_api::{Access, KubeletApi, Limits, Params, Serving, TlsParams};
 use lambdalet::metrics::Metrics;
+use lambdalet::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
 use lambdalet::runtime::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, LogChunk, LogOptions, RuntimeEvent, RuntimeVersion,
     SandboxConfig, SandboxId, SandboxStatus,
@@ -33,7 +35,10 @@ use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
+
+use crate::processes::Processes;
 
 /// The node in every test.
 pub(crate) const NODE: &str = "node-1";
@@ -175,6 +180,8 @@ type LogSource = Box<dyn Fn() -> RuntimeResult<BoxStream<'static, RuntimeResult<
 pub(crate) struct World {
     pub(crate) stuck: Mutex<Option<String>>,
     pub(crate) log: Mutex<Option<LogSource>>,
+    /// What `exec` and `attach` run.
+    pub(crate) processes: Processes,
     /// What `logs` was last asked.
     pub(crate) asked: Mutex<Option<(ContainerId, LogOptions)>>,
 }
@@ -201,6 +208,28 @@ impl PodTargets for World {
             }
             ("ns", "p", ..) => Err(TargetError::NoContainer { pod, container }),
             _ => Err(TargetError::NoPod(pod)),
+        }
+    }
+
+    async fn exec_target(
+        &self,
+        ns: &str,
+        pod: &str,
+        uid: Option<&str>,
+        container: &str,
+    ) -> Result<ContainerId, TargetError> {
+        self.port_target(ns, pod, uid).await?;
+        match container {
+            "c" => Ok(ContainerId::from("current")),
+            other => Err(TargetError::NotRunning(other.to_owned())),
+        }
+    }
+
+    async fn port_target(&self, ns: &str, pod: &str, uid: Option<&str>) -> Result<SandboxId, TargetError> {
+        match (ns, pod, uid.unwrap_or("u")) {
+            ("ns", "p", "u") => Ok(SandboxId::from("sandbox")),
+            ("ns", "new", _) => Err(TargetError::NoSandbox("new_ns".to_owned())),
+            _ => Err(TargetError::NoPod(pod.to_owned())),
         }
     }
 
@@ -266,6 +295,20 @@ impl SandboxRuntime for World {
     ) -> RuntimeResult<BoxStream<'static, RuntimeResult<LogChunk>>> {
         *self.asked.lock().unwrap() = Some((id.clone(), options.clone()));
         self.log.lock().unwrap().as_ref().map_or_else(unsupported, |source| source())
+    }
+    async fn exec(&self, _: &ContainerId, request: &ExecRequest) -> RuntimeResult<Session> {
+        self.processes.start(request)
+    }
+    async fn attach(&self, _: &ContainerId, request: &AttachRequest) -> RuntimeResult<Session> {
+        let AttachRequest { stdin, stdout, stderr } = *request;
+        let command = vec!["cat".to_owned()];
+        self.processes.start(&ExecRequest { command, tty: false, stdin, stdout, stderr })
+    }
+    async fn port_forward(&self, _: &SandboxId, port: u16) -> RuntimeResult<Pin<Box<dyn Duplex>>> {
+        match TcpStream::connect(("127.0.0.1", port)).await {
+            Ok(stream) => Ok(Box::pin(stream)),
+            Err(error) => Err(RuntimeError::new(Kind::Invalid, format!("failed to connect to port {port}: {error}"))),
+        }
     }
     async fn events(&self) -> RuntimeResult<BoxStream<'static, RuntimeEvent>> {
         unsupported()
@@ -365,22 +408,7 @@ impl Client {
         versions: &[&'static SupportedProtocolVersion],
         protocols: &[&str],
     ) -> io::Result<Self> {
-        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_protocol_versions(versions)
-            .unwrap()
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(AnyServer));
-        let mut config = match identity {
-            Some(Identity(certificate, key)) => {
-                builder.with_client_auth_cert(vec![certificate], key.clone_key()).unwrap()
-            }
-            None => builder.with_no_client_auth(),
-        };
-        config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
-        let tcp = TcpStream::connect(address).await?;
-        tcp.set_nodelay(true)?;
-        let name = ServerName::try_from("localhost").unwrap();
-        let tls = TlsConnector::from(Arc::new(config)).connect(name, tcp).await?;
+        let tls = tls(address, identity, versions, protocols).await?;
         let session = tls.get_ref().1;
         let served = session.peer_certificates().unwrap()[0].clone();
         let protocol = session.alpn_protocol().map(<[u8]>::to_vec);
@@ -411,6 +439,29 @@ impl Client {
     pub(crate) async fn status(&mut self, path: &str, token: Option<&str>) -> u16 {
         self.get(path, token).await.unwrap().0
     }
+}
+
+/// A connection of a client with this certificate, or none, before any request.
+pub(crate) async fn tls(
+    address: SocketAddr,
+    identity: Option<Identity>,
+    versions: &[&'static SupportedProtocolVersion],
+    protocols: &[&str],
+) -> io::Result<TlsStream<TcpStream>> {
+    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_protocol_versions(versions)
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(AnyServer));
+    let mut config = match identity {
+        Some(Identity(certificate, key)) => builder.with_client_auth_cert(vec![certificate], key.clone_key()).unwrap(),
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
+    let tcp = TcpStream::connect(address).await?;
+    tcp.set_nodelay(true)?;
+    let name = ServerName::try_from("localhost").unwrap();
+    TlsConnector::from(Arc::new(config)).connect(name, tcp).await
 }
 
 pub(crate) fn request(method: Method, path: &str, token: Option<&str>) -> Request<Empty<Bytes>> {

@@ -1,0 +1,226 @@
+//! The paths: who is meant, what is wanted, and how it is answered before the connection is taken over.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Path, Request, State};
+use axum::response::{IntoResponse, Response};
+use futures::FutureExt;
+use http::{StatusCode, header};
+use serde::Deserialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::port_forward::{self, Forward};
+use super::remote_command::options::{self, Options, OptionsError};
+use super::remote_command::relay::gather;
+use super::remote_command::{self, Command};
+use super::upgrade::{Hold, Upgrade, UpgradeError};
+use super::websocket::channels::Protocol;
+use crate::kubelet_api::meters::{OpenStream, StreamKind};
+use crate::kubelet_api::targets::TargetError;
+use crate::kubelet_api::{App, runtime_status};
+use crate::runtime::RuntimeError;
+use crate::runtime::session::{AttachRequest, ExecRequest};
+use crate::telemetry::chain;
+
+/// The WebSocket subprotocols of exec and attach; "" is a client that names none.
+const CHANNELS: &[&str] = &[
+    "",
+    "channel.k8s.io",
+    "base64.channel.k8s.io",
+    "v4.channel.k8s.io",
+    "v4.base64.channel.k8s.io",
+    "v5.channel.k8s.io",
+];
+/// The WebSocket subprotocols of port-forward.
+const PORT_CHANNELS: &[&str] = &[port_forward::TUNNEL, "", "v4.channel.k8s.io", "v4.base64.channel.k8s.io"];
+
+/// Room for connections that carry streams, so that they leave some for everything else.
+#[derive(Clone, Debug)]
+pub(in crate::kubelet_api) struct Room {
+    places: Arc<Semaphore>,
+    limit: usize,
+    /// When a connection ends for want of traffic.
+    idle: Duration,
+}
+
+impl Room {
+    pub(in crate::kubelet_api) fn new(limit: usize, idle: Duration) -> Self {
+        Self { places: Arc::new(Semaphore::new(limit)), limit, idle }
+    }
+
+    fn enter(&self) -> Result<OwnedSemaphorePermit, StreamError> {
+        self.places.clone().try_acquire_owned().map_err(|_| StreamError::Full(self.limit))
+    }
+}
+
+/// Why nothing is streamed. `Display` is the body of the answer, which kubectl prints.
+#[derive(Debug, thiserror::Error)]
+pub(in crate::kubelet_api) enum StreamError {
+    #[error("{0}")]
+    Options(OptionsError),
+    #[error("{0}")]
+    Ports(String),
+    #[error("{0}")]
+    Target(TargetError),
+    #[error("{0}")]
+    Upgrade(UpgradeError),
+    #[error("too many open streams: all {0} are in use")]
+    Full(usize),
+    #[error("error executing command in container: {}", chain(.0))]
+    Run(RuntimeError),
+    #[error("command terminated with exit code {0}: {1}")]
+    ExitCode(i32, String),
+}
+
+impl IntoResponse for StreamError {
+    fn into_response(self) -> Response {
+        let text = format!("{self}\n");
+        match self {
+            Self::Options(_) | Self::Ports(_) => (StatusCode::BAD_REQUEST, text).into_response(),
+            Self::Target(error) => (error.status(), text).into_response(),
+            Self::Upgrade(error) => error.into_response(),
+            Self::Full(_) => (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], text).into_response(),
+            Self::Run(error) => (runtime_status(error.kind()), text).into_response(),
+            Self::ExitCode(..) => (StatusCode::INTERNAL_SERVER_ERROR, text).into_response(),
+        }
+    }
+}
+
+/// `/exec`, `/attach` and `/run`, with or without the Pod's UID.
+#[derive(Deserialize)]
+pub(in crate::kubelet_api) struct ContainerPath {
+    namespace: String,
+    pod: String,
+    uid: Option<String>,
+    container: String,
+}
+
+/// `/portForward`, with or without the Pod's UID.
+#[derive(Deserialize)]
+pub(in crate::kubelet_api) struct PodPath {
+    namespace: String,
+    pod: String,
+    uid: Option<String>,
+}
+
+/// GET or POST `/exec/{namespace}/{pod}[/{uid}]/{container}?command=…&input=1&output=1&error=1&tty=1`.
+pub(in crate::kubelet_api) async fn exec(
+    State(app): State<App>,
+    Path(path): Path<ContainerPath>,
+    request: Request,
+) -> Result<Response, StreamError> {
+    let pairs = query(&request);
+    let wanted = Options::parse(&pairs).map_err(StreamError::Options)?;
+    let command = options::command(&pairs).map_err(StreamError::Options)?;
+    let Options { stdin, stdout, stderr, tty } = wanted;
+    let id = container(&app, &path).await?;
+    let (runtime, exec) = (app.runtime.clone(), ExecRequest { command, tty, stdin, stdout, stderr });
+    let session = async move { runtime.exec(&id, &exec).await }.boxed();
+    let doing = "error executing command in container";
+    let command = Command { options: wanted, session, doing, judged: true, idle: app.room.idle };
+    serve(&app, request, command, StreamKind::Exec)
+}
+
+/// GET or POST `/attach/{namespace}/{pod}[/{uid}]/{container}?input=1&output=1&error=1&tty=1`.
+pub(in crate::kubelet_api) async fn attach(
+    State(app): State<App>,
+    Path(path): Path<ContainerPath>,
+    request: Request,
+) -> Result<Response, StreamError> {
+    let wanted = Options::parse(&query(&request)).map_err(StreamError::Options)?;
+    let Options { stdin, stdout, stderr, .. } = wanted;
+    let id = container(&app, &path).await?;
+    let (runtime, attach) = (app.runtime.clone(), AttachRequest { stdin, stdout, stderr });
+    let session = async move { runtime.attach(&id, &attach).await }.boxed();
+    let doing = "error attaching to container";
+    let command = Command { options: wanted, session, doing, judged: false, idle: app.room.idle };
+    serve(&app, request, command, StreamKind::Attach)
+}
+
+fn serve(app: &App, mut request: Request, command: Command, kind: StreamKind) -> Result<Response, StreamError> {
+    let upgrade = Upgrade::negotiate(&request, &remote_command::SPDY_PROTOCOLS, CHANNELS);
+    let upgrade = upgrade.map_err(StreamError::Upgrade)?;
+    let (place, open) = (app.room.enter()?, app.meters.open(kind));
+    let hold = Hold::of(&mut request).ok_or(StreamError::Upgrade(UpgradeError::Required))?;
+    Ok(upgrade.hand_over(hold, move |upgrade, socket| async move {
+        let _held = (place, open);
+        match upgrade {
+            Upgrade::Spdy(protocol) => remote_command::over_spdy(command, socket, protocol).await,
+            Upgrade::WebSocket(protocol, _) => {
+                if let Some(protocol) = Protocol::named(protocol) {
+                    remote_command::over_websocket(command, socket, protocol).await;
+                }
+            }
+        }
+    }))
+}
+
+/// GET or POST `/portForward/{namespace}/{pod}[/{uid}]`, with `?port=…` for WebSocket clients of v4.
+pub(in crate::kubelet_api) async fn port_forward(
+    State(app): State<App>,
+    Path(path): Path<PodPath>,
+    mut request: Request,
+) -> Result<Response, StreamError> {
+    let target = app.targets.port_target(&path.namespace, &path.pod, path.uid.as_deref()).await;
+    let sandbox = target.map_err(StreamError::Target)?;
+    let upgrade = Upgrade::negotiate(&request, &port_forward::SPDY_PROTOCOLS, PORT_CHANNELS);
+    let upgrade = upgrade.map_err(StreamError::Upgrade)?;
+    let ports = match upgrade {
+        Upgrade::WebSocket(protocol, _) if protocol != port_forward::TUNNEL => {
+            port_forward::ports(&query(&request)).map_err(StreamError::Ports)?
+        }
+        _ => Vec::new(),
+    };
+    let runtime = app.runtime.clone();
+    let dial = Arc::new(move |port| {
+        let (runtime, sandbox) = (runtime.clone(), sandbox.clone());
+        async move { runtime.port_forward(&sandbox, port).await }.boxed()
+    });
+    let forward = Forward { pod: path.pod, dial, idle: app.room.idle };
+    let held = (app.room.enter()?, app.meters.open(StreamKind::PortForward));
+    let hold = Hold::of(&mut request).ok_or(StreamError::Upgrade(UpgradeError::Required))?;
+    Ok(upgrade.hand_over(hold, move |upgrade, socket| async move {
+        let _held: (OwnedSemaphorePermit, OpenStream) = held;
+        match upgrade {
+            Upgrade::Spdy(_) => port_forward::over_spdy(forward, socket).await,
+            Upgrade::WebSocket(port_forward::TUNNEL, _) => port_forward::over_tunnel(forward, socket).await,
+            Upgrade::WebSocket(protocol, _) => {
+                // A client that names no protocol means the channels, which have no version of their own here.
+                if let Some(protocol) = Protocol::named(protocol) {
+                    port_forward::over_websocket(forward, socket, protocol, ports).await;
+                }
+            }
+        }
+    }))
+}
+
+/// POST `/run/{namespace}/{pod}[/{uid}]/{container}?cmd=…`: what a command writes, both streams in one.
+pub(in crate::kubelet_api) async fn run(
+    State(app): State<App>,
+    Path(path): Path<ContainerPath>,
+    request: Request,
+) -> Result<Response, StreamError> {
+    let command = options::run_command(&query(&request)).map_err(StreamError::Options)?;
+    let id = container(&app, &path).await?;
+    let _held = (app.room.enter()?, app.meters.open(StreamKind::Run));
+    let exec = ExecRequest { command, tty: false, stdin: false, stdout: true, stderr: true };
+    let session = app.runtime.exec(&id, &exec).await.map_err(StreamError::Run)?;
+    let (output, code) = gather(session).await.map_err(StreamError::Run)?;
+    if code != 0 {
+        return Err(StreamError::ExitCode(code, String::from_utf8_lossy(&output).into_owned()));
+    }
+    Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], output).into_response())
+}
+
+async fn container(app: &App, path: &ContainerPath) -> Result<crate::runtime::types::ContainerId, StreamError> {
+    let ContainerPath { namespace, pod, uid, container } = path;
+    let target = app.targets.exec_target(namespace, pod, uid.as_deref(), container).await;
+    target.map_err(StreamError::Target)
+}
+
+/// The pairs of a query. What cannot be decoded is not there.
+fn query(request: &Request) -> Vec<(String, String)> {
+    let pairs = axum::extract::Query::<Vec<(String, String)>>::try_from_uri(request.uri());
+    pairs.map(|pairs| pairs.0).unwrap_or_default()
+}

@@ -1,0 +1,273 @@
+//! A WebSocket with its socket: one task reads messages into channels, one writes them.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::stream::{SplitSink, SplitStream};
+use futures::{SinkExt, StreamExt};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role};
+use tokio_tungstenite::tungstenite::{Error, Message as Frame};
+use tracing::debug;
+
+use super::channels::{ChannelError, Message, Payload, Protocol};
+use super::config;
+use crate::kubelet_api::streaming::idle::{HangUp, Idle};
+use crate::kubelet_api::streaming::pipe::{Budget, Feed, Inbox, Outbox, WRITES_WAITING, Write, stream};
+use crate::kubelet_api::streaming::upgrade::{Joined, Socket};
+use crate::telemetry::chain;
+
+/// For a client to answer the last message and close the connection.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What a client means by closing the connection in good order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::kubelet_api) enum Closing {
+    /// This channel is at its end, if it was still open; what runs may run to its end.
+    Ends(u8),
+    /// It does not want anything any more.
+    HangsUp,
+}
+
+/// How a connection is set up.
+pub(in crate::kubelet_api) struct Wiring {
+    /// The channels that are read from; what comes for others is dropped.
+    pub(in crate::kubelet_api) feeds: Vec<u8>,
+    /// See [`Closing`].
+    pub(in crate::kubelet_api) closing: Closing,
+    /// When the connection ends for want of traffic.
+    pub(in crate::kubelet_api) idle: Duration,
+}
+
+/// Why a connection ended early.
+#[derive(Debug, thiserror::Error)]
+enum SocketError {
+    #[error("the WebSocket broke")]
+    WebSocket(#[from] Error),
+    #[error("the client broke the channel protocol")]
+    Channel(#[from] ChannelError),
+    #[error("the client hung up")]
+    HungUp,
+    #[error("the connection was idle for too long")]
+    Idle,
+}
+
+impl SocketError {
+    /// What the client is told of it, if it still listens.
+    fn code(&self) -> Option<CloseCode> {
+        match self {
+            Self::Channel(ChannelError::Base64(_)) => Some(CloseCode::Invalid),
+            Self::Channel(ChannelError::Close(_)) => Some(CloseCode::Protocol),
+            Self::WebSocket(Error::Capacity(_)) => Some(CloseCode::Size),
+            Self::Idle => Some(CloseCode::Away),
+            Self::WebSocket(_) | Self::HungUp => None,
+        }
+    }
+}
+
+/// The connection. Dropping it closes the socket.
+pub(in crate::kubelet_api) struct WebSocket {
+    writes: mpsc::Sender<Write>,
+    budget: Budget,
+    tasks: JoinSet<()>,
+}
+
+impl WebSocket {
+    /// Starts reading and writing; an inbox for each channel that is read from.
+    pub(in crate::kubelet_api) fn start(
+        socket: Socket,
+        protocol: Protocol,
+        wiring: Wiring,
+    ) -> (Self, BTreeMap<u8, Inbox>) {
+        let (writes, queue) = mpsc::channel(WRITES_WAITING);
+        let (budget, idle) = (Budget::default(), Idle::new(wiring.idle));
+        let (mut feeds, mut inboxes) = (BTreeMap::new(), BTreeMap::new());
+        for channel in wiring.feeds {
+            let (feed, inbox, _) = stream(channel.into(), &budget, &writes);
+            feeds.insert(channel, feed);
+            inboxes.insert(channel, inbox);
+        }
+        let (joined, hang_up) = socket.joined();
+        let (mut tasks, beats) = (JoinSet::new(), writes.downgrade());
+        tasks.spawn(async move {
+            let stream = WebSocketStream::from_raw_socket(joined, Role::Server, Some(config())).await;
+            let (sink, stream) = stream.split();
+            let reader = Reader { stream, protocol, feeds, writes: beats, hang_up, idle: idle.clone() };
+            let writer = Writer { sink, protocol, queue, idle: idle.clone() };
+            run(reader, writer, wiring.closing, idle).await;
+        });
+        (Self { writes, budget, tasks }, inboxes)
+    }
+
+    /// The end of a channel that is written to.
+    pub(in crate::kubelet_api) fn outbox(&self, channel: u8) -> Outbox {
+        stream(channel.into(), &self.budget, &self.writes).2
+    }
+
+    /// Resolves when the client has left and nothing is to be done for it any more. Cancel-safe.
+    pub(in crate::kubelet_api) async fn gone(&mut self) {
+        self.tasks.join_next().await;
+    }
+
+    /// Sends what waits and closes the connection in good order.
+    pub(in crate::kubelet_api) async fn close(mut self) {
+        let _ = timeout(PATIENCE, async {
+            let _ = self.writes.send(Write::Close).await;
+            while self.tasks.join_next().await.is_some() {}
+        })
+        .await;
+        self.tasks.shutdown().await;
+    }
+}
+
+/// Both directions, until the connection is at its end.
+async fn run(mut reader: Reader, mut writer: Writer, closing: Closing, idle: Idle) {
+    let ended = tokio::select! {
+        // Not cancel-safe, and need not be: no arm is resumed.
+        ended = reader.run() => ended.map(|()| Some(closing)),
+        // Not cancel-safe, as above. A message that was cut short is the last of its connection.
+        ended = writer.run() => ended.map(|()| None),
+        // Cancel-safe: it only looks.
+        () = idle.expired() => Err(SocketError::Idle),
+    };
+    match ended {
+        // Closed by this side: what the client still sends is read until it answers.
+        Ok(None) => while let Some(Ok(_)) = reader.stream.next().await {},
+        Ok(Some(Closing::Ends(channel))) if reader.feeds.contains_key(&channel) => {
+            let _ = timeout(PATIENCE, writer.sink.flush()).await;
+            let feed = reader.feeds.remove(&channel);
+            let end = async {
+                if let Some(feed) = &feed {
+                    feed.end().await;
+                }
+            };
+            tokio::select! {
+                // Not cancel-safe, and need not be: the connection is over either way.
+                ((), ()) = async { tokio::join!(end, writer.discard()) } => {}
+                // Cancel-safe: it only looks.
+                () = idle.expired() => {}
+            }
+        }
+        Ok(Some(_)) => {
+            let _ = timeout(PATIENCE, writer.sink.flush()).await;
+        }
+        Err(cause) => {
+            debug!(error = chain(&cause), "a WebSocket ended early");
+            if let Some(code) = cause.code() {
+                let frame = CloseFrame { code, reason: cause.to_string().into() };
+                let _ = timeout(PATIENCE, writer.sink.send(Frame::Close(Some(frame)))).await;
+            }
+        }
+    }
+    for feed in reader.feeds.values() {
+        feed.reset();
+    }
+}
+
+struct Reader {
+    stream: SplitStream<WebSocketStream<Joined>>,
+    protocol: Protocol,
+    feeds: BTreeMap<u8, Feed>,
+    writes: mpsc::WeakSender<Write>,
+    hang_up: HangUp,
+    idle: Idle,
+}
+
+impl Reader {
+    /// Until the client closes the connection in good order.
+    async fn run(&mut self) -> Result<(), SocketError> {
+        loop {
+            match self.stream.next().await.ok_or(SocketError::HungUp)?? {
+                Frame::Binary(message) => self.take(message).await?,
+                Frame::Text(message) => self.take(message.into()).await?,
+                Frame::Close(_) => return Ok(()),
+                // The library answers pings.
+                Frame::Ping(_) | Frame::Pong(_) | Frame::Frame(_) => {}
+            }
+            self.idle.touch();
+        }
+    }
+
+    async fn take(&mut self, message: Bytes) -> Result<(), SocketError> {
+        let given = async {
+            match self.protocol.read(message)? {
+                Message::Data(channel, bytes) => {
+                    if let Some(feed) = self.feeds.get(&channel) {
+                        feed.data(bytes).await;
+                    }
+                }
+                Message::Close(channel) => {
+                    if let Some(feed) = self.feeds.remove(&channel) {
+                        feed.end().await;
+                    }
+                }
+                Message::Nothing => {}
+            }
+            Ok(())
+        };
+        let beat = || drop(self.writes.upgrade().map(|writes| writes.try_send(Write::Beat)));
+        tokio::select! {
+            biased;
+            // Not cancel-safe, and need not be: the other arm ends the connection.
+            given = given => given,
+            // Cancel-safe: it only looks.
+            () = self.hang_up.happened(beat) => Err(SocketError::HungUp),
+        }
+    }
+}
+
+struct Writer {
+    sink: SplitSink<WebSocketStream<Joined>, Frame>,
+    protocol: Protocol,
+    queue: mpsc::Receiver<Write>,
+    idle: Idle,
+}
+
+impl Writer {
+    /// Until it is told to close, or nobody is left who could write.
+    async fn run(&mut self) -> Result<(), SocketError> {
+        while let Some(mut write) = self.queue.recv().await {
+            loop {
+                match write {
+                    Write::Data(channel, bytes) => {
+                        let channel = u8::try_from(channel).unwrap_or(u8::MAX);
+                        let frame = match self.protocol.write(channel, &bytes) {
+                            Payload::Binary(bytes) => Frame::Binary(bytes),
+                            Payload::Text(text) => Frame::text(text),
+                        };
+                        self.sink.feed(frame).await?;
+                    }
+                    Write::Close => {
+                        let frame = CloseFrame { code: CloseCode::Normal, reason: "".into() };
+                        return Ok(self.sink.send(Frame::Close(Some(frame))).await?);
+                    }
+                    // An unsolicited Pong (RFC 6455, section 5.5.3).
+                    Write::Beat => self.sink.feed(Frame::Pong(Bytes::new())).await?,
+                    // There are no such messages: channels are there from the start and end with the connection.
+                    Write::Reply(_) | Write::End(_) | Write::Reset(_) => {}
+                }
+                match self.queue.try_recv() {
+                    Ok(next) => write = next,
+                    Err(_) => break,
+                }
+            }
+            self.sink.flush().await?;
+            self.idle.touch();
+        }
+        Ok(())
+    }
+
+    /// Lets those who write go on although nobody listens.
+    async fn discard(&mut self) {
+        while let Some(write) = self.queue.recv().await {
+            if matches!(write, Write::Close) {
+                return;
+            }
+        }
+    }
+}
