@@ -125,36 +125,41 @@ impl Trees {
     }
 
     fn memory_v1(&self, path: &Path, stat: &str) -> Option<MemoryUsage> {
-        let total = |name: &str| field(stat, name).unwrap_or(0);
-        let usage = self.number("memory", path, "memory.usage_in_bytes")?;
-        Some(MemoryUsage {
-            usage,
-            working_set: usage.saturating_sub(total("total_inactive_file")),
-            rss: total("total_rss"),
-            cache: total("total_cache"),
-            mapped_file: total("total_mapped_file"),
-            swap: total("total_swap"),
-            page_faults: total("total_pgfault"),
-            major_page_faults: total("total_pgmajfault"),
-            ..MemoryUsage::default()
-        })
+        let total = self.number("memory", path, "memory.usage_in_bytes")?;
+        let mut usage = MemoryUsage { usage: total, working_set: total, ..MemoryUsage::default() };
+        // What lies below is included in the figures that begin so, as it is in the usage.
+        for (name, value) in fields(stat).filter_map(|(name, value)| Some((name.strip_prefix("total_")?, value))) {
+            match name {
+                "inactive_file" => usage.working_set = total.saturating_sub(value),
+                "rss" => usage.rss = value,
+                "cache" => usage.cache = value,
+                "mapped_file" => usage.mapped_file = value,
+                "swap" => usage.swap = value,
+                "pgfault" => usage.page_faults = value,
+                "pgmajfault" => usage.major_page_faults = value,
+                _ => {}
+            }
+        }
+        Some(usage)
     }
 
     fn memory_v2(&self, path: &Path, stat: &str) -> Option<MemoryUsage> {
-        let total = |name: &str| field(stat, name).unwrap_or(0);
         // The root has no such file: there it is what is not free.
-        let usage = self.number("", path, "memory.current").or_else(|| host_memory(path))?;
-        Some(MemoryUsage {
-            usage,
-            working_set: usage.saturating_sub(total("inactive_file")),
-            rss: total("anon"),
-            cache: total("file"),
-            mapped_file: total("file_mapped"),
-            swap: self.number("", path, "memory.swap.current").unwrap_or(0),
-            page_faults: total("pgfault"),
-            major_page_faults: total("pgmajfault"),
-            ..MemoryUsage::default()
-        })
+        let total = self.number("", path, "memory.current").or_else(|| host_memory(path))?;
+        let swap = self.number("", path, "memory.swap.current").unwrap_or(0);
+        let mut usage = MemoryUsage { usage: total, working_set: total, swap, ..MemoryUsage::default() };
+        for (name, value) in fields(stat) {
+            match name {
+                "inactive_file" => usage.working_set = total.saturating_sub(value),
+                "anon" => usage.rss = value,
+                "file" => usage.cache = value,
+                "file_mapped" => usage.mapped_file = value,
+                "pgfault" => usage.page_faults = value,
+                "pgmajfault" => usage.major_page_faults = value,
+                _ => {}
+            }
+        }
+        Some(usage)
     }
 
     fn limits(&self, path: &Path) -> Limits {
@@ -181,9 +186,16 @@ impl Trees {
     }
 }
 
-/// A value in lines of `name value`.
+/// Lines of `name value`.
+fn fields(text: &str) -> impl Iterator<Item = (&str, u64)> {
+    text.lines().filter_map(|line| {
+        let (name, value) = line.split_once(' ')?;
+        Some((name, value.parse().ok()?))
+    })
+}
+
 fn field(text: &str, name: &str) -> Option<u64> {
-    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+    fields(text).find(|(found, _)| *found == name).map(|(_, value)| value)
 }
 
 fn host_memory(path: &Path) -> Option<u64> {
