@@ -2,6 +2,7 @@
 //!
 //! [`Settings`] is the sum; every room takes the group it needs and knows neither flags nor files.
 
+pub mod configuration;
 pub mod file;
 pub mod values;
 

@@ -11,7 +11,7 @@ use tracing::info;
 
 use super::flags::Plan;
 use crate::apiserver::ApiServer;
-use crate::config::{RuntimeKind, Settings};
+use crate::config::{RuntimeKind, Settings, configuration};
 use crate::kubelet_api::{self, KubeletApi};
 use crate::metrics::Metrics;
 use crate::network::bridge::Bridge;
@@ -155,6 +155,12 @@ async fn serve_api(parts: &Parts) -> anyhow::Result<()> {
         runtime: parts.runtime.clone(),
         metrics: parts.metrics.clone(),
         limits: kubelet_api::Limits::default(),
+        about: kubelet_api::About {
+            configuration: configuration::in_effect(&parts.settings),
+            flags: kubelet_api::flags_of(std::env::args()),
+            root_dir: parts.settings.pods.root_dir.clone(),
+            ..kubelet_api::About::default()
+        },
     };
     let api = KubeletApi::bind(params).await?;
     let draining = parts.tasks.draining();

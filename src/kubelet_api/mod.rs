@@ -10,14 +10,17 @@ mod attributes;
 mod auth;
 mod cache;
 mod identity;
+mod log_files;
 mod log_query;
 mod logs;
 mod meters;
+mod pages;
 mod peer;
 mod seldom;
 mod self_signed;
 mod server;
 mod slots;
+mod stats;
 pub mod streaming;
 pub mod targets;
 mod tls;
@@ -41,9 +44,11 @@ use tracing::{info, warn};
 
 pub use auth::{Access, Authorization};
 use meters::Meters;
+pub use pages::{About, flags_of};
 pub use self_signed::SelfSigned;
 pub use server::Limits;
 use server::Server;
+use stats::Collector;
 use streaming::endpoints::{self, Room};
 use targets::PodTargets;
 use tls::Tls;
@@ -74,6 +79,8 @@ pub struct Params {
     pub metrics: Metrics,
     /// Bounds.
     pub limits: Limits,
+    /// What the node tells of itself.
+    pub about: About,
 }
 
 /// Why the API cannot be served.
@@ -112,12 +119,15 @@ impl KubeletApi {
         let listener = TcpListener::bind(params.listen).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let meters = Meters::new(&params.metrics);
-        let gate = auth::Gate::new(params.node_name, params.access, params.client, tls.clone(), meters.clone());
+        let gate = auth::Gate::new(params.node_name.clone(), params.access, params.client, tls.clone(), meters.clone());
         let app = App {
             targets: params.targets,
+            stats: Arc::new(Collector::new(params.runtime.clone(), params.about.root_dir.clone())),
             runtime: params.runtime,
             metrics: params.metrics,
             meters: meters.clone(),
+            node_name: params.node_name.into(),
+            about: Arc::new(params.about),
             room: Room::new(params.limits.streams, params.limits.stream_idle),
         };
         let router = routes()
@@ -149,6 +159,9 @@ struct App {
     metrics: Metrics,
     meters: Meters,
     room: Room,
+    stats: Arc<Collector>,
+    node_name: Arc<str>,
+    about: Arc<About>,
 }
 
 /// The whole table.
@@ -166,7 +179,8 @@ fn routes() -> Router<App> {
         .route("/portForward/{namespace}/{pod}", get(endpoints::port_forward).post(endpoints::port_forward))
         .route("/portForward/{namespace}/{pod}/{uid}", get(endpoints::port_forward).post(endpoints::port_forward))
         .route("/run/{namespace}/{pod}/{container}", post(endpoints::run))
-        .route("/run/{namespace}/{pod}/{uid}/{container}", post(endpoints::run));
+        .route("/run/{namespace}/{pod}/{uid}/{container}", post(endpoints::run))
+        .merge(pages::routes());
     for path in NOT_SERVED {
         router = router.route(path, any(not_served));
     }
@@ -174,31 +188,15 @@ fn routes() -> Router<App> {
 }
 
 /// What a kubelet answers and this node does not yet.
-const NOT_SERVED: [&str; 24] = [
-    "/checkpoint/{*rest}",
-    "/configz",
+const NOT_SERVED: &[&str] = &[
     "/debug/flags/v",
     "/debug/pprof",
     "/debug/pprof/",
     "/debug/pprof/{*rest}",
-    "/flagz",
-    "/healthz/log",
-    "/healthz/ping",
-    "/healthz/syncloop",
-    "/logs",
-    "/logs/",
-    "/logs/{*rest}",
-    "/metrics/cadvisor",
-    "/metrics/probes",
-    "/metrics/resource",
     "/metrics/slis",
-    "/runningpods",
-    "/runningpods/",
     "/stats",
     "/stats/",
-    "/stats/summary",
     "/stats/{*rest}",
-    "/statusz",
 ];
 
 /// GET `/healthz`: `ok`, or 500 with what is stuck.

@@ -10,6 +10,7 @@ use futures::stream::BoxStream;
 use tokio::sync::OnceCell;
 
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
+use super::stats::{SandboxStats, StatsScope};
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -112,6 +113,10 @@ impl SandboxRuntime for Late {
 
     async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
         self.get().await?.unpause_container(id).await
+    }
+
+    async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
+        self.get().await?.list_pod_sandbox_stats(scope).await
     }
 
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {

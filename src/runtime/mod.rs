@@ -15,8 +15,10 @@ pub mod fake;
 pub mod late;
 mod reference;
 pub mod session;
+pub mod stats;
 pub mod traced;
 pub mod types;
+pub mod usage;
 pub mod verb;
 
 use std::pin::Pin;
@@ -26,6 +28,7 @@ use futures::stream::BoxStream;
 
 pub use error::{Kind, Result, RuntimeError};
 use session::{AttachRequest, Duplex, ExecRequest, Session};
+use stats::{SandboxStats, StatsScope};
 use types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -150,6 +153,13 @@ pub trait SandboxRuntime: Send + Sync + 'static {
     /// As [`pause_container`](Self::pause_container).
     async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
         Err(unsupported("unpause", id))
+    }
+
+    /// What every ready sandbox of this owner and its running containers use, in no order; CRI's ListPodSandboxStats.
+    /// Cheap enough to be asked every few seconds: it reads the host's files and asks the engine nothing about each.
+    async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
+        let _ = scope;
+        Err(unsupported("statistics", &"the node"))
     }
 
     /// What happens from now on to objects of this owner. The stream ends when the engine goes away; the caller

@@ -15,6 +15,7 @@ use prometheus_client::registry::{Registry, Unit};
 use tracing::Instrument;
 
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
+use super::stats::{SandboxStats, StatsScope};
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -38,7 +39,7 @@ fn is_question(verb: Verb) -> bool {
     use Verb::*;
     match verb {
         Version | Ready | PodSandboxStatus | ListPodSandboxes | ListContainers | ContainerStatus | ImageStatus
-        | ListImages | Events => true,
+        | ListImages | ListPodSandboxStats | Events => true,
         RunPodSandbox | StopPodSandbox | RemovePodSandbox | CreateContainer | StartContainer | StopContainer
         | RemoveContainer | Logs | Exec | Attach | PortForward | PauseContainer | UnpauseContainer | PullImage
         | RemoveImage => false,
@@ -245,6 +246,10 @@ impl<R: SandboxRuntime> SandboxRuntime for Traced<R> {
         self.observe(Verb::UnpauseContainer, id, self.inner.unpause_container(id)).await
     }
 
+    async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
+        self.observe(Verb::ListPodSandboxStats, "all", self.inner.list_pod_sandbox_stats(scope)).await
+    }
+
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {
         self.observe(Verb::Events, "", self.inner.events()).await
     }
@@ -346,6 +351,10 @@ impl<R: SandboxRuntime + ?Sized> SandboxRuntime for Arc<R> {
 
     async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
         (**self).unpause_container(id).await
+    }
+
+    async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
+        (**self).list_pod_sandbox_stats(scope).await
     }
 
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {

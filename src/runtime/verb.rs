@@ -44,6 +44,7 @@ verbs! {
     PortForward => "port_forward",
     PauseContainer => "pause_container",
     UnpauseContainer => "unpause_container",
+    ListPodSandboxStats => "list_pod_sandbox_stats",
     Events => "events",
     PullImage => "pull_image",
     ImageStatus => "image_status",

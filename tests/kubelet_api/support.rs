@@ -17,9 +17,10 @@ use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::Pod;
 use lambdalet::kubelet_api::targets::{PodTargets, TargetError};
-use lambdalet::kubelet_api::{Access, KubeletApi, Limits, Params, Serving, TlsParams};
+use lambdalet::kubelet_api::{About, Access, KubeletApi, Limits, Params, Serving, TlsParams};
 use lambdalet::metrics::Metrics;
 use lambdalet::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
+use lambdalet::runtime::stats::{SandboxStats, StatsScope};
 use lambdalet::runtime::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, LogChunk, LogOptions, RuntimeEvent, RuntimeVersion,
     SandboxConfig, SandboxId, SandboxStatus,
@@ -182,6 +183,8 @@ pub(crate) struct World {
     pub(crate) log: Mutex<Option<LogSource>>,
     /// What `exec` and `attach` run.
     pub(crate) processes: Processes,
+    /// What runs; `None` fails.
+    pub(crate) stats: Mutex<Option<Vec<SandboxStats>>>,
     /// What `logs` was last asked.
     pub(crate) asked: Mutex<Option<(ContainerId, LogOptions)>>,
 }
@@ -310,6 +313,9 @@ impl SandboxRuntime for World {
             Err(error) => Err(RuntimeError::new(Kind::Invalid, format!("failed to connect to port {port}: {error}"))),
         }
     }
+    async fn list_pod_sandbox_stats(&self, _: StatsScope) -> RuntimeResult<Vec<SandboxStats>> {
+        self.stats.lock().unwrap().clone().ok_or_else(crate::statistics::no_stats)
+    }
     async fn events(&self) -> RuntimeResult<BoxStream<'static, RuntimeEvent>> {
         unsupported()
     }
@@ -320,6 +326,7 @@ impl SandboxRuntime for World {
 pub(crate) struct Setup {
     pub(crate) access: Access,
     pub(crate) limits: Limits,
+    pub(crate) about: About,
 }
 
 /// The node under test; it ends with the value.
@@ -367,6 +374,7 @@ impl Node {
             runtime: world.clone(),
             metrics: Metrics::new(),
             limits: setup.limits,
+            about: setup.about,
         };
         let api = KubeletApi::bind(params).await.unwrap();
         let (address, shutdown, mut tasks) = (api.local_addr(), CancellationToken::new(), JoinSet::new());

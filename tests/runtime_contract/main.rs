@@ -15,6 +15,7 @@ mod images;
 mod logs;
 mod registry;
 mod sandboxes;
+mod stats;
 mod streams;
 
 /// Runs each case against both drivers, cleans up after it, and checks that nothing is left.
@@ -97,6 +98,9 @@ contract! {
         a_port_where_nothing_listens_is_invalid_and_says_so
         a_paused_container_waits_until_it_is_thawed
         a_paused_container_can_be_stopped_and_removed;
+    stats:
+        what_runs_is_told_with_what_it_uses
+        statistics_follow_what_comes_and_goes;
     events:
         what_happens_to_a_container_is_told
         an_owner_is_told_of_its_own_objects_only;
@@ -147,10 +151,18 @@ on_docker! {
         a_process_that_stops_reading_is_told_to_the_writer
         a_port_of_the_other_loopback_address_is_reached
         a_port_of_the_hosts_network_is_reached;
+    stats:
+        the_kernels_figures_are_told;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a measurement"]
 async fn gigabyte() {
     bench::run(bench::Bench::docker().await, execs::a_gigabyte_goes_through_an_exec_both_ways).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement"]
+async fn hundred_pods() {
+    bench::run(bench::Bench::docker().await, stats::statistics_of_a_hundred_pods).await;
 }

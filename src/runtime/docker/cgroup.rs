@@ -39,8 +39,13 @@ impl Cgroups {
         if self.systemd { slices(path).pop().unwrap_or_default() } else { path.to_owned() }
     }
 
+    /// Where Docker puts a container, below each tree's root.
+    pub(super) fn container(&self, parent: &str, id: &str) -> PathBuf {
+        self.relative(parent).join(if self.systemd { format!("docker-{id}.scope") } else { id.to_owned() })
+    }
+
     /// The directory below each tree's root.
-    fn relative(&self, path: &str) -> PathBuf {
+    pub(super) fn relative(&self, path: &str) -> PathBuf {
         if self.systemd { slices(path).into_iter().collect() } else { parts(path).collect() }
     }
 

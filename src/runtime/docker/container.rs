@@ -133,6 +133,7 @@ impl DockerRuntime {
             let _turn = turn(&self.starts).await?;
             self.docker.start_container(id.as_str(), None::<StartContainerOptions>).await
         };
+        self.statistics.changed();
         let Err(error) = started else { return Ok(()) };
         if is_absent(&error) && self.see(id.as_str()).await?.is_none() {
             return Err(absent());
@@ -228,7 +229,10 @@ impl DockerRuntime {
                 self.docker.remove_container(id, Some(options)).await
             };
             match removed {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.statistics.changed();
+                    return Ok(());
+                }
                 Err(error) if is_absent(&error) => return Ok(()),
                 // Being removed by another call, or its file system is busy for a moment: look again.
                 Err(error) if matches!(http_status(&error), Some(409 | 500)) && Instant::now() < deadline => {

@@ -48,12 +48,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How often a process that cannot be seen from here (a daemon on another host) is asked about.
 const UNSEEN_PAUSE: Duration = Duration::from_millis(200);
 
-/// The tasks that look after running execs; they end with the runtime.
+/// The tasks that look after running execs, and other work that nobody waits for; they end with the runtime.
 #[derive(Debug, Default)]
 pub(super) struct Keepers(Mutex<JoinSet<()>>);
 
 impl Keepers {
-    fn spawn(&self, keeper: impl Future<Output = ()> + Send + 'static) {
+    pub(super) fn spawn(&self, keeper: impl Future<Output = ()> + Send + 'static) {
         // A set of tasks is never half changed, so a panic elsewhere does not spoil it.
         let mut tasks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         while tasks.try_join_next().is_some() {}

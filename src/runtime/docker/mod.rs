@@ -7,6 +7,7 @@
 //! cable      from the sandbox's empty network namespace to the node's bridge              (trait Cable)
 //! streams    hijacked connections to the daemon, their frames read here                   (exec, attach, wire, process)
 //! ports      sockets made inside the sandbox's network namespace                          (forward)
+//! figures    the kernel's files, not the daemon                                           (stats, disk)
 //! memory     Docker's labels; nothing else survives a restart of this process             (labels)
 //! ```
 //! A Docker container id is the id of the sandbox or container. Names are deterministic, so what a verb left half done
@@ -16,6 +17,7 @@ mod attach;
 mod cgroup;
 mod container;
 mod creates;
+mod disk;
 mod events;
 mod exec;
 mod failure;
@@ -32,6 +34,7 @@ mod process;
 mod records;
 mod sandbox;
 mod spec;
+mod stats;
 mod wire;
 
 use std::collections::HashSet;
@@ -50,7 +53,9 @@ use self::cgroup::Cgroups;
 use self::creates::Creates;
 use self::exec::Keepers;
 use self::failure::failed;
+use self::stats::Statistics;
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
+use super::stats::{SandboxStats, StatsScope};
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -154,6 +159,7 @@ pub struct DockerRuntime {
     unstarted: Mutex<HashSet<String>>,
     keepers: Keepers,
     sockets: Sockets,
+    statistics: Statistics,
 }
 
 /// Which sandboxes have their cable, as far as this process knows. After a restart the book is empty and each running
@@ -192,6 +198,7 @@ impl DockerRuntime {
             unstarted: Mutex::default(),
             keepers: Keepers::default(),
             sockets: Sockets::default(),
+            statistics: Statistics::new(info.docker_root_dir.unwrap_or_else(|| "/var/lib/docker".to_owned()).into()),
             docker,
             options,
             cable,
@@ -295,6 +302,10 @@ impl SandboxRuntime for DockerRuntime {
 
     async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
         self.set_frozen(id, false).await
+    }
+
+    async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
+        self.read_stats(scope).await
     }
 
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {

@@ -153,6 +153,7 @@ impl DockerRuntime {
                 .await
                 .map_err(|error| failed(format!("failed to start the sandbox of {}", config.pod), error))?;
         }
+        self.statistics.changed();
         let SandboxNetwork::Pod { address } = config.network else { return Ok(()) };
         let died = || RuntimeError::new(Kind::Internal, format!("the sandbox of {} ended at once", config.pod));
         let seen = self.see(id).await?.ok_or_else(died)?;

@@ -29,6 +29,7 @@ use self::process::Process;
 use self::program::Program;
 use self::state::{KILLED, State};
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
+use super::stats::{SandboxStats, StatsScope, Usage};
 use super::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, EventKind, Grace, Image, ImageId, LogChunk,
     LogOptions, LogSource, RegistryAuth, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -125,6 +126,13 @@ impl FakeRuntime {
     /// Writes to a container's log, newlines and all.
     pub fn append_log(&self, id: &ContainerId, source: LogSource, bytes: &[u8]) {
         self.shared.append_log(id, source, bytes);
+    }
+
+    /// What a container's statistics say it uses from now on.
+    pub fn set_usage(&self, id: &ContainerId, usage: Usage) {
+        if let Some(container) = locked(&self.shared.state).containers.get_mut(id) {
+            container.usage = usage;
+        }
     }
 
     /// Tells subscribers this event.
@@ -390,6 +398,11 @@ impl SandboxRuntime for FakeRuntime {
         locked(&self.shared.state).running(id, "unpause")?.paused = false;
         self.shared.touch();
         Ok(())
+    }
+
+    async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
+        self.enter(Verb::ListPodSandboxStats).await?;
+        Ok(locked(&self.shared.state).stats(scope))
     }
 
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {

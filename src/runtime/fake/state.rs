@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 use super::log::Log;
 use super::program::{self, Program};
 use crate::runtime::session::TerminalSize;
+use crate::runtime::stats::{ContainerStats, CpuUsage, Interface, MemoryUsage, SandboxStats, StatsScope, Usage};
 use crate::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, Image, ImageId, SandboxConfig, SandboxId,
     SandboxNetwork, SandboxState, SandboxStatus,
@@ -39,6 +40,7 @@ pub(super) struct Container {
     pub(super) ports: Vec<u16>,
     /// Execs that run in it.
     pub(super) execs: usize,
+    pub(super) usage: Usage,
 }
 
 /// Everything.
@@ -152,6 +154,7 @@ impl State {
             size: watch::Sender::new(None),
             ports: Vec::new(),
             execs: 0,
+            usage: used(),
         };
         self.containers.insert(id.clone(), container);
         Ok(id)
@@ -175,6 +178,26 @@ impl State {
         self.sandbox(id)?;
         let members = self.running_members(id);
         Ok(members.iter().any(|member| self.containers[member].ports.contains(&port)))
+    }
+
+    /// What runs, with whatever usage it was given.
+    pub(super) fn stats(&self, scope: StatsScope) -> Vec<SandboxStats> {
+        let ready = self.sandboxes.values().filter(|sandbox| sandbox.state == SandboxState::Ready);
+        let of_sandbox = |sandbox: &SandboxStatus| {
+            let members = self.running_members(&sandbox.id);
+            let containers: Vec<_> = members.iter().map(|id| stats_of(&self.containers[id], scope)).collect();
+            let networked = scope == StatsScope::All && sandbox.address.is_some();
+            SandboxStats {
+                id: sandbox.id.clone(),
+                pod: sandbox.pod.clone(),
+                started_at: Some(sandbox.created_at),
+                cgroup: format!("/fake/pod{}", sandbox.pod.uid),
+                usage: sum(&containers, scope),
+                network: networked.then(|| vec![Interface { name: "eth0".to_owned(), ..Interface::default() }]),
+                containers,
+            }
+        };
+        ready.map(of_sandbox).collect()
     }
 
     /// Ends a running container; `false` if there is none of that id that runs.
@@ -201,6 +224,47 @@ impl State {
             container.status.started_at = Some(Timestamp::now());
             container.status.pid = Some(pid);
         }
+    }
+}
+
+/// What a container uses unless a test says otherwise: a second of CPU time and a mebibyte.
+fn used() -> Usage {
+    Usage {
+        cpu: Some(CpuUsage { total: 1_000_000_000, ..CpuUsage::default() }),
+        memory: Some(MemoryUsage { usage: 1 << 20, working_set: 1 << 20, ..MemoryUsage::default() }),
+        ..Usage::default()
+    }
+}
+
+fn stats_of(container: &Container, scope: StatsScope) -> ContainerStats {
+    let (status, all) = (&container.status, scope == StatsScope::All);
+    ContainerStats {
+        id: status.id.clone(),
+        name: status.name.clone(),
+        attempt: status.attempt,
+        image_ref: status.image_ref.clone(),
+        started_at: status.started_at,
+        cgroup: format!("/fake/pod{}/{}", status.pod.uid, status.id),
+        usage: Usage { time: Timestamp::now(), tasks: all.then_some(1), ..container.usage },
+        writable_layer: None,
+        log: None,
+    }
+}
+
+fn sum(containers: &[ContainerStats], scope: StatsScope) -> Usage {
+    let cpu = containers.iter().filter_map(|container| container.usage.cpu).map(|cpu| cpu.total).sum();
+    let memory = |of: fn(MemoryUsage) -> u64| containers.iter().filter_map(|c| c.usage.memory).map(of).sum();
+    let memory = MemoryUsage {
+        usage: memory(|memory| memory.usage),
+        working_set: memory(|memory| memory.working_set),
+        ..MemoryUsage::default()
+    };
+    Usage {
+        time: Timestamp::now(),
+        cpu: Some(CpuUsage { total: cpu, ..CpuUsage::default() }),
+        memory: Some(memory),
+        tasks: (scope == StatsScope::All).then_some(containers.len() as u64),
+        limits: None,
     }
 }
 

@@ -1,0 +1,139 @@
+//! Pure: the settings in effect as a `KubeletConfiguration`, for `/configz`. Read as a file it gives the same settings.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::values::{GoDuration, Reserved, Threshold};
+use super::{NodeSettings, PodSettings, ServingSettings, Settings};
+
+/// The configuration; fields of a kubelet's that this node does not have are left out.
+pub fn in_effect(settings: &Settings) -> Value {
+    let mut fields = json!({"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration"});
+    let groups = [serving(&settings.serving), node(&settings.node), pods(&settings.pods)];
+    let mut all: Vec<_> = groups.into_iter().flat_map(|group| group.as_object().cloned().unwrap_or_default()).collect();
+    // As a kubelet says it: one after the other, or as many at once as there is a limit for.
+    let pulls = settings.images.max_parallel_pulls;
+    all.push(("serializeImagePulls".to_owned(), json!(pulls == Some(1))));
+    if let Some(most) = pulls.filter(|most| *most != 1) {
+        all.push(("maxParallelImagePulls".to_owned(), json!(most)));
+    }
+    if let Some(object) = fields.as_object_mut() {
+        object.extend(all.into_iter().filter(|(_, value)| !value.is_null()));
+    }
+    fields
+}
+
+fn serving(serving: &ServingSettings) -> Value {
+    json!({
+        "address": serving.address,
+        "port": serving.port,
+        "tlsCertFile": serving.tls_cert_file,
+        "tlsPrivateKeyFile": serving.tls_private_key_file,
+        "authentication": {
+            "x509": serving.client_ca_file.as_ref().map_or_else(|| json!({}), |file| json!({"clientCAFile": file})),
+            "webhook": {"enabled": serving.token_review, "cacheTTL": duration(serving.token_review_ttl)},
+            "anonymous": {"enabled": serving.anonymous},
+        },
+        "authorization": {
+            "mode": if serving.authorize { "Webhook" } else { "AlwaysAllow" },
+            "webhook": {
+                "cacheAuthorizedTTL": duration(serving.authorized_ttl),
+                "cacheUnauthorizedTTL": duration(serving.unauthorized_ttl),
+            },
+        },
+    })
+}
+
+fn node(node: &NodeSettings) -> Value {
+    let taints = (!node.taints.is_empty()).then_some(&node.taints);
+    json!({
+        "maxPods": node.max_pods,
+        "registerNode": node.register,
+        "registerWithTaints": taints,
+        "systemReserved": reserved(&node.system_reserved),
+        "kubeReserved": reserved(&node.kube_reserved),
+        "nodeStatusUpdateFrequency": duration(node.status_update_frequency),
+        "nodeStatusReportFrequency": duration(node.status_report_frequency),
+        "nodeLeaseDurationSeconds": node.lease_duration.as_secs(),
+        "evictionHard": thresholds(&node.eviction_hard),
+        "evictionPressureTransitionPeriod": duration(node.pressure_transition),
+    })
+}
+
+fn pods(pods: &PodSettings) -> Value {
+    json!({
+        "clusterDNS": (!pods.cluster_dns.is_empty()).then_some(&pods.cluster_dns),
+        "clusterDomain": pods.cluster_domain,
+        "podCIDR": pods.pod_cidr.map(|range| range.to_string()),
+        "resolvConf": pods.resolv_conf,
+        "crashLoopBackOff": {"maxContainerRestartPeriod": duration(pods.max_restart_backoff)},
+        "cpuCFSQuota": pods.cpu_cfs_quota,
+        "podPidsLimit": pods.pids_limit.unwrap_or(-1),
+        "containerLogMaxSize": pods.log_max_size.to_string(),
+        "containerLogMaxFiles": pods.log_max_files,
+    })
+}
+
+fn duration(duration: Duration) -> String {
+    GoDuration(duration).to_string()
+}
+
+fn reserved(reserved: &Reserved) -> Option<BTreeMap<&String, String>> {
+    let texts: BTreeMap<_, _> = reserved.0.iter().map(|(name, quantity)| (name, quantity.to_string())).collect();
+    (!texts.is_empty()).then_some(texts)
+}
+
+fn thresholds(thresholds: &BTreeMap<String, Threshold>) -> BTreeMap<&String, String> {
+    let text = |threshold: &Threshold| match threshold {
+        Threshold::Absolute(quantity) => quantity.to_string(),
+        Threshold::Percent(percent) => format!("{percent}%"),
+    };
+    thresholds.iter().map(|(signal, threshold)| (signal, text(threshold))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::file::ConfigFile;
+
+    fn read_back(settings: &Settings) -> (Settings, Vec<String>) {
+        let mut read = Settings::default();
+        let text = in_effect(settings).to_string();
+        let warnings = ConfigFile::parse("configz".as_ref(), &text).unwrap().apply(&mut read).unwrap();
+        (read, warnings)
+    }
+
+    #[test]
+    fn what_is_shown_reads_back() {
+        let (read, warnings) = read_back(&Settings::default());
+        assert_eq!(warnings, Vec::<String>::new());
+        assert_eq!(format!("{read:?}"), format!("{:?}", Settings::default()));
+
+        let mut settings = Settings::default();
+        settings.serving.port = 10255;
+        settings.serving.client_ca_file = Some("/ca".into());
+        settings.serving.tls_cert_file = Some("/c".into());
+        settings.serving.tls_private_key_file = Some("/k".into());
+        settings.serving.token_review_ttl = Duration::from_millis(90_500);
+        settings.node.max_pods = 7;
+        settings.node.port = settings.serving.port;
+        settings.node.register = false;
+        settings.node.system_reserved = Reserved::from_pairs([("cpu", "100m"), ("memory", "1Gi")]).unwrap();
+        settings.node.lease_duration = Duration::from_secs(20);
+        settings.node.eviction_hard = BTreeMap::from([("pid.available".to_owned(), Threshold::Percent(2.5))]);
+        settings.pods.cluster_dns = vec!["10.96.0.10".parse().unwrap()];
+        settings.pods.pod_cidr = Some("10.1.0.0/24".parse().unwrap());
+        settings.pods.pids_limit = Some(100);
+        settings.pods.log_max_size = 12_345;
+        settings.images.max_parallel_pulls = Some(4);
+        let (read, warnings) = read_back(&settings);
+        assert_eq!(warnings, Vec::<String>::new());
+        let (mut read, mut wanted) = (read, settings);
+        // Follows the serving port where flags and file are put together.
+        read.node.port = 0;
+        wanted.node.port = 0;
+        assert_eq!(format!("{read:?}"), format!("{wanted:?}"));
+    }
+}

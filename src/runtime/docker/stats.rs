@@ -1,0 +1,201 @@
+//! What sandboxes and containers use, from the kernel's files.
+//!
+//! Docker is asked for what never changes in a container's life (labels, process, layer), once in each life: a list
+//! when this process has started or removed something since the last, an inspect for what is new in it. Between
+//! changes no question goes to the daemon; a container that has ended is known by its cgroup being gone.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures::{StreamExt, TryStreamExt, stream};
+use jiff::Timestamp;
+
+use super::DockerRuntime;
+use super::container::{INSPECTS_IN_FLIGHT, pid, timestamp};
+use super::disk::Disk;
+use super::labels::{self, Facts};
+use super::sandbox::{Seen, blocking};
+use crate::runtime::Result;
+use crate::runtime::stats::{ContainerStats, SandboxStats, StatsScope, Usage};
+use crate::runtime::types::{ContainerId, SandboxId};
+use crate::runtime::usage::{Trees, interfaces};
+
+/// What is known for statistics.
+#[derive(Debug)]
+pub(super) struct Statistics {
+    trees: Trees,
+    /// Counts what this process started and removed.
+    changes: AtomicU64,
+    known: Mutex<Known>,
+    /// Held while Docker is asked, so that one asks for all.
+    asking: tokio::sync::Mutex<()>,
+    disk: Arc<Disk>,
+    /// Docker's own directory.
+    docker_root: PathBuf,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// [`Statistics::changes`] as of the list, if there was one.
+    as_of: Option<u64>,
+    members: Members,
+}
+
+type Members = Arc<HashMap<String, Arc<Member>>>;
+
+/// A running sandbox or container.
+#[derive(Debug)]
+struct Member {
+    facts: Facts,
+    id: String,
+    started_at: Option<Timestamp>,
+    pid: Option<i32>,
+    /// Its own, from the trees' roots: as long as it is there, something runs.
+    cgroup: PathBuf,
+    /// Of the Pod, on a sandbox that has one.
+    pod_cgroup: Option<PathBuf>,
+    layer: Option<PathBuf>,
+    log: PathBuf,
+}
+
+impl Statistics {
+    pub(super) fn new(docker_root: PathBuf) -> Self {
+        Self {
+            trees: Trees::of_host(),
+            changes: AtomicU64::new(0),
+            known: Mutex::default(),
+            asking: tokio::sync::Mutex::default(),
+            disk: Arc::default(),
+            docker_root,
+        }
+    }
+
+    /// To be called after each start and removal.
+    pub(super) fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn current(&self) -> (Members, bool) {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        (Arc::clone(&known.members), known.as_of == Some(self.changes.load(Ordering::SeqCst)))
+    }
+
+    fn remember(&self, as_of: u64, members: Members) {
+        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Known { as_of: Some(as_of), members };
+    }
+}
+
+impl DockerRuntime {
+    pub(super) async fn read_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
+        let members = self.members().await?;
+        let (trees, disk) = (self.statistics.trees.clone(), Arc::clone(&self.statistics.disk));
+        if scope == StatsScope::All {
+            let places = members.values().filter(|member| !member.facts.sandbox_itself);
+            let places = places.flat_map(|member| member.layer.iter().chain([&member.log]).cloned()).collect();
+            if let Some(walk) = Disk::walk(&self.statistics.disk, places) {
+                self.keepers.spawn(async move {
+                    // Of a walk that failed nothing is known, which is what is told then.
+                    let _ = tokio::task::spawn_blocking(walk).await;
+                });
+            }
+        }
+        blocking("failed to read statistics".to_owned(), move || Ok(collect(&members, &trees, &disk, scope))).await
+    }
+
+    async fn members(&self) -> Result<Members> {
+        let (members, current) = self.statistics.current();
+        if current {
+            return Ok(members);
+        }
+        let _asking = self.statistics.asking.lock().await;
+        let (known, current) = self.statistics.current();
+        if current {
+            return Ok(known);
+        }
+        // Noted before the list: what changes meanwhile makes for another one.
+        let as_of = self.statistics.changes.load(Ordering::SeqCst);
+        let mut ids = self.list_ids(labels::KIND_SANDBOX, &[]).await?;
+        ids.extend(self.list_ids(labels::KIND_CONTAINER, &[]).await?);
+        let running = ids.into_iter().filter(|listed| listed.may_run).map(|listed| listed.id);
+        let members: HashMap<_, _> = stream::iter(running)
+            .map(|id| {
+                let known = known.get(&id).cloned();
+                async move {
+                    let member = match known {
+                        Some(member) => Some(member),
+                        None => self.see(&id).await?.filter(Seen::running).map(|seen| Arc::new(self.member(seen))),
+                    };
+                    Ok(member.map(|member| (id, member)))
+                }
+            })
+            .buffer_unordered(INSPECTS_IN_FLIGHT)
+            .try_filter_map(|member| async move { Ok::<_, crate::runtime::RuntimeError>(member) })
+            .try_collect()
+            .await?;
+        let members = Arc::new(members);
+        self.statistics.remember(as_of, Arc::clone(&members));
+        Ok(members)
+    }
+
+    fn member(&self, seen: Seen) -> Member {
+        let id = seen.id().to_owned();
+        let Seen { inspect, facts } = seen;
+        let state = inspect.state.as_ref();
+        Member {
+            started_at: timestamp(state.and_then(|state| state.started_at.as_deref())),
+            pid: pid(&inspect),
+            cgroup: self.cgroups.container(&facts.cgroup, &id),
+            // Without one of its own it would be the host's.
+            pod_cgroup: Some(self.cgroups.relative(&facts.cgroup)).filter(|path| !path.as_os_str().is_empty()),
+            // Of the storage drivers in use, only overlay2 keeps what was written in a directory.
+            layer: inspect.graph_driver.and_then(|mut driver| driver.data.remove("UpperDir")).map(PathBuf::from),
+            log: self.statistics.docker_root.join("containers").join(&id).join("local-logs"),
+            facts,
+            id,
+        }
+    }
+}
+
+fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: StatsScope) -> Vec<SandboxStats> {
+    let mut containers: HashMap<&str, Vec<ContainerStats>> = HashMap::new();
+    let everything = scope == StatsScope::All;
+    for member in members.values().filter(|member| !member.facts.sandbox_itself) {
+        let Some(usage) = trees.usage(&member.cgroup, scope) else { continue };
+        let facts = &member.facts;
+        containers.entry(&facts.sandbox).or_default().push(ContainerStats {
+            id: ContainerId::from(member.id.as_str()),
+            name: facts.container.clone(),
+            attempt: facts.attempt,
+            image_ref: facts.image_ref.clone(),
+            started_at: member.started_at,
+            cgroup: shown(&member.cgroup),
+            usage,
+            writable_layer: member.layer.as_ref().filter(|_| everything).and_then(|layer| disk.usage(layer)),
+            log: everything.then(|| disk.usage(&member.log)).flatten(),
+        });
+    }
+    let of_sandbox = |member: &Arc<Member>| {
+        if !trees.exists(&member.cgroup) {
+            return None;
+        }
+        let nothing = || Usage { time: Timestamp::now(), ..Usage::default() };
+        let usage = member.pod_cgroup.as_ref().map_or_else(|| Some(nothing()), |path| trees.usage(path, scope))?;
+        let own_network = everything && member.facts.address.is_some();
+        Some(SandboxStats {
+            id: SandboxId::from(member.id.as_str()),
+            pod: member.facts.pod.clone(),
+            started_at: member.started_at,
+            cgroup: member.pod_cgroup.as_deref().map_or_else(String::new, shown),
+            usage,
+            network: member.pid.filter(|_| own_network).and_then(interfaces),
+            containers: containers.remove(member.id.as_str()).unwrap_or_default(),
+        })
+    };
+    members.values().filter(|member| member.facts.sandbox_itself).filter_map(of_sandbox).collect()
+}
+
+fn shown(cgroup: &Path) -> String {
+    Path::new("/").join(cgroup).to_string_lossy().into_owned()
+}

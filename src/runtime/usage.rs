@@ -1,0 +1,338 @@
+//! What a cgroup uses, read from the kernel's files: cgroup v1 (a tree per controller) and v2 (one tree).
+//!
+//! A file that is missing or says something else makes its figure `None`; a cgroup that is gone has none at all. The
+//! kernel documents them in `cgroup-v1/memory.rst`, `cgroup-v1/cpuacct.rst` and `cgroup-v2.rst`.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+
+use super::stats::{CpuUsage, Interface, Limits, MemoryUsage, StatsScope, Traffic, Usage};
+
+/// Where the host's cgroup file systems are mounted.
+const ROOT: &str = "/sys/fs/cgroup";
+/// v1 writes "no limit" as the largest multiple of the page size; anything this large is none.
+const NO_LIMIT: u64 = 1 << 62;
+/// Bytes of a cgroup file read at once; `memory.stat`, the longest, has about two thousand.
+const LARGEST: usize = 8 << 10;
+const NANOSECONDS_PER_MICROSECOND: u64 = 1_000;
+
+/// The host's cgroup trees.
+#[derive(Clone, Debug)]
+pub struct Trees {
+    root: PathBuf,
+    unified: bool,
+    /// v1: nanoseconds in a clock tick.
+    tick: u64,
+}
+
+impl Trees {
+    /// The host's own.
+    pub fn of_host() -> Self {
+        Self::at(Path::new(ROOT))
+    }
+
+    /// Those mounted below `root`.
+    pub fn at(root: &Path) -> Self {
+        let hertz = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100);
+        let tick = 1_000_000_000 / u64::try_from(hertz).unwrap_or(100).max(1);
+        Self { root: root.into(), unified: root.join("cgroup.controllers").exists(), tick }
+    }
+
+    /// What the cgroup uses, `path` being relative to the trees' roots (empty for the root itself, which stands for the
+    /// whole host). `None` if there is no such cgroup.
+    pub fn usage(&self, path: &Path, scope: StatsScope) -> Option<Usage> {
+        let (cpu, memory) = (self.cpu(path, scope), self.memory(path, scope));
+        if cpu.is_none() && memory.is_none() {
+            return None;
+        }
+        let everything = scope == StatsScope::All;
+        Some(Usage {
+            time: Timestamp::now(),
+            cpu,
+            memory,
+            tasks: everything.then(|| self.number("pids", path, "pids.current")).flatten(),
+            limits: everything.then(|| self.limits(path)),
+        })
+    }
+
+    /// Whether there is such a cgroup.
+    pub fn exists(&self, path: &Path) -> bool {
+        self.directory("cpuacct", path).is_dir()
+    }
+
+    fn directory(&self, controller: &str, path: &Path) -> PathBuf {
+        if self.unified { self.root.join(path) } else { self.root.join(controller).join(path) }
+    }
+
+    fn read(&self, controller: &str, path: &Path, file: &str) -> Option<String> {
+        // These files tell no size, and the kernel writes one anew for each read: so a single large one.
+        let mut text = vec![0; LARGEST];
+        let mut opened = File::open(self.directory(controller, path).join(file)).ok()?;
+        let mut length = opened.read(&mut text).ok()?;
+        if length == LARGEST {
+            length += opened.read_to_end(&mut text).ok()?;
+        }
+        text.truncate(length);
+        String::from_utf8(text).ok()
+    }
+
+    fn number(&self, controller: &str, path: &Path, file: &str) -> Option<u64> {
+        self.read(controller, path, file)?.trim().parse().ok()
+    }
+
+    fn cpu(&self, path: &Path, scope: StatsScope) -> Option<CpuUsage> {
+        if self.unified {
+            let stat = self.read("", path, "cpu.stat")?;
+            let nanoseconds = |name| field(&stat, name).map(|micros| micros * NANOSECONDS_PER_MICROSECOND);
+            return Some(CpuUsage {
+                total: nanoseconds("usage_usec")?,
+                user: nanoseconds("user_usec").unwrap_or(0),
+                system: nanoseconds("system_usec").unwrap_or(0),
+                periods: field(&stat, "nr_periods").unwrap_or(0),
+                throttled_periods: field(&stat, "nr_throttled").unwrap_or(0),
+                throttled: nanoseconds("throttled_usec").unwrap_or(0),
+            });
+        }
+        let mut usage = CpuUsage { total: self.number("cpuacct", path, "cpuacct.usage")?, ..CpuUsage::default() };
+        if scope == StatsScope::All {
+            let stat = self.read("cpuacct", path, "cpuacct.stat").unwrap_or_default();
+            usage.user = field(&stat, "user").unwrap_or(0) * self.tick;
+            usage.system = field(&stat, "system").unwrap_or(0) * self.tick;
+            let stat = self.read("cpu", path, "cpu.stat").unwrap_or_default();
+            usage.periods = field(&stat, "nr_periods").unwrap_or(0);
+            usage.throttled_periods = field(&stat, "nr_throttled").unwrap_or(0);
+            usage.throttled = field(&stat, "throttled_time").unwrap_or(0);
+        }
+        Some(usage)
+    }
+
+    fn memory(&self, path: &Path, scope: StatsScope) -> Option<MemoryUsage> {
+        let stat = self.read("memory", path, "memory.stat")?;
+        let mut usage = if self.unified { self.memory_v2(path, &stat)? } else { self.memory_v1(path, &stat)? };
+        if scope == StatsScope::All {
+            let number = |v1, v2| self.number("memory", path, if self.unified { v2 } else { v1 });
+            usage.max_usage = number("memory.max_usage_in_bytes", "memory.peak").unwrap_or(0);
+            usage.failures = if self.unified {
+                field(&self.read("", path, "memory.events").unwrap_or_default(), "max").unwrap_or(0)
+            } else {
+                self.number("memory", path, "memory.failcnt").unwrap_or(0)
+            };
+        }
+        Some(usage)
+    }
+
+    fn memory_v1(&self, path: &Path, stat: &str) -> Option<MemoryUsage> {
+        let total = self.number("memory", path, "memory.usage_in_bytes")?;
+        let mut usage = MemoryUsage { usage: total, working_set: total, ..MemoryUsage::default() };
+        // What lies below is included in the figures that begin so, as it is in the usage.
+        for (name, value) in fields(stat).filter_map(|(name, value)| Some((name.strip_prefix("total_")?, value))) {
+            match name {
+                "inactive_file" => usage.working_set = total.saturating_sub(value),
+                "rss" => usage.rss = value,
+                "cache" => usage.cache = value,
+                "mapped_file" => usage.mapped_file = value,
+                "swap" => usage.swap = value,
+                "pgfault" => usage.page_faults = value,
+                "pgmajfault" => usage.major_page_faults = value,
+                _ => {}
+            }
+        }
+        Some(usage)
+    }
+
+    fn memory_v2(&self, path: &Path, stat: &str) -> Option<MemoryUsage> {
+        // The root has no such file: there it is what is not free.
+        let total = self.number("", path, "memory.current").or_else(|| host_memory(path))?;
+        let swap = self.number("", path, "memory.swap.current").unwrap_or(0);
+        let mut usage = MemoryUsage { usage: total, working_set: total, swap, ..MemoryUsage::default() };
+        for (name, value) in fields(stat) {
+            match name {
+                "inactive_file" => usage.working_set = total.saturating_sub(value),
+                "anon" => usage.rss = value,
+                "file" => usage.cache = value,
+                "file_mapped" => usage.mapped_file = value,
+                "pgfault" => usage.page_faults = value,
+                "pgmajfault" => usage.major_page_faults = value,
+                _ => {}
+            }
+        }
+        Some(usage)
+    }
+
+    fn limits(&self, path: &Path) -> Limits {
+        if self.unified {
+            let bandwidth = self.read("", path, "cpu.max").unwrap_or_default();
+            let mut bandwidth = bandwidth.split_ascii_whitespace().map(|word| word.parse().ok());
+            let weight = self.number("", path, "cpu.weight");
+            return Limits {
+                // The inverse of how runc turns shares into a weight.
+                cpu_shares: weight.map(|weight| 2 + weight.saturating_sub(1) * 262_142 / 9_999),
+                cpu_quota: bandwidth.next().flatten(),
+                cpu_period: bandwidth.next().flatten(),
+                memory: self.number("", path, "memory.max"),
+            };
+        }
+        let quota = self.read("cpu", path, "cpu.cfs_quota_us").and_then(|text| text.trim().parse::<i64>().ok());
+        Limits {
+            cpu_shares: self.number("cpu", path, "cpu.shares"),
+            // -1 is none.
+            cpu_quota: quota.and_then(|quota| u64::try_from(quota).ok()),
+            cpu_period: self.number("cpu", path, "cpu.cfs_period_us"),
+            memory: self.number("memory", path, "memory.limit_in_bytes").filter(|limit| *limit < NO_LIMIT),
+        }
+    }
+}
+
+/// Lines of `name value`.
+fn fields(text: &str) -> impl Iterator<Item = (&str, u64)> {
+    text.lines().filter_map(|line| {
+        let (name, value) = line.split_once(' ')?;
+        Some((name, value.parse().ok()?))
+    })
+}
+
+fn field(text: &str, name: &str) -> Option<u64> {
+    fields(text).find(|(found, _)| *found == name).map(|(_, value)| value)
+}
+
+fn host_memory(path: &Path) -> Option<u64> {
+    if !path.as_os_str().is_empty() {
+        return None;
+    }
+    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
+    let kibibytes = |name: &str| -> Option<u64> {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix("kB")?.trim().parse().ok()
+    };
+    Some(kibibytes("MemTotal:")?.saturating_sub(kibibytes("MemFree:")?) << 10)
+}
+
+/// The interfaces that process `pid` sees, without loopback. `None` if it is gone.
+pub fn interfaces(pid: i32) -> Option<Vec<Interface>> {
+    fs::read_to_string(format!("/proc/{pid}/net/dev")).ok().map(|text| read_interfaces(&text))
+}
+
+/// `/proc/net/dev`: per line a name and sixteen counters, those received first.
+fn read_interfaces(text: &str) -> Vec<Interface> {
+    let read = |line: &str| {
+        let (name, counters) = line.split_once(':')?;
+        let counters: Vec<u64> = counters.split_ascii_whitespace().map_while(|word| word.parse().ok()).collect();
+        let traffic = |from: usize| {
+            let [bytes, packets, errors, dropped] = *counters.get(from..)?.first_chunk()?;
+            Some(Traffic { bytes, packets, errors, dropped })
+        };
+        Some(Interface { name: name.trim().to_owned(), received: traffic(0)?, sent: traffic(8)? })
+    };
+    text.lines().filter_map(read).filter(|interface| interface.name != "lo").collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for (path, content) in files {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn version_1_is_read_from_its_trees() {
+        let root = tree(&[
+            ("cpuacct/l/pod1/cpuacct.usage", "12345678901\n"),
+            ("cpuacct/l/pod1/cpuacct.stat", "user 700\nsystem 530\n"),
+            ("cpu/l/pod1/cpu.stat", "nr_periods 10\nnr_throttled 3\nthrottled_time 42\n"),
+            ("cpu/l/pod1/cpu.shares", "128\n"),
+            ("cpu/l/pod1/cpu.cfs_quota_us", "-1\n"),
+            ("cpu/l/pod1/cpu.cfs_period_us", "100000\n"),
+            ("memory/l/pod1/memory.usage_in_bytes", "5000\n"),
+            ("memory/l/pod1/memory.max_usage_in_bytes", "9000\n"),
+            ("memory/l/pod1/memory.failcnt", "2\n"),
+            ("memory/l/pod1/memory.limit_in_bytes", "9223372036854771712\n"),
+            (
+                "memory/l/pod1/memory.stat",
+                "cache 1\nrss 1\ninactive_file 1\ntotal_cache 3000\ntotal_rss 1500\ntotal_mapped_file 70\ntotal_swap 0\n\
+                 total_pgfault 11\ntotal_pgmajfault 4\ntotal_inactive_file 1200\n",
+            ),
+            ("pids/l/pod1/pids.current", "7\n"),
+        ]);
+        let trees = Trees { tick: 10_000_000, ..Trees::at(root.path()) };
+        let usage = trees.usage(Path::new("l/pod1"), StatsScope::All).unwrap();
+        let cpu = usage.cpu.unwrap();
+        assert_eq!((cpu.total, cpu.user, cpu.system), (12_345_678_901, 7_000_000_000, 5_300_000_000));
+        assert_eq!((cpu.periods, cpu.throttled_periods, cpu.throttled), (10, 3, 42));
+        let memory = usage.memory.unwrap();
+        assert_eq!((memory.usage, memory.working_set, memory.rss, memory.cache), (5000, 3800, 1500, 3000));
+        assert_eq!((memory.max_usage, memory.failures, memory.page_faults, memory.major_page_faults), (9000, 2, 11, 4));
+        assert_eq!(usage.tasks, Some(7));
+        let limits = Limits { cpu_shares: Some(128), cpu_period: Some(100_000), ..Limits::default() };
+        assert_eq!(usage.limits, Some(limits));
+        let brief = trees.usage(Path::new("l/pod1"), StatsScope::CpuAndMemory).unwrap();
+        assert_eq!((brief.memory.unwrap().working_set, brief.tasks, brief.limits), (3800, None, None));
+    }
+
+    #[test]
+    fn version_2_is_read_from_one_tree() {
+        let root = tree(&[
+            ("cgroup.controllers", "cpu memory pids\n"),
+            (
+                "l/pod1/cpu.stat",
+                "usage_usec 5000\nuser_usec 3000\nsystem_usec 2000\nnr_periods 4\nnr_throttled 1\nthrottled_usec 9\n",
+            ),
+            ("l/pod1/cpu.max", "50000 100000\n"),
+            ("l/pod1/cpu.weight", "39\n"),
+            ("l/pod1/memory.current", "5000\n"),
+            ("l/pod1/memory.max", "max\n"),
+            ("l/pod1/memory.peak", "6000\n"),
+            ("l/pod1/memory.events", "low 0\nhigh 0\nmax 8\noom 1\n"),
+            ("l/pod1/memory.swap.current", "12\n"),
+            (
+                "l/pod1/memory.stat",
+                "anon 1500\nfile 3000\nfile_mapped 70\ninactive_file 6000\npgfault 11\npgmajfault 4\n",
+            ),
+            ("l/pod1/pids.current", "7\n"),
+        ]);
+        let usage = Trees::at(root.path()).usage(Path::new("l/pod1"), StatsScope::All).unwrap();
+        let cpu = usage.cpu.unwrap();
+        assert_eq!((cpu.total, cpu.user, cpu.system, cpu.throttled), (5_000_000, 3_000_000, 2_000_000, 9_000));
+        let memory = usage.memory.unwrap();
+        // More inactive cache than all that is charged: read at two moments.
+        assert_eq!((memory.usage, memory.working_set, memory.rss, memory.swap), (5000, 0, 1500, 12));
+        assert_eq!((memory.max_usage, memory.failures), (6000, 8));
+        let limits = usage.limits.unwrap();
+        assert_eq!((limits.cpu_quota, limits.cpu_period, limits.memory), (Some(50_000), Some(100_000), None));
+        assert!((990..=1_030).contains(&limits.cpu_shares.unwrap()), "{limits:?}");
+    }
+
+    #[test]
+    fn what_is_not_there_is_none() {
+        let root = tree(&[("cpuacct/l/pod1/cpuacct.usage", "nonsense\n")]);
+        let trees = Trees::at(root.path());
+        assert_eq!(trees.usage(Path::new("l/pod1"), StatsScope::All), None);
+        assert_eq!(trees.usage(Path::new("l/pod2"), StatsScope::All), None);
+    }
+
+    #[test]
+    fn this_host_has_a_root_cgroup() {
+        let usage = Trees::of_host().usage(Path::new(""), StatsScope::CpuAndMemory).unwrap();
+        assert!(usage.cpu.unwrap().total > 0 && usage.memory.unwrap().working_set > 0);
+    }
+
+    #[test]
+    fn interfaces_are_read_without_loopback() {
+        let text = "Inter-|   Receive  |  Transmit\n face |bytes packets errs drop\n    lo:  9 1 0 0 0 0 0 0  9 1 0 0 0 0 0 0\n  \
+                    eth0: 100 3 1 2 0 0 0 0 200 4 5 6 0 0 0 0\n";
+        let read = read_interfaces(text);
+        assert_eq!(read.len(), 1);
+        assert_eq!(read[0].name, "eth0");
+        assert_eq!(read[0].received, Traffic { bytes: 100, packets: 3, errors: 1, dropped: 2 });
+        assert_eq!(read[0].sent, Traffic { bytes: 200, packets: 4, errors: 5, dropped: 6 });
+    }
+}
