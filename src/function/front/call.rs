@@ -124,7 +124,8 @@ impl<L: Leases> Call<'_, L> {
                     let shared = self.peer.shared.clone();
                     shared.meters.waited(waited);
                     shared.meters.added(arrived.elapsed().saturating_sub(waited));
-                    let sending = Sending { lease, wire, request, lambda: self.lambda };
+                    let (lambda, client) = (self.lambda, self.peer.seat.state.clone());
+                    let sending = Sending { lease, wire, request, lambda, client };
                     return self.finish(Survivor::new(shared, sending).await, upgrade);
                 }
                 Err(reason) => unreachable = reason,

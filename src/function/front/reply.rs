@@ -19,6 +19,7 @@ use super::Shared;
 use super::answer::Content;
 use super::lease::{Lease, Outcome};
 use super::meters::Ended;
+use super::places::State;
 use super::tally::Tally;
 use super::upload::{Progress, Watch};
 use super::wire::Wire;
@@ -49,7 +50,7 @@ pub(super) struct Source {
     /// Both are given back at the end.
     held: Option<(Wire, Lease)>,
     gone: Pin<Box<WaitForCancellationFutureOwned>>,
-    client_left: bool,
+    client: Arc<State>,
 }
 
 /// What a [`Source`] is made of.
@@ -59,16 +60,17 @@ pub(super) struct Held {
     pub(super) upload: Watch,
     pub(super) sent: Instant,
     pub(super) lambda: bool,
+    pub(super) client: Arc<State>,
 }
 
 // === impl Source ===
 
 impl Source {
     pub(super) fn new(shared: Arc<Shared>, body: Incoming, held: Held) -> Box<Self> {
-        let Held { wire, lease, upload, sent, lambda } = held;
+        let Held { wire, lease, upload, sent, lambda, client } = held;
         let gone = Box::pin(lease.environment().gone());
         let held = Some((wire, lease));
-        Box::new(Self { shared, lambda, sent, body, ahead: VecDeque::new(), upload, held, gone, client_left: false })
+        Box::new(Self { shared, lambda, sent, body, ahead: VecDeque::new(), upload, held, gone, client })
     }
 
     /// Takes what is there already. A short answer is complete with that, and its environment free before the client
@@ -78,7 +80,11 @@ impl Source {
     /// If it broke off before anything of it had to be passed on.
     pub(super) async fn begin(mut self: Box<Self>) -> Result<Begun, ReplyError> {
         if self.body.is_end_stream() {
-            poll_fn(|cx| Poll::Ready(self.finish(cx))).await;
+            poll_fn(|cx| {
+                self.finish(cx);
+                Poll::Ready(())
+            })
+            .await;
             return Ok(Begun::Whole(None));
         }
         let first = poll_fn(|cx| Poll::Ready(self.poll_frame(cx))).await;
@@ -145,7 +151,7 @@ impl Source {
         if wire.is_idle() {
             lease.environment().keep(wire);
         }
-        lease.finish(if self.client_left { Outcome::ClientGone } else { Outcome::Answered });
+        lease.finish(if self.client.has_left() { Outcome::ClientGone } else { Outcome::Answered });
     }
 
     fn fail(&mut self, reason: Arc<str>) -> ReplyError {
@@ -167,7 +173,6 @@ impl Source {
 
     /// Reads on without a client. Cancel-safe: the lease comes back as dropped.
     async fn read_on(mut self: Box<Self>) {
-        self.client_left = true;
         let patience = self.shared.limits.linger;
         let lambda = self.lambda;
         let rest = async move { while let Some(Ok(_)) = poll_fn(|cx| self.poll_frame(cx)).await {} };
@@ -250,6 +255,7 @@ impl Source {
 
     /// The client left.
     pub(super) fn abandon(self: Box<Self>) {
+        self.client.leave();
         let background = self.shared.background.clone();
         background.spawn(self.read_on());
     }
