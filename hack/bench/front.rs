@@ -99,7 +99,7 @@ impl Drop for Server {
 }
 
 fn start(role: Role, args: &Args, target: Option<SocketAddr>) -> anyhow::Result<Server> {
-    let mut command = itself(role, args)?;
+    let mut command = itself(role, args.clients)?;
     if let Some(target) = target {
         command.arg("--target").arg(target.to_string());
     }
@@ -110,10 +110,10 @@ fn start(role: Role, args: &Args, target: Option<SocketAddr>) -> anyhow::Result<
     Ok(Server(child, address))
 }
 
-fn itself(role: Role, args: &Args) -> anyhow::Result<Command> {
+fn itself(role: Role, clients: usize) -> anyhow::Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     let role = role.to_possible_value().context("a role has a name")?;
-    command.args(["--role", role.get_name(), "--clients", &args.clients.to_string()]);
+    command.args(["--role", role.get_name(), "--clients", &clients.to_string()]);
     Ok(command)
 }
 
@@ -170,9 +170,8 @@ fn resident(server: &Server) -> anyhow::Result<u64> {
 }
 
 fn run(args: &Args, target: SocketAddr, clients: usize, calls: Option<u64>) -> anyhow::Result<Figures> {
-    let mut command = itself(Role::Load, args)?;
+    let mut command = itself(Role::Load, clients)?;
     command.args(["--target", &target.to_string(), "--seconds", &args.seconds.to_string()]);
-    command.args(["--clients", &clients.to_string()]);
     if let Some(calls) = calls {
         command.args(["--calls", &calls.to_string()]);
     }

@@ -196,7 +196,7 @@ impl Unused {
         let environment = self.0.as_ref().map(|lease| lease.environment().clone());
         let environment = environment.ok_or_else(|| Arc::from("it was given back"))?;
         if let Some(mut wire) = environment.take(shared.limits.keep_environment)
-            && wire.is_still_idle().await
+            && wire.rest()
             && let Some(lease) = self.0.take()
         {
             return Ok((wire, lease));

@@ -23,6 +23,7 @@ use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
 use super::Limits;
 use super::places::{Phase, Signal, State};
+use super::wakes::Wakes;
 
 /// A silent peer is asked whether it is there after this many seconds, ...
 const KEEPALIVE_IDLE: u32 = 30;
@@ -84,7 +85,7 @@ pub(super) async fn watch<C: Serving>(connection: &mut C, state: &State, limits:
     let mut connection = Pin::new(connection);
     let tick = limits.head_timeout.min(limits.idle_timeout).min(limits.write_timeout);
     let mut alarm = pin!(sleep_until(Instant::now() + tick));
-    let mut draining = false;
+    let (wakes, mut draining) = (Wakes::new(), false);
     poll_fn(move |cx| {
         match state.listen(cx.waker()) {
             Signal::Close => return Poll::Ready(End::Closed),
@@ -94,7 +95,7 @@ pub(super) async fn watch<C: Serving>(connection: &mut C, state: &State, limits:
             }
             Signal::Drain | Signal::Serve => {}
         }
-        if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
+        if let Poll::Ready(ended) = wakes.poll(cx, |cx| connection.as_mut().poll(cx)) {
             return Poll::Ready(End::of(&ended));
         }
         loop {
@@ -108,7 +109,7 @@ pub(super) async fn watch<C: Serving>(connection: &mut C, state: &State, limits:
                 // It idles. In this very moment it may cease to, so it is asked to end rather than cut.
                 draining = true;
                 connection.as_mut().drain();
-                if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
+                if let Poll::Ready(ended) = wakes.poll(cx, |cx| connection.as_mut().poll(cx)) {
                     return Poll::Ready(End::of(&ended));
                 }
                 continue;

@@ -29,6 +29,7 @@ mod reply;
 mod tally;
 mod tunnel;
 mod upload;
+mod wakes;
 mod wire;
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -80,11 +80,7 @@ impl Source {
     /// If it broke off before anything of it had to be passed on.
     pub(super) async fn begin(mut self: Box<Self>) -> Result<Begun, ReplyError> {
         if self.body.is_end_stream() {
-            poll_fn(|cx| {
-                self.finish(cx);
-                Poll::Ready(())
-            })
-            .await;
+            self.finish();
             return Ok(Begun::Whole(None));
         }
         let first = poll_fn(|cx| Poll::Ready(self.poll_frame(cx))).await;
@@ -118,16 +114,17 @@ impl Source {
         for _ in 0..2 {
             let Some((wire, _)) = &mut self.held else { return Poll::Ready(None) };
             wire.drive(cx);
-            match Pin::new(&mut self.body).poll_frame(cx) {
+            // What the wire has read wakes nobody: it is looked at right here.
+            match Pin::new(&mut self.body).poll_frame(&mut Context::from_waker(Waker::noop())) {
                 Poll::Ready(Some(Ok(frame))) => {
                     if self.body.is_end_stream() {
-                        self.finish(cx);
+                        self.finish();
                     }
                     return Poll::Ready(Some(Ok(frame)));
                 }
                 Poll::Ready(Some(Err(cause))) => return Poll::Ready(Some(Err(self.fail(chain(&cause).into())))),
                 Poll::Ready(None) => {
-                    self.finish(cx);
+                    self.finish();
                     return Poll::Ready(None);
                 }
                 Poll::Pending => {}
@@ -141,14 +138,10 @@ impl Source {
     }
 
     /// The answer was read to its end: gives connection and environment back, in this order.
-    fn finish(&mut self, cx: &mut Context<'_>) {
+    fn finish(&mut self) {
         let Some((mut wire, lease)) = self.held.take() else { return };
         self.shared.meters.ran(self.sent.elapsed());
-        if !wire.is_idle() {
-            // It comes to rest only when it looks for the next request.
-            wire.drive(cx);
-        }
-        if wire.is_idle() {
+        if wire.rest() {
             lease.environment().keep(wire);
         }
         lease.finish(if self.client.has_left() { Outcome::ClientGone } else { Outcome::Answered });
