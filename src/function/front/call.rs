@@ -124,7 +124,8 @@ impl<L: Leases> Call<'_, L> {
                     let shared = self.peer.shared.clone();
                     shared.meters.waited(waited);
                     shared.meters.added(arrived.elapsed().saturating_sub(waited));
-                    let sending = Sending { lease, wire, request, lambda: self.lambda };
+                    let (lambda, client) = (self.lambda, self.peer.seat.state.clone());
+                    let sending = Sending { lease, wire, request, lambda, client };
                     return self.finish(Survivor::new(shared, sending).await, upgrade);
                 }
                 Err(reason) => unreachable = reason,
@@ -195,7 +196,7 @@ impl Unused {
         let environment = self.0.as_ref().map(|lease| lease.environment().clone());
         let environment = environment.ok_or_else(|| Arc::from("it was given back"))?;
         if let Some(mut wire) = environment.take(shared.limits.keep_environment)
-            && wire.is_still_idle().await
+            && wire.rest()
             && let Some(lease) = self.0.take()
         {
             return Ok((wire, lease));

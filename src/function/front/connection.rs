@@ -17,12 +17,13 @@ use std::time::Duration;
 
 use hyper::server::conn::http1;
 use nix::sys::socket::{setsockopt, sockopt};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
 use super::Limits;
 use super::places::{Phase, Signal, State};
+use super::wakes::Wakes;
 
 /// A silent peer is asked whether it is there after this many seconds, ...
 const KEEPALIVE_IDLE: u32 = 30;
@@ -30,6 +31,10 @@ const KEEPALIVE_IDLE: u32 = 30;
 const KEEPALIVE_INTERVAL: u32 = 10;
 /// ... and given up after this many times. Without, a call for a host that vanished would keep its environment.
 const KEEPALIVE_PROBES: u32 = 3;
+
+/// Bounds of what is read of a client that was told off.
+const HEAR_OUT_BYTES: u64 = 1 << 20;
+const HEAR_OUT_TIME: Duration = Duration::from_secs(1);
 
 /// A client's socket that notes what passes.
 pub(super) struct Watched {
@@ -42,6 +47,8 @@ pub(super) struct Watched {
 pub(super) enum End {
     /// In good order, or the client left, or it was told to.
     Closed,
+    /// What was received is no request that can be read; the client was told so.
+    Misread,
     /// A request head took too long.
     SlowHead,
     /// The client did not take its answer.
@@ -63,22 +70,22 @@ pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
 /// The server's settings. Times are kept by [`watch`], which tells idling from dawdling.
 pub(super) fn server(limits: &Limits) -> http1::Builder {
     let mut builder = http1::Builder::new();
-    builder.header_read_timeout(None).max_buf_size(limits.head_bytes);
+    builder.header_read_timeout(None).max_buf_size(limits.head_bytes).max_header_size(limits.head_bytes);
     builder
 }
 
 /// Something that answers requests until it ends; hyper's connections are made one in `mod.rs`.
-pub(super) trait Serving: Future {
+pub(super) trait Serving: Future<Output = hyper::Result<()>> + Unpin {
     /// Answers what was begun and ends.
     fn drain(self: Pin<&mut Self>);
 }
 
 /// Runs a connection until it ends, is told to, or is late.
-pub(super) async fn watch<C: Serving>(connection: C, state: &State, limits: &Limits) -> End {
-    let mut connection = pin!(connection);
+pub(super) async fn watch<C: Serving>(connection: &mut C, state: &State, limits: &Limits) -> End {
+    let mut connection = Pin::new(connection);
     let tick = limits.head_timeout.min(limits.idle_timeout).min(limits.write_timeout);
     let mut alarm = pin!(sleep_until(Instant::now() + tick));
-    let mut draining = false;
+    let (wakes, mut draining) = (Wakes::new(), false);
     poll_fn(move |cx| {
         match state.listen(cx.waker()) {
             Signal::Close => return Poll::Ready(End::Closed),
@@ -88,8 +95,8 @@ pub(super) async fn watch<C: Serving>(connection: C, state: &State, limits: &Lim
             }
             Signal::Drain | Signal::Serve => {}
         }
-        if connection.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(End::Closed);
+        if let Poll::Ready(ended) = wakes.poll(cx, |cx| connection.as_mut().poll(cx)) {
+            return Poll::Ready(End::of(&ended));
         }
         loop {
             let due = due(state, limits);
@@ -102,8 +109,8 @@ pub(super) async fn watch<C: Serving>(connection: C, state: &State, limits: &Lim
                 // It idles. In this very moment it may cease to, so it is asked to end rather than cut.
                 draining = true;
                 connection.as_mut().drain();
-                if connection.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(End::Closed);
+                if let Poll::Ready(ended) = wakes.poll(cx, |cx| connection.as_mut().poll(cx)) {
+                    return Poll::Ready(End::of(&ended));
                 }
                 continue;
             }
@@ -139,6 +146,25 @@ fn wait(mut alarm: Pin<&mut Sleep>, due: Option<Instant>, tick: Duration, cx: &m
     }
     alarm.reset(Instant::now() + tick);
     true
+}
+
+/// Reads what a client is still sending that was told off already: to close with bytes unread resets the connection, and
+/// the client would lose the answer.
+pub(super) async fn hear_out(mut stream: Watched) {
+    let mut rest = (&mut stream).take(HEAR_OUT_BYTES);
+    // Heard out or not, it is closed.
+    let _ = timeout(HEAR_OUT_TIME, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
+}
+
+// === impl End ===
+
+impl End {
+    fn of(ended: &hyper::Result<()>) -> Self {
+        match ended {
+            Err(cause) if cause.is_parse() => Self::Misread,
+            Ok(()) | Err(_) => Self::Closed,
+        }
+    }
 }
 
 // === impl Watched ===

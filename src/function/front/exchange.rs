@@ -15,6 +15,7 @@ use tracing::debug;
 use super::answer::Refusal;
 use super::headers;
 use super::lease::{Lease, Outcome};
+use super::places::State;
 use super::reply::{Begun, Held, ReplyError, Source};
 use super::upload::{Progress, Upload, Watch};
 use super::wire::Wire;
@@ -28,6 +29,8 @@ pub(super) struct Sending {
     pub(super) request: Request<Upload>,
     /// On the path of the Lambda RIE.
     pub(super) lambda: bool,
+    /// Whose it is.
+    pub(super) client: Arc<State>,
 }
 
 /// What came of it.
@@ -42,7 +45,7 @@ pub(super) enum Exchanged {
 
 /// Sends the request and waits for the answer to begin.
 pub(super) async fn exchange(shared: Arc<Shared>, sending: Sending) -> Exchanged {
-    let Sending { lease, mut wire, mut request, lambda } = sending;
+    let Sending { lease, mut wire, mut request, lambda, client } = sending;
     let environment = lease.environment().clone();
     let upload = request.body().watch();
     let upgrade = request.headers().contains_key(http::header::UPGRADE);
@@ -61,7 +64,7 @@ pub(super) async fn exchange(shared: Arc<Shared>, sending: Sending) -> Exchanged
         };
         match result {
             Ok(response) => {
-                let held = Held { wire, lease, upload, sent, lambda };
+                let held = Held { wire, lease, upload, sent, lambda, client };
                 return answered(shared, response, held, upgrade).await;
             }
             Err(mut error) => match error.take_message() {
@@ -131,12 +134,13 @@ pub(super) struct Survivor {
     exchange: Option<Pin<Box<dyn Future<Output = Exchanged> + Send>>>,
     shared: Arc<Shared>,
     lambda: bool,
+    client: Arc<State>,
 }
 
 impl Survivor {
     pub(super) fn new(shared: Arc<Shared>, sending: Sending) -> Self {
-        let lambda = sending.lambda;
-        Self { exchange: Some(Box::pin(exchange(shared.clone(), sending))), shared, lambda }
+        let (lambda, client) = (sending.lambda, sending.client.clone());
+        Self { exchange: Some(Box::pin(exchange(shared.clone(), sending))), shared, lambda, client }
     }
 }
 
@@ -156,6 +160,7 @@ impl Future for Survivor {
 impl Drop for Survivor {
     fn drop(&mut self) {
         let Some(exchange) = self.exchange.take() else { return };
+        self.client.leave();
         let (lambda, patience) = (self.lambda, self.shared.limits.linger);
         self.shared.background.spawn(async move {
             // Other servers than Lambda's are told to stop by closing, but may have a moment to come to their end.

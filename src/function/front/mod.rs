@@ -29,6 +29,7 @@ mod reply;
 mod tally;
 mod tunnel;
 mod upload;
+mod wakes;
 mod wire;
 
 #[cfg(test)]
@@ -259,17 +260,20 @@ async fn serve<L: Leases>(stream: TcpStream, client: SocketAddr, (seat, shared):
     let peer = Arc::new(Peer { seat, shared: shared.clone(), client: address, host });
     let io = TokioIo::new(Watched::new(stream, state.clone()));
     let service = service_fn(move |request: Request<Incoming>| call::answer(peer.clone(), leases.clone(), request));
-    let connection = connection::server(&shared.limits).serve_connection(io, service).with_upgrades();
-    let end = connection::watch(connection, &state, &shared.limits).await;
-    connections.dec();
+    let mut connection = connection::server(&shared.limits).serve_connection(io, service).with_upgrades();
+    let end = connection::watch(&mut connection, &state, &shared.limits).await;
     match end {
         End::Closed => {}
+        End::Misread => {
+            if let Some(parts) = connection.into_parts() {
+                connection::hear_out(parts.io.into_inner()).await;
+            }
+        }
         End::SlowHead => shared.meters.lost(Lost::SlowHead),
         End::SlowReader => shared.meters.lost(Lost::SlowReader),
     }
-    if end != End::Closed {
-        debug!(%client, ?end, "closed a connection that was too slow");
-    }
+    connections.dec();
+    debug!(%client, ?end, "a client's connection ended");
 }
 
 /// Answers one request, whatever it is, with 503.
@@ -292,7 +296,7 @@ where
     S::ResBody: 'static,
     <S::ResBody as hyper::body::Body>::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
-    Self: Future,
+    Self: Future<Output = hyper::Result<()>> + Unpin,
 {
     fn drain(self: Pin<&mut Self>) {
         self.graceful_shutdown();

@@ -5,7 +5,7 @@
 //! beyond those it is closed unanswered.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -85,6 +85,8 @@ pub(super) struct State {
     /// since the epoch, and one.
     since: AtomicU64,
     stalled: AtomicU64,
+    /// The client is known to have left.
+    left: AtomicBool,
 }
 
 /// A connection's place, given back on drop.
@@ -209,6 +211,7 @@ impl State {
             phase: AtomicU8::new(Phase::Idle as u8),
             since: AtomicU64::new(0),
             stalled: AtomicU64::new(0),
+            left: AtomicBool::new(false),
         };
         state.enter(Phase::Idle);
         state
@@ -240,6 +243,15 @@ impl State {
             1 => Phase::Head,
             _ => Phase::Call,
         }
+    }
+
+    /// The client left; what it called for may go on.
+    pub(super) fn leave(&self) {
+        self.left.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn has_left(&self) -> bool {
+        self.left.load(Ordering::Relaxed)
     }
 
     /// When the phase began.
@@ -297,7 +309,8 @@ mod tests {
         newest.state.enter(Phase::Head);
         let Admission::Refuse(refusing) = places.admit() else { panic!("none idles") };
         drop((busy, idle, newest, refusing));
-        assert_eq!((places.node.open(), places.lock().open.len(), places.lock().refusing), (0, 0, 0));
+        let inner = places.lock();
+        assert_eq!((places.node.open(), inner.open.len(), inner.refusing), (0, 0, 0));
     }
 
     #[tokio::test]

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -19,6 +19,7 @@ use super::Shared;
 use super::answer::Content;
 use super::lease::{Lease, Outcome};
 use super::meters::Ended;
+use super::places::State;
 use super::tally::Tally;
 use super::upload::{Progress, Watch};
 use super::wire::Wire;
@@ -49,7 +50,7 @@ pub(super) struct Source {
     /// Both are given back at the end.
     held: Option<(Wire, Lease)>,
     gone: Pin<Box<WaitForCancellationFutureOwned>>,
-    client_left: bool,
+    client: Arc<State>,
 }
 
 /// What a [`Source`] is made of.
@@ -59,16 +60,17 @@ pub(super) struct Held {
     pub(super) upload: Watch,
     pub(super) sent: Instant,
     pub(super) lambda: bool,
+    pub(super) client: Arc<State>,
 }
 
 // === impl Source ===
 
 impl Source {
     pub(super) fn new(shared: Arc<Shared>, body: Incoming, held: Held) -> Box<Self> {
-        let Held { wire, lease, upload, sent, lambda } = held;
+        let Held { wire, lease, upload, sent, lambda, client } = held;
         let gone = Box::pin(lease.environment().gone());
         let held = Some((wire, lease));
-        Box::new(Self { shared, lambda, sent, body, ahead: VecDeque::new(), upload, held, gone, client_left: false })
+        Box::new(Self { shared, lambda, sent, body, ahead: VecDeque::new(), upload, held, gone, client })
     }
 
     /// Takes what is there already. A short answer is complete with that, and its environment free before the client
@@ -78,7 +80,7 @@ impl Source {
     /// If it broke off before anything of it had to be passed on.
     pub(super) async fn begin(mut self: Box<Self>) -> Result<Begun, ReplyError> {
         if self.body.is_end_stream() {
-            poll_fn(|cx| Poll::Ready(self.finish(cx))).await;
+            self.finish();
             return Ok(Begun::Whole(None));
         }
         let first = poll_fn(|cx| Poll::Ready(self.poll_frame(cx))).await;
@@ -112,16 +114,17 @@ impl Source {
         for _ in 0..2 {
             let Some((wire, _)) = &mut self.held else { return Poll::Ready(None) };
             wire.drive(cx);
-            match Pin::new(&mut self.body).poll_frame(cx) {
+            // What the wire has read wakes nobody: it is looked at right here.
+            match Pin::new(&mut self.body).poll_frame(&mut Context::from_waker(Waker::noop())) {
                 Poll::Ready(Some(Ok(frame))) => {
                     if self.body.is_end_stream() {
-                        self.finish(cx);
+                        self.finish();
                     }
                     return Poll::Ready(Some(Ok(frame)));
                 }
                 Poll::Ready(Some(Err(cause))) => return Poll::Ready(Some(Err(self.fail(chain(&cause).into())))),
                 Poll::Ready(None) => {
-                    self.finish(cx);
+                    self.finish();
                     return Poll::Ready(None);
                 }
                 Poll::Pending => {}
@@ -135,17 +138,13 @@ impl Source {
     }
 
     /// The answer was read to its end: gives connection and environment back, in this order.
-    fn finish(&mut self, cx: &mut Context<'_>) {
+    fn finish(&mut self) {
         let Some((mut wire, lease)) = self.held.take() else { return };
         self.shared.meters.ran(self.sent.elapsed());
-        if !wire.is_idle() {
-            // It comes to rest only when it looks for the next request.
-            wire.drive(cx);
-        }
-        if wire.is_idle() {
+        if wire.rest() {
             lease.environment().keep(wire);
         }
-        lease.finish(if self.client_left { Outcome::ClientGone } else { Outcome::Answered });
+        lease.finish(if self.client.has_left() { Outcome::ClientGone } else { Outcome::Answered });
     }
 
     fn fail(&mut self, reason: Arc<str>) -> ReplyError {
@@ -167,7 +166,6 @@ impl Source {
 
     /// Reads on without a client. Cancel-safe: the lease comes back as dropped.
     async fn read_on(mut self: Box<Self>) {
-        self.client_left = true;
         let patience = self.shared.limits.linger;
         let lambda = self.lambda;
         let rest = async move { while let Some(Ok(_)) = poll_fn(|cx| self.poll_frame(cx)).await {} };
@@ -250,6 +248,7 @@ impl Source {
 
     /// The client left.
     pub(super) fn abandon(self: Box<Self>) {
+        self.client.leave();
         let background = self.shared.background.clone();
         background.spawn(self.read_on());
     }

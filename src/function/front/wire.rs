@@ -2,12 +2,15 @@
 //!
 //! A connection that a task of its own drives would cost each call two changes of task. So it has none: whoever holds
 //! the [`Wire`] polls it, with the task of the client's connection, and in between nobody does.
+//!
+//! All that happens on a wire happens in [`Wire::drive`]. So only the socket may wake a task: what drives a wire need not
+//! be woken by the response that it has just read itself, and an idle wire wakes nobody.
 
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
-use std::task::{Context, Poll};
+use std::task::{Context, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -59,13 +62,11 @@ impl Wire {
         !self.0.ended && self.0.sender.is_ready()
     }
 
-    /// As [`Wire::is_idle`], having looked whether the other side closed it.
-    pub(super) async fn is_still_idle(&mut self) -> bool {
-        poll_fn(|cx| {
-            self.drive(cx);
-            Poll::Ready(self.is_idle())
-        })
-        .await
+    /// Brings it to rest after an answer, or looks whether the other side closed it meanwhile. From then on it wakes
+    /// nobody. Says whether it can take a request.
+    pub(super) fn rest(&mut self) -> bool {
+        self.drive(&mut Context::from_waker(Waker::noop()));
+        self.is_idle()
     }
 
     /// Sends a request and waits for the head of the response. The request comes back with the error if none of it was
@@ -77,11 +78,12 @@ impl Wire {
         let mut response = pin!(self.0.sender.try_send_request(request));
         poll_fn(|cx| {
             self.drive(cx);
-            let mut polled = response.as_mut().poll(cx);
+            let look = &mut Context::from_waker(Waker::noop());
+            let mut polled = response.as_mut().poll(look);
             if polled.is_pending() && self.0.ended {
                 // It ended before it took the request; letting go of it gives the request back.
                 self.0.connection = None;
-                polled = response.as_mut().poll(cx);
+                polled = response.as_mut().poll(look);
             }
             polled
         })
