@@ -17,7 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tracing::{debug, info, warn};
 
 /// How long companions have to end, after the tasks have.
@@ -189,6 +189,13 @@ impl Supervisor {
 fn abort(kind: SignalKind) -> ! {
     warn!("second signal: ending at once");
     std::process::exit(128 + kind.as_raw_value())
+}
+
+/// Runs a task that belongs to the value which keeps the handle, and ends with it. Only for work whose failure is its
+/// owner's affair; anything else belongs to [`Tasks`].
+pub fn owned<T: Send + 'static>(task: impl Future<Output = T> + Send + 'static) -> AbortOnDropHandle<T> {
+    #[allow(clippy::disallowed_methods)]
+    AbortOnDropHandle::new(tokio::spawn(task))
 }
 
 #[cfg(test)]

@@ -61,6 +61,13 @@ impl Capacity {
         self.tell_freed();
     }
 
+    /// The Pod object is gone: its share is free for the next Pod, though its processes still end.
+    pub(super) fn vacate(&self, uid: &str) {
+        let recalls = self.inner().ledger.bind(uid, Size::default());
+        self.recall(recalls);
+        self.tell_freed();
+    }
+
     /// A pool that borrows from now on.
     pub(super) fn register(&self, uid: &str, service: &Arc<Service>) {
         self.inner().pools.insert(uid.to_owned(), Arc::downgrade(service));

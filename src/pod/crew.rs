@@ -29,6 +29,7 @@ use crate::function::pool_state::{EnvironmentId, Exit, ReplicaId};
 use crate::function::service::{NotStarted, Replicas, Started};
 use crate::function::settings::{Settings, Size};
 use crate::runtime::types::{PodRef, Resources};
+use crate::shutdown::owned;
 use crate::telemetry::chain;
 
 /// How long an environment may take to run, its init containers included.
@@ -157,7 +158,7 @@ impl Crew {
             worker.run().await;
             shared.environments.signals().remove(&key);
         };
-        let worker = AbortOnDropHandle::new(tokio::spawn(work));
+        let worker = owned(work);
         self.members().insert(id, Member { desired, worker });
         statuses
     }
@@ -194,7 +195,7 @@ impl Crew {
         let replica = Replica {
             volumes: made.into_iter().map(paths).collect(),
             size: self.settings.borrow().size,
-            _refresh: AbortOnDropHandle::new(tokio::spawn(refresh)),
+            _refresh: owned(refresh),
         };
         self.replicas().insert(id, replica);
         Ok(())

@@ -249,6 +249,7 @@ impl PodLoop {
     fn gone(&mut self, uid: &str) {
         // Before the next Pod is seen, which the scheduler may have given this one's place.
         self.shared.admission.vacate(uid);
+        self.shared.capacity.vacate(uid);
         if let Some(handle) = self.workers.get(uid) {
             handle.desired.send_modify(|d| d.gone = true);
         }

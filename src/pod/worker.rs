@@ -170,6 +170,7 @@ impl Worker {
         if self.memory.released {
             // After the report: whoever waits for the node to be empty may end the process then.
             self.shared.admission.leave(&self.reference.uid);
+            self.shared.capacity.leave(&self.reference.uid);
         }
         match step {
             Step::Wait(until) => self.wait(until).await,

@@ -65,7 +65,7 @@ impl Desk {
     }
 
     /// Attends a replica until it is stopped, or the service is gone.
-    pub(super) async fn replica(self, id: ReplicaId, mut orders: mpsc::UnboundedReceiver<ReplicaOrder>) {
+    pub(super) async fn replica(self, id: ReplicaId, mut orders: mpsc::Receiver<ReplicaOrder>) {
         let mut order = orders.recv().await;
         if matches!(order, Some(ReplicaOrder::Start)) {
             order = tokio::select! {
@@ -103,7 +103,7 @@ impl Desk {
     }
 
     /// Attends an environment from its start until it is stopped, or the service is gone.
-    pub(super) async fn environment(self, id: EnvironmentId, mut orders: mpsc::UnboundedReceiver<Order>) {
+    pub(super) async fn environment(self, id: EnvironmentId, mut orders: mpsc::Receiver<Order>) {
         let mut life = None;
         let mut next = orders.recv().await;
         if let Some(Order::Start { warm_up }) = next {
@@ -128,7 +128,7 @@ impl Desk {
     }
 
     /// Attends an environment of an earlier process: it takes calls once it is known to be idle.
-    pub(super) async fn adopted(self, found: Adopted, mut orders: mpsc::UnboundedReceiver<Order>) {
+    pub(super) async fn adopted(self, found: Adopted, mut orders: mpsc::Receiver<Order>) {
         let Adopted { environment: id, address, ended, idle } = found;
         let mut life = Some(ended);
         let next = tokio::select! {
@@ -160,7 +160,7 @@ impl Desk {
         id: EnvironmentId,
         mut next: Option<Order>,
         mut life: Option<BoxFuture<'static, Exit>>,
-        mut orders: mpsc::UnboundedReceiver<Order>,
+        mut orders: mpsc::Receiver<Order>,
     ) {
         while let Some(order) = next {
             match order {
@@ -189,7 +189,7 @@ impl Desk {
         &self,
         id: EnvironmentId,
         life: &mut Option<BoxFuture<'static, Exit>>,
-        orders: &mut mpsc::UnboundedReceiver<Order>,
+        orders: &mut mpsc::Receiver<Order>,
     ) -> Option<Order> {
         loop {
             tokio::select! {

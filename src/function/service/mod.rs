@@ -15,22 +15,28 @@ mod lease;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use super::front::{Environment, TryAgain};
 use super::pool_state::{Action, CallId, EnvironmentId, Event, Exit, Found, Pool, ReplicaId, Summary, Why};
 use super::protocol::Protocol;
 use super::settings::Settings;
+use crate::shutdown::owned;
 use attendant::{Desk, Order, ReplicaOrder};
 pub use lease::Door;
 use lease::Granted;
+
+/// Orders that an attendant may have before it. It has at most one each to start, freeze, thaw and stop.
+const ORDERS: usize = 8;
+/// Changes of scale that may wait to be told; more are only logged.
+const NEWS: usize = 256;
 
 /// Makes and removes what a pool asks for.
 ///
@@ -109,7 +115,8 @@ pub struct Service {
     /// The next deadline has moved forward, or the service is gone.
     alarm: Arc<Notify>,
     summary: watch::Sender<Summary>,
-    scaled: mpsc::UnboundedSender<Scaled>,
+    scaled: mpsc::Sender<Scaled>,
+    ring: OnceLock<AbortOnDropHandle<()>>,
     tasks: TaskTracker,
 }
 
@@ -120,7 +127,7 @@ struct Inner {
     /// Calls that run, and where.
     running: HashMap<CallId, EnvironmentId>,
     environments: HashMap<EnvironmentId, Place>,
-    replicas: HashMap<ReplicaId, mpsc::UnboundedSender<ReplicaOrder>>,
+    replicas: HashMap<ReplicaId, mpsc::Sender<ReplicaOrder>>,
     /// When the alarm goes off.
     armed: Option<Instant>,
 }
@@ -130,7 +137,7 @@ type Answer = Result<Granted, TryAgain>;
 
 /// An environment as its calls and its attendant know it.
 struct Place {
-    orders: mpsc::UnboundedSender<Order>,
+    orders: mpsc::Sender<Order>,
     /// Cancelled once its attendant is done.
     ended: CancellationToken,
     /// What leases are made of, once it listens.
@@ -166,15 +173,15 @@ impl Service {
         settings: Settings,
         replicas: Arc<dyn Replicas>,
         found: Vec<Adopted>,
-    ) -> (Arc<Self>, mpsc::UnboundedReceiver<Scaled>) {
-        let (scaled, news) = mpsc::unbounded_channel();
+    ) -> (Arc<Self>, mpsc::Receiver<Scaled>) {
+        let (scaled, news) = mpsc::channel(NEWS);
         let inner = Inner {
             waiting: HashMap::new(),
             running: HashMap::new(),
             environments: HashMap::new(),
             replicas: HashMap::new(),
             armed: None,
-            pool: Pool::new(settings.clone()),
+            pool: Pool::new(settings),
         };
         let service = Arc::new(Self {
             inner: Mutex::new(inner),
@@ -184,10 +191,13 @@ impl Service {
             alarm: Arc::new(Notify::new()),
             summary: watch::Sender::new(Summary::default()),
             scaled,
+            ring: OnceLock::new(),
             tasks: TaskTracker::new(),
         });
         service.adopt(found);
-        tokio::spawn(ring(Arc::downgrade(&service), Arc::clone(&service.alarm)));
+        let alarm = owned(ring(Arc::downgrade(&service), Arc::clone(&service.alarm)));
+        // Set once, here.
+        let _ = service.ring.set(alarm);
         (service, news)
     }
 
@@ -245,7 +255,7 @@ impl Service {
             }
             for adopted in found {
                 let id = adopted.environment;
-                let (orders, taken) = mpsc::unbounded_channel();
+                let (orders, taken) = mpsc::channel(ORDERS);
                 let place = self.attend(orders, self.desk().adopted(adopted, taken));
                 inner.environments.insert(id, place);
             }
@@ -278,7 +288,7 @@ impl Service {
             self.replicas.set_idle(replica, since);
         }
         if denied {
-            let _ = self.scaled.send(Scaled::Limited);
+            self.say(Scaled::Limited);
         }
         self.summary.send_if_modified(|before| {
             let differs = outline(before) != outline(&summary);
@@ -292,17 +302,17 @@ impl Service {
         match action {
             Action::StartReplica { replica } => {
                 let orders = self.attend_replica(replica);
-                let _ = orders.send(ReplicaOrder::Start);
+                give(&orders, ReplicaOrder::Start);
                 inner.replicas.insert(replica, orders);
-                let _ = self.scaled.send(Scaled::Up);
+                self.say(Scaled::Up);
             }
             Action::StopReplica { replica, why } => {
-                let _ = self.scaled.send(Scaled::Down(why));
+                self.say(Scaled::Down(why));
                 inner.stop_replica(replica, after);
             }
             Action::StartEnvironment { environment, warm_up } => {
-                let (orders, taken) = mpsc::unbounded_channel();
-                let _ = orders.send(Order::Start { warm_up });
+                let (orders, taken) = mpsc::channel(ORDERS);
+                give(&orders, Order::Start { warm_up });
                 let place = self.attend(orders, self.desk().environment(environment, taken));
                 inner.environments.insert(environment, place);
             }
@@ -337,7 +347,7 @@ impl Service {
         Desk { service: Arc::downgrade(self), replicas: Arc::clone(&self.replicas), protocol: self.protocol }
     }
 
-    fn attend(&self, orders: mpsc::UnboundedSender<Order>, work: impl Future<Output = ()> + Send + 'static) -> Place {
+    fn attend(&self, orders: mpsc::Sender<Order>, work: impl Future<Output = ()> + Send + 'static) -> Place {
         let ended = CancellationToken::new();
         let done = ended.clone().drop_guard();
         self.tasks.spawn(async move {
@@ -347,8 +357,8 @@ impl Service {
         Place { orders, ended, front: None }
     }
 
-    fn attend_replica(self: &Arc<Self>, id: ReplicaId) -> mpsc::UnboundedSender<ReplicaOrder> {
-        let (orders, taken) = mpsc::unbounded_channel();
+    fn attend_replica(self: &Arc<Self>, id: ReplicaId) -> mpsc::Sender<ReplicaOrder> {
+        let (orders, taken) = mpsc::channel(ORDERS);
         self.tasks.spawn(self.desk().replica(id, taken));
         orders
     }
@@ -382,6 +392,12 @@ impl Service {
         self.feed(Event::ReplicaStopped { replica });
     }
 
+    fn say(&self, scaled: Scaled) {
+        if let Err(error) = self.scaled.try_send(scaled) {
+            tracing::debug!(%error, "a change of scale is not told");
+        }
+    }
+
     fn inner(&self) -> MutexGuard<'_, Inner> {
         // A panic inside the pool leaves it as it was decided: to go on is better than to serve nobody.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -392,17 +408,10 @@ impl Service {
     }
 }
 
-impl Drop for Service {
-    fn drop(&mut self) {
-        self.alarm.notify_one();
-    }
-}
-
 impl Inner {
     fn order(&self, environment: EnvironmentId, order: Order) {
         if let Some(place) = self.environments.get(&environment) {
-            // Its attendant is gone only when the environment is.
-            let _ = place.orders.send(order);
+            give(&place.orders, order);
         }
     }
 
@@ -421,7 +430,7 @@ impl Inner {
         let ended = ids.iter().filter_map(|id| self.environments.get(id)).map(|place| place.ended.clone()).collect();
         ids.into_iter().for_each(|id| self.stop(id, after));
         if let Some(orders) = self.replicas.get(&replica) {
-            let _ = orders.send(ReplicaOrder::Stop(ended));
+            give(orders, ReplicaOrder::Stop(ended));
         }
     }
 }
@@ -435,6 +444,13 @@ impl Afterwards {
             // A caller who has left drops what it is given.
             drop(caller.send(answer));
         }
+    }
+}
+
+/// Gives an attendant an order. One that is gone needs none.
+fn give<T>(orders: &mpsc::Sender<T>, order: T) {
+    if let Err(mpsc::error::TrySendError::Full(_)) = orders.try_send(order) {
+        tracing::error!("an attendant has more orders than there are kinds");
     }
 }
 

@@ -24,6 +24,7 @@ use crate::pod::crew::Crew;
 use crate::pod::plan::FunctionPhase;
 use crate::pod::status::{Shown, Trouble, function};
 use crate::runtime::types::{Image, SandboxId, SandboxStatus};
+use crate::shutdown::owned;
 use crate::telemetry::chain;
 
 /// How often the numbers of a busy function are written anew while its replicas stay as they are.
@@ -142,12 +143,11 @@ impl Worker {
             Past::None => Vec::new(),
             Past::Unknown => crew.adopt().await.map_err(|error| Trouble::new("FailedAdoption", chain(&error)))?,
         };
-        let settings = function.settings.borrow().clone();
+        let settings = *function.settings.borrow();
         let (service, news) = Service::new(settings, crew, found);
         self.shared.capacity.register(uid, &service);
         let told = report_scaling(Arc::clone(&self.shared), self.pod.clone(), Arc::clone(&service), news);
-        function.pool =
-            Some(Pool { summary: service.summary(), service, _news: AbortOnDropHandle::new(tokio::spawn(told)) });
+        function.pool = Some(Pool { summary: service.summary(), service, _news: owned(told) });
         Ok(())
     }
 
@@ -169,7 +169,7 @@ impl Worker {
         let front = Front::new(door, fronts.limits.clone(), fronts.connections.clone(), &fronts.meters, labels);
         let (drain, drained) = watch::channel(None);
         let reference = self.reference.clone();
-        let task = tokio::spawn(async move {
+        let task = owned(async move {
             match front.run(listeners, drained).await {
                 Ok(ended) if ended.cut > 0 => {
                     tracing::warn!(pod = %reference, calls = ended.cut, "calls were cut off at the end of the grace period");
@@ -181,8 +181,7 @@ impl Worker {
             }
         });
         let since = Timestamp::now();
-        let _task = AbortOnDropHandle::new(task);
-        function.front = Some(Listening { sandbox: sandbox.id.clone(), since, drain, _task });
+        function.front = Some(Listening { sandbox: sandbox.id.clone(), since, drain, _task: task });
         Ok(())
     }
 
@@ -214,7 +213,7 @@ impl Worker {
         let Some(reading) = labels::read(&self.pod, function.image.as_ref()) else { return };
         let changed = *function.settings.borrow() != reading.settings;
         if changed {
-            function.settings.send_replace(reading.settings.clone());
+            function.settings.send_replace(reading.settings);
             if let Some(pool) = &function.pool {
                 pool.service.set(reading.settings);
             }
@@ -249,12 +248,7 @@ fn config_of(image: &Image) -> ImageConfig {
 }
 
 /// Tells of every change of the number of replicas.
-async fn report_scaling(
-    shared: Arc<Shared>,
-    pod: Arc<Pod>,
-    service: Arc<Service>,
-    mut news: mpsc::UnboundedReceiver<Scaled>,
-) {
+async fn report_scaling(shared: Arc<Shared>, pod: Arc<Pod>, service: Arc<Service>, mut news: mpsc::Receiver<Scaled>) {
     let service = Arc::downgrade(&{ service });
     while let Some(scaled) = news.recv().await {
         let Some(numbers) = service.upgrade().map(|service| service.summary_now()) else { return };
