@@ -6,8 +6,14 @@ use super::replica::{State, each};
 use super::{Action, CAPACITY_RETRY, Exit, Pool, RETRY_SOON, Reason, TryAgain, Why};
 
 impl Pool {
-    /// When [`super::Event::Tick`] is due, after `now`; `None`: only an event can change anything.
-    pub fn next_deadline(&self, now: Instant) -> Option<Instant> {
+    /// When [`super::Event::Tick`] is due; `None`: only an event can change anything. After calls it may be earlier than
+    /// anything happens, which costs a tick.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// When time alone changes something, after `now`.
+    pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
         let timeout = self.settings.queue_timeout;
         let calls = self.waiting.front().map(|(_, since)| *since + timeout);
         let visitors = self.visits.values().filter(|visit| visit.environment.is_none()).map(|v| v.since + timeout);

@@ -28,17 +28,21 @@ impl Pool {
         while let Some((call, _)) = self.waiting.front().copied() {
             let Some(id) = self.best_environment() else { return };
             self.waiting.pop_front();
-            self.running.insert(call, Running { environment: id, client_gone: false });
-            if let Some(environment) = self.environment_mut(id) {
-                environment.calls.push(call);
-                environment.used = now;
-            }
-            actions.push(Action::Grant { call, environment: id });
+            self.grant(call, id, now, actions);
         }
     }
 
+    pub(super) fn grant(&mut self, call: CallId, id: EnvironmentId, now: Instant, actions: &mut Vec<Action>) {
+        self.running.insert(call, Running { environment: id, client_gone: false });
+        if let Some(environment) = self.environment_mut(id) {
+            environment.calls.push(call);
+            environment.used = now;
+        }
+        actions.push(Action::Grant { call, environment: id });
+    }
+
     /// Of those with room: in a replica that is in use, then used last, then the youngest.
-    fn best_environment(&self) -> Option<EnvironmentId> {
+    pub(super) fn best_environment(&self) -> Option<EnvironmentId> {
         let calls = self.settings.calls;
         let mut best = None;
         for (id, replica) in self.replicas.iter().filter(|(_, replica)| replica.phase == Phase::Ready) {

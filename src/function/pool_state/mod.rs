@@ -33,6 +33,7 @@ mod end;
 mod grant;
 mod grow;
 mod messages;
+mod plain;
 mod replica;
 mod shrink;
 mod summary;
@@ -76,6 +77,9 @@ pub struct Pool {
     owed: usize,
     /// The pool drains, and is to be empty by then.
     drain: Option<Instant>,
+    /// Everything has been looked at since the pool was made, and time alone changes nothing before `due`.
+    settled: bool,
+    due: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -106,6 +110,8 @@ impl Pool {
             denied: None,
             owed: 0,
             drain: None,
+            settled: false,
+            due: None,
         }
     }
 
@@ -136,16 +142,25 @@ impl Pool {
     /// Takes an event in and says what is to be done. `now` never goes back.
     pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
         let mut actions = Vec::new();
-        self.take_in(event, now, &mut actions);
-        self.expire(now, &mut actions);
-        self.shrink_to_maximum(&mut actions);
-        self.hand_out(now, &mut actions);
-        self.let_visitors_in(&mut actions);
-        self.grow(now, &mut actions);
-        self.refuse_the_hopeless(now, &mut actions);
-        self.retire(now, &mut actions);
-        self.freeze(now, &mut actions);
+        if !self.handle_plain(&event, now, &mut actions) {
+            self.take_in(event, now, &mut actions);
+            self.decide(now, &mut actions);
+        }
         actions
+    }
+
+    /// Looks at everything anew.
+    fn decide(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        self.expire(now, actions);
+        self.shrink_to_maximum(actions);
+        self.hand_out(now, actions);
+        self.let_visitors_in(actions);
+        self.grow(now, actions);
+        self.refuse_the_hopeless(now, actions);
+        self.retire(now, actions);
+        self.freeze(now, actions);
+        self.due = self.deadline(now);
+        self.settled = true;
     }
 
     fn take_in(&mut self, event: Event, now: Instant, actions: &mut Vec<Action>) {

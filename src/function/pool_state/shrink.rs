@@ -76,9 +76,12 @@ impl Pool {
 
     /// Idle replicas that nobody visits, each with the moment since when.
     pub(super) fn idle(&self) -> impl Iterator<Item = (Instant, ReplicaId)> {
-        let unvisited = |id: &ReplicaId| self.visits.values().all(|v| v.environment.is_none_or(|e| e.replica != *id));
         let idle = self.replicas.iter().filter_map(|(id, replica)| Some((replica.idle_since()?, *id)));
-        idle.filter(move |(_, id)| unvisited(id))
+        idle.filter(|(_, id)| self.is_unvisited(*id))
+    }
+
+    pub(super) fn is_unvisited(&self, id: ReplicaId) -> bool {
+        self.visits.values().all(|visit| visit.environment.is_none_or(|environment| environment.replica != id))
     }
 
     /// The pool's last word on a replica. Nothing runs in it.

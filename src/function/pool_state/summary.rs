@@ -102,6 +102,6 @@ impl Pool {
 
     /// Since when a replica has had nothing to do, for the node's ledger; `None`: it has, or nobody knows it.
     pub fn idle_since(&self, replica: ReplicaId) -> Option<Instant> {
-        self.idle().find(|(_, id)| *id == replica).map(|(since, _)| since)
+        self.replicas.get(&replica).filter(|_| self.is_unvisited(replica))?.idle_since()
     }
 }

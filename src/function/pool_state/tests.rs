@@ -24,8 +24,10 @@ impl Hand {
         self.pool.handle(event, self.start + Duration::from_millis(millis))
     }
 
-    fn deadline(&self, millis: u64) -> Option<u64> {
-        let at = self.pool.next_deadline(self.start + Duration::from_millis(millis))?;
+    /// The next deadline, once everything was looked at.
+    fn deadline(&mut self, millis: u64) -> Option<u64> {
+        assert_eq!(self.at(millis, Event::Tick), []);
+        let at = self.pool.next_deadline()?;
         Some(u64::try_from((at - self.start).as_millis()).unwrap())
     }
 

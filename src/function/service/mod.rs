@@ -276,7 +276,7 @@ impl Service {
             self.act(&mut inner, action, &mut after);
         }
         let idle = after.touched.map(|replica| (replica, inner.pool.idle_since(replica)));
-        let deadline = inner.pool.next_deadline(now);
+        let deadline = inner.pool.next_deadline();
         // A deadline that moves back needs no word: the alarm goes off early, and sets itself anew.
         if deadline.is_some_and(|new| inner.armed.is_none_or(|armed| new < armed)) {
             inner.armed = deadline;

@@ -278,7 +278,13 @@ impl World {
             self.owed = 0;
         }
         let (kept, draining) = (self.kept(), self.surplus());
+        let mut long_way = self.pool.clone();
         let actions = self.pool.handle(event.clone(), self.now);
+        let mut same = Vec::new();
+        long_way.take_in(event.clone(), self.now, &mut same);
+        long_way.decide(self.now, &mut same);
+        assert_eq!(actions, same, "a warm call's short way decides what the long way does");
+        assert_eq!(self.pool.summary(self.now), long_way.summary(self.now));
         for action in &actions {
             self.obey(action, &actions);
         }
@@ -659,7 +665,7 @@ impl World {
     fn advance(&mut self, millis: u64) {
         let target = self.now + Duration::from_millis(millis);
         let mut ticks = 0;
-        while let Some(at) = self.pool.next_deadline(self.now).filter(|at| *at <= target) {
+        while let Some(at) = self.pool.next_deadline().filter(|at| *at <= target) {
             assert!(at > self.now, "a deadline lies ahead");
             self.now = at;
             self.tell(Event::Tick);
@@ -789,7 +795,7 @@ impl World {
         }
         assert!(self.pool.is_drained(), "the pool does not come to an end: {:?}", self.pool);
         assert!(self.calls.values().all(|call| call.place == Place::Done), "a call was never answered");
-        assert_eq!(self.pool.next_deadline(self.now), None);
+        assert_eq!(self.pool.next_deadline(), None);
     }
 }
 
