@@ -335,15 +335,7 @@ impl World {
                     known.phase = Phase::Ready;
                 }
             }
-            Event::ReplicaDenied { replica } => {
-                if self.replicas.get(replica).is_some_and(|r| r.phase == Phase::Starting) {
-                    self.denied = Some(self.now + Duration::from_secs(5));
-                    self.owed = 0;
-                } else {
-                    self.denied = None;
-                }
-                self.replicas.remove(replica);
-            }
+            Event::ReplicaDenied { replica } => self.note_denied(*replica),
             Event::ReplicaFailed { replica, .. } => self.note_replica_failed(*replica),
             Event::ReplicaStopped { replica } => {
                 self.replicas.remove(replica);
@@ -370,6 +362,16 @@ impl World {
             Event::Drain { until } => self.drain = Some(self.drain.map_or(*until, |before| before.min(*until))),
             Event::Tick => {}
         }
+    }
+
+    fn note_denied(&mut self, replica: ReplicaId) {
+        if self.replicas.get(&replica).is_some_and(|r| r.phase == Phase::Starting) {
+            self.denied = Some(self.now + Duration::from_secs(5));
+            self.owed = 0;
+        } else {
+            self.denied = None;
+        }
+        self.replicas.remove(&replica);
     }
 
     fn note_end(&mut self, call: CallId, reuse: bool) {
