@@ -112,8 +112,8 @@ async fn a_port_that_breaks_off_resets_its_stream_and_no_other() {
     let mut spdy = Spdy::connect(&node, "/portForward/ns/p", PROTOCOLS).await.ok().unwrap();
     let (errors, data) = open(&mut spdy, listener.local_addr().unwrap().port(), "0");
     spdy.writer.data(data, b"unread", false).await;
-    let (server, _) = listener.accept().await.unwrap();
-    server.readable().await.unwrap();
+    let (mut server, _) = listener.accept().await.unwrap();
+    server.read_exact(&mut [0]).await.unwrap();
     // Closing with something unread is a reset.
     drop(server);
     let (mut reset, mut ended) = (false, false);
