@@ -25,7 +25,8 @@
 //! * [`function`] makes a pool of replicas of a labelled Pod: settings, queue, scaling; pure values.
 //! * [`runtime`] is the seam: verbs with CRI's names and rules, and the Docker driver behind them.
 //! * [`network`] gives each Pod an address and plugs its cable.
-//! * [`kubelet_api`] is the node's HTTPS API: logs, Pods, health and metrics, for those who may.
+//! * [`kubelet_api`] is the node's HTTPS API: logs, exec, attach, port-forward, Pods, health and metrics, for
+//!   those who may.
 //!
 //! What all of them use:
 //!

@@ -16,6 +16,7 @@ mod harness;
 mod bad_input;
 mod deletion;
 mod environment;
+mod exec;
 mod fakecloud;
 mod hardening;
 mod images;

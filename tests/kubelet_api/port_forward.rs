@@ -106,6 +106,31 @@ async fn a_port_that_refuses_is_told_on_the_error_stream() {
 }
 
 #[tokio::test]
+async fn a_port_that_breaks_off_resets_its_stream_and_no_other() {
+    let (node, (port, _echo)) = (start().await, echo().await);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut spdy = Spdy::connect(&node, "/portForward/ns/p", PROTOCOLS).await.ok().unwrap();
+    let (errors, data) = open(&mut spdy, listener.local_addr().unwrap().port(), "0");
+    spdy.writer.data(data, b"unread", false).await;
+    let (mut server, _) = listener.accept().await.unwrap();
+    server.read_exact(&mut [0]).await.unwrap();
+    // Closing with something unread is a reset.
+    drop(server);
+    let (mut reset, mut ended) = (false, false);
+    while !reset || !ended {
+        match spdy.reader.next().await.unwrap() {
+            ServerFrame::Reset { id, .. } if id == data => reset = true,
+            ServerFrame::Data { id, bytes, ended: true } if id == errors && bytes.is_empty() => ended = true,
+            ServerFrame::Reply(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    let (errors, data) = open(&mut spdy, port, "1");
+    spdy.writer.data(data, b"x", true).await;
+    assert_eq!(spdy.reader.until_ended(&[errors, data]).await[&data], b"x|1");
+}
+
+#[tokio::test]
 async fn a_stream_that_the_client_gives_up_closes_the_port() {
     let node = start().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -114,7 +114,8 @@ impl ServerFrames {
         let word = payload.get_u32();
         Some(match first & 0xffff {
             2 => {
-                // As Go's framer: all of the block must be used up, and it holds no headers.
+                // As Go's framer: all of the block must be used up, it ends with a flush, and it holds no headers.
+                assert!(payload.ends_with(&[0, 0, 0xff, 0xff]));
                 let mut plain = [0; 64];
                 let (read, written) = (self.inflate.total_in(), self.inflate.total_out());
                 self.inflate.decompress(&payload, &mut plain, FlushDecompress::Sync).unwrap();

@@ -1,9 +1,11 @@
 //! One connection to a port: a stream for its bytes, one for what went wrong.
 
+use std::io;
 use std::pin::Pin;
 
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
+use tracing::debug;
 
 use super::Forward;
 use crate::kubelet_api::streaming::pipe::{Inbox, Next, Outbox};
@@ -35,56 +37,78 @@ impl Pair {
     /// Connects and carries bytes until both sides are done, or one of them breaks off.
     pub(super) async fn run(mut self, forward: &Forward, half_close: HalfClose) {
         let reset = self.inbox.reset();
-        let failed = tokio::select! {
+        let ended = tokio::select! {
             // Not cancel-safe, and must not be: the connection to the port goes with the client's stream.
-            ended = self.carry(forward, half_close) => ended.err(),
+            ended = self.carry(forward, half_close) => ended,
             // Cancel-safe: a token stays cancelled.
-            () = reset.cancelled() => None,
+            () = reset.cancelled() => Ok(()),
         };
-        let Some(why) = failed else {
-            self.data.end().await;
-            return self.errors.end().await;
-        };
-        let text = format!("error forwarding port {} to pod {}: {why}", self.port, forward.pod);
         // The stream for errors ends in order, so that no client loses the text to a reset.
-        let _ = self.errors.send(Bytes::from(text)).await;
-        self.errors.end().await;
-        self.data.fail().await;
+        match ended {
+            Ok(()) => {
+                self.data.end().await;
+                self.errors.end().await;
+            }
+            Err(Broken::Connecting(why)) => {
+                let text = format!("error forwarding port {} to pod {}: {why}", self.port, forward.pod);
+                let _ = self.errors.send(Bytes::from(text)).await;
+                self.errors.end().await;
+                self.data.fail().await;
+            }
+            // No text: kubectl gives up all its connections at the first, and this is the affair of one.
+            Err(Broken::Reading(why)) => {
+                debug!(port = self.port, error = chain(&why), "a forwarded connection broke");
+                self.errors.end().await;
+                self.data.fail().await;
+            }
+        }
     }
 
-    async fn carry(&mut self, forward: &Forward, half_close: HalfClose) -> Result<(), String> {
-        let target: Pin<Box<dyn Duplex>> = (forward.dial)(self.port).await.map_err(|error| chain(&error))?;
+    async fn carry(&mut self, forward: &Forward, half_close: HalfClose) -> Result<(), Broken> {
+        let target: Pin<Box<dyn Duplex>> =
+            (forward.dial)(self.port).await.map_err(|error| Broken::Connecting(chain(&error)))?;
         let (reader, writer) = split(target);
         let (data, inbox) = (&self.data, &mut self.inbox);
         let down = async {
-            let ended = down(reader, data).await;
+            down(reader, data).await?;
             data.end().await;
-            ended
+            Ok(())
         };
-        match half_close {
-            HalfClose::Kept => tokio::join!(down, up(inbox, writer)).0,
-            HalfClose::Unknown => tokio::select! {
-                // Not cancel-safe, and need not be: the pair is over.
-                ended = down => ended,
-                // Not cancel-safe: the other arm ends the pair.
-                () = async { up(inbox, writer).await; std::future::pending().await } => Ok(()),
-            },
+        let up = async {
+            up(inbox, writer).await;
+            // Where the client cannot say that it is done, the port does.
+            if half_close == HalfClose::Unknown { std::future::pending().await } else { Ok(()) }
+        };
+        tokio::pin!(down, up);
+        tokio::select! {
+            // Not cancel-safe: a port that broke, or is done where that is all, ends the pair.
+            ended = &mut down => if ended.is_err() || half_close == HalfClose::Unknown { ended } else { up.await },
+            // Cancel-safe: what comes down is waited for below.
+            ended = &mut up => ended.and(down.await),
         }
     }
 }
 
+/// How a connection to a port failed.
+#[derive(Debug)]
+enum Broken {
+    /// There is none.
+    Connecting(String),
+    /// It broke off.
+    Reading(io::Error),
+}
+
 /// From the port to the client.
-async fn down(mut reader: impl AsyncRead + Unpin, data: &Outbox) -> Result<(), String> {
+async fn down(mut reader: impl AsyncRead + Unpin, data: &Outbox) -> Result<(), Broken> {
     let mut buffer = vec![0; READ];
     loop {
-        match reader.read(&mut buffer).await {
-            Ok(0) => return Ok(()),
-            Ok(read) => {
+        match reader.read(&mut buffer).await.map_err(Broken::Reading)? {
+            0 => return Ok(()),
+            read => {
                 if data.send(Bytes::copy_from_slice(&buffer[..read])).await.is_err() {
                     return Ok(());
                 }
             }
-            Err(error) => return Err(error.to_string()),
         }
     }
 }

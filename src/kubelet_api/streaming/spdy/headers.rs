@@ -148,7 +148,7 @@ impl HeaderReader {
 
 /// Writes the only block that a server of streams has to send: no headers at all.
 ///
-/// It is a stored block of a zlib stream that begins with the first one, so there is nothing to compress and no window
+/// They are stored blocks of a zlib stream that begins with the first one, so there is nothing to compress and no window
 /// of a quarter of a megabyte to keep.
 #[derive(Debug, Default)]
 pub struct NoHeaders {
@@ -158,8 +158,9 @@ pub struct NoHeaders {
 impl NoHeaders {
     /// Header of a zlib stream without a preset dictionary (RFC 1950).
     const BEGIN: [u8; 2] = [0x78, 0x01];
-    /// A stored block (RFC 1951, section 3.2.4) of four bytes: the count zero.
-    const STORED: [u8; 9] = [0, 4, 0, 0xfb, 0xff, 0, 0, 0, 0];
+    /// A stored block (RFC 1951, section 3.2.4) of four bytes, the count zero; and an empty one, which ends a flush: Go
+    /// hands nothing on before it.
+    const STORED: [u8; 14] = [0, 4, 0, 0xfb, 0xff, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff];
 
     /// How long the next block will be.
     pub fn length(&self) -> usize {
