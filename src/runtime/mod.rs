@@ -115,60 +115,40 @@ pub trait SandboxRuntime: Send + Sync + 'static {
     /// # Errors
     /// [`Kind::NotFound`] for an unknown container, [`Kind::Invalid`] for one that does not run or a command that
     /// cannot be executed there.
-    async fn exec(&self, id: &ContainerId, request: &ExecRequest) -> Result<Session> {
-        let _ = request;
-        Err(unsupported("exec", id))
-    }
+    async fn exec(&self, id: &ContainerId, request: &ExecRequest) -> Result<Session>;
 
     /// Joins the streams of a running container's own process. Its exit code is the container's.
     ///
     /// # Errors
     /// [`Kind::NotFound`] for an unknown container, [`Kind::Invalid`] for one that does not run.
-    async fn attach(&self, id: &ContainerId, request: &AttachRequest) -> Result<Session> {
-        let _ = request;
-        Err(unsupported("attach", id))
-    }
+    async fn attach(&self, id: &ContainerId, request: &AttachRequest) -> Result<Session>;
 
     /// Connects to a TCP port on the loopback address of the sandbox's network.
     ///
     /// # Errors
     /// [`Kind::NotFound`] for an unknown sandbox, [`Kind::Invalid`] where nothing listens on the port.
-    async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Pin<Box<dyn Duplex>>> {
-        let _ = port;
-        Err(unsupported("port-forward", id))
-    }
+    async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Pin<Box<dyn Duplex>>>;
 
     /// Freezes a running container: its processes get no time until they are thawed, and keep their memory and
     /// connections. Freezing a frozen one is Ok; its state stays running, and it can be stopped and removed as it is.
     ///
     /// # Errors
     /// [`Kind::NotFound`] for an unknown container, [`Kind::Invalid`] for one that does not run.
-    async fn pause_container(&self, id: &ContainerId) -> Result<()> {
-        Err(unsupported("pause", id))
-    }
+    async fn pause_container(&self, id: &ContainerId) -> Result<()>;
 
     /// Thaws a frozen container. Thawing one that is not frozen is Ok.
     ///
     /// # Errors
     /// As [`pause_container`](Self::pause_container).
-    async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
-        Err(unsupported("unpause", id))
-    }
+    async fn unpause_container(&self, id: &ContainerId) -> Result<()>;
 
     /// What every ready sandbox of this owner and its running containers use, in no order; CRI's ListPodSandboxStats.
     /// Cheap enough to be asked every few seconds: it reads the host's files and asks the engine nothing about each.
-    async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
-        let _ = scope;
-        Err(unsupported("statistics", &"the node"))
-    }
+    async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>>;
 
     /// What happens from now on to objects of this owner. The stream ends when the engine goes away; the caller
     /// subscribes again and lists, since what happened in between is not told.
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>>;
-}
-
-fn unsupported(what: &str, subject: &dyn std::fmt::Display) -> RuntimeError {
-    RuntimeError::new(Kind::Unsupported, format!("this runtime has no {what} (asked of {subject})"))
 }
 
 /// Holds images.

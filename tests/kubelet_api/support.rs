@@ -313,6 +313,12 @@ impl SandboxRuntime for World {
             Err(error) => Err(RuntimeError::new(Kind::Invalid, format!("failed to connect to port {port}: {error}"))),
         }
     }
+    async fn pause_container(&self, _: &ContainerId) -> RuntimeResult<()> {
+        unsupported()
+    }
+    async fn unpause_container(&self, _: &ContainerId) -> RuntimeResult<()> {
+        unsupported()
+    }
     async fn list_pod_sandbox_stats(&self, _: StatsScope) -> RuntimeResult<Vec<SandboxStats>> {
         self.stats.lock().unwrap().clone().ok_or_else(crate::statistics::no_stats)
     }

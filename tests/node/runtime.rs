@@ -1,7 +1,11 @@
 //! A runtime that only tells its version and images.
 
+use std::pin::Pin;
+
 use async_trait::async_trait;
 use futures::stream::BoxStream;
+use lambdalet::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
+use lambdalet::runtime::stats::{SandboxStats, StatsScope};
 use lambdalet::runtime::types::*;
 use lambdalet::runtime::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime};
 
@@ -53,6 +57,24 @@ impl SandboxRuntime for Silent {
         unsupported()
     }
     async fn logs(&self, _: &ContainerId, _: &LogOptions) -> Result<BoxStream<'static, Result<LogChunk>>> {
+        unsupported()
+    }
+    async fn exec(&self, _: &ContainerId, _: &ExecRequest) -> Result<Session> {
+        unsupported()
+    }
+    async fn attach(&self, _: &ContainerId, _: &AttachRequest) -> Result<Session> {
+        unsupported()
+    }
+    async fn port_forward(&self, _: &SandboxId, _: u16) -> Result<Pin<Box<dyn Duplex>>> {
+        unsupported()
+    }
+    async fn pause_container(&self, _: &ContainerId) -> Result<()> {
+        unsupported()
+    }
+    async fn unpause_container(&self, _: &ContainerId) -> Result<()> {
+        unsupported()
+    }
+    async fn list_pod_sandbox_stats(&self, _: StatsScope) -> Result<Vec<SandboxStats>> {
         unsupported()
     }
     async fn events(&self) -> Result<BoxStream<'static, RuntimeEvent>> {
