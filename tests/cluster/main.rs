@@ -17,6 +17,7 @@ mod bad_input;
 mod deletion;
 mod environment;
 mod fakecloud;
+mod functions;
 mod hardening;
 mod images;
 mod lifecycle;

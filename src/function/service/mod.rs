@@ -258,9 +258,17 @@ impl Service {
         let now = Instant::now();
         let mut after = Afterwards::default();
         let mut inner = self.inner();
-        let denied = matches!(event, Event::ReplicaDenied { .. });
+        // Told before what follows from it: a replica is started before it is stopped.
+        let scaled = match event {
+            Event::ReplicaStarted { .. } => Some(Scaled::Up),
+            Event::ReplicaDenied { .. } => Some(Scaled::Limited),
+            _ => None,
+        };
         if let Event::CallEnded { call, .. } = &event {
             after.touched = inner.running.remove(call).map(|environment| environment.replica);
+        }
+        if let Some(scaled) = scaled {
+            let _ = self.scaled.send(scaled);
         }
         for action in inner.pool.handle(event, now) {
             self.act(&mut inner, action, &mut after);
@@ -277,9 +285,6 @@ impl Service {
         if let Some((replica, since)) = idle {
             self.replicas.set_idle(replica, since);
         }
-        if denied {
-            let _ = self.scaled.send(Scaled::Limited);
-        }
         self.summary.send_if_modified(|before| {
             let differs = outline(before) != outline(&summary);
             *before = summary;
@@ -294,7 +299,6 @@ impl Service {
                 let orders = self.attend_replica(replica);
                 let _ = orders.send(ReplicaOrder::Start);
                 inner.replicas.insert(replica, orders);
-                let _ = self.scaled.send(Scaled::Up);
             }
             Action::StopReplica { replica, why } => {
                 let _ = self.scaled.send(Scaled::Down(why));
@@ -302,7 +306,8 @@ impl Service {
             }
             Action::StartEnvironment { environment, warm_up } => {
                 let (orders, taken) = mpsc::unbounded_channel();
-                let _ = orders.send(Order::Start { warm_up });
+                let patience = inner.pool.settings().listen_timeout;
+                let _ = orders.send(Order::Start { warm_up, patience });
                 let place = self.attend(orders, self.desk().environment(environment, taken));
                 inner.environments.insert(environment, place);
             }
@@ -319,7 +324,7 @@ impl Service {
             }
             Action::Refuse { call, try_again } => {
                 if let Some(caller) = inner.waiting.remove(&call) {
-                    after.answers.push((caller, Err(lease::refusal(&try_again))));
+                    after.answers.push((caller, Err(lease::refusal(&try_again, inner.pool.last_crash()))));
                 }
             }
             Action::FailCall { call, exit } => {
@@ -465,3 +470,6 @@ async fn ring(service: Weak<Service>, alarm: Arc<Notify>) {
 fn outline(summary: &Summary) -> Summary {
     Summary { busy: 0, tainted: 0, running: 0, queued: 0, ..summary.clone() }
 }
+
+#[cfg(test)]
+mod tests;
