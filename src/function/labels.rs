@@ -17,6 +17,7 @@
 //! | `lambdalet.dev/freeze-after` | `never`, or `10ms`-`1h`: an environment idle for so long is frozen | never |
 //! | `lambdalet.dev/queue-length` | 1-10000: calls that wait at most | 1000 |
 //! | `lambdalet.dev/queue-timeout` | `100ms`-`15m`: how long a call waits at most | 30s |
+//! | `lambdalet.dev/listen-timeout` | `100ms`-`15m`: an environment that does not listen after so long is given up | 30s |
 //! | `lambdalet.dev/warm-up` | `true` or `false`: send a no-op to an environment that starts without a call | false |
 //!
 //! Durations are written as Go writes them, which is what Kubernetes users know. RIE takes one call at a time, unless
@@ -58,6 +59,8 @@ pub const FREEZE_AFTER: &str = "lambdalet.dev/freeze-after";
 pub const QUEUE_LENGTH: &str = "lambdalet.dev/queue-length";
 /// How long a call waits at most.
 pub const QUEUE_TIMEOUT: &str = "lambdalet.dev/queue-timeout";
+/// How long an environment may take to listen.
+pub const LISTEN_TIMEOUT: &str = "lambdalet.dev/listen-timeout";
 /// Whether environments are warmed by a no-op.
 pub const WARM_UP: &str = "lambdalet.dev/warm-up";
 /// The variable that turns on RIE's managed concurrency.
@@ -152,6 +155,7 @@ impl Reader<'_> {
             },
             queue_length: self.number(QUEUE_LENGTH, default.queue_length, 1, 10_000),
             queue_timeout: self.duration(QUEUE_TIMEOUT, default.queue_timeout, [100, 900_000]),
+            listen_timeout: self.duration(LISTEN_TIMEOUT, default.listen_timeout, [100, 900_000]),
             warm_up: self.value(WARM_UP, false, "true or false", |text| text.parse().ok()),
             size: self.size(),
         }

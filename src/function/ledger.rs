@@ -98,6 +98,12 @@ impl Ledger {
         self.recall()
     }
 
+    /// The replicas that a pool is to give back and still has.
+    pub fn recalled(&self, pool: &str) -> Vec<ReplicaId> {
+        let loans = self.loans.get(pool).into_iter().flatten();
+        loans.filter(|(_, loan)| loan.recalled).map(|(id, _)| *id).collect()
+    }
+
     /// A replica is gone. True if that leaves room for others: tell the pools that were denied.
     pub fn give_back(&mut self, pool: &str, replica: ReplicaId) -> bool {
         let Some(loans) = self.loans.get_mut(pool) else { return false };

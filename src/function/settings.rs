@@ -27,6 +27,10 @@ pub const DEFAULT_QUEUE_LENGTH: u32 = 1000;
 /// A call waits this long at most.
 pub const DEFAULT_QUEUE_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// An environment listens within this long of its start. A Lambda runtime listens at once and loads the user's code on
+/// its first call.
+pub const DEFAULT_LISTEN_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// How a pool behaves. Every field may change while the pool lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -51,6 +55,8 @@ pub struct Settings {
     pub queue_length: u32,
     /// A call waits this long at most.
     pub queue_timeout: Duration,
+    /// An environment whose processes run but that does not listen after this long is given up.
+    pub listen_timeout: Duration,
     /// Whether an environment that starts without a call is sent a no-op, so that its code is loaded.
     pub warm_up: bool,
     /// What one replica may use.
@@ -84,6 +90,7 @@ impl Settings {
             freeze_after: None,
             queue_length: DEFAULT_QUEUE_LENGTH,
             queue_timeout: DEFAULT_QUEUE_TIMEOUT,
+            listen_timeout: DEFAULT_LISTEN_TIMEOUT,
             warm_up: false,
             size: Size { cpu_millis: u64::from(DEFAULT_CPU) * 1000, memory_bytes: u64::from(DEFAULT_MEMORY_MIB) << 20 },
         }

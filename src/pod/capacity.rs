@@ -68,9 +68,14 @@ impl Capacity {
         self.tell_freed();
     }
 
-    /// A pool that borrows from now on.
+    /// A pool that borrows from now on. It is told what was recalled of its replicas before, while they were adopted.
     pub(super) fn register(&self, uid: &str, service: &Arc<Service>) {
-        self.inner().pools.insert(uid.to_owned(), Arc::downgrade(service));
+        let recalled = {
+            let mut inner = self.inner();
+            inner.pools.insert(uid.to_owned(), Arc::downgrade(service));
+            inner.ledger.recalled(uid)
+        };
+        recalled.into_iter().for_each(|replica| service.give_back(replica));
     }
 
     /// A pool starts a replica; false if there is no room.

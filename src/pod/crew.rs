@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodStatus};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
@@ -143,6 +144,20 @@ impl Crew {
         Arc::new(pod)
     }
 
+    /// The same for an environment that is to end. It has what the Pod has left of its own grace, should that end too:
+    /// calls have used up the rest.
+    fn ending(&self) -> Arc<Pod> {
+        let mut pod = self.derived();
+        let meta = &self.pod.borrow().pod.metadata;
+        if let (Some(by), Some(spec)) = (&meta.deletion_timestamp, &mut Arc::make_mut(&mut pod).spec) {
+            let least = if meta.deletion_grace_period_seconds == Some(0) { 0 } else { 1 };
+            let left = by.0.duration_since(Timestamp::now()).as_secs().max(least);
+            spec.termination_grace_period_seconds =
+                Some(spec.termination_grace_period_seconds.unwrap_or(left).min(left));
+        }
+        pod
+    }
+
     /// Hires the owner of an environment. `gone`: only to remove what there is of it.
     fn hire(&self, id: EnvironmentId, past: Past, gone: bool) -> watch::Receiver<Option<PodStatus>> {
         let key = environment_key(&self.uid, id);
@@ -260,8 +275,23 @@ impl Replicas for Crew {
 
     async fn stop_environment(&self, environment: EnvironmentId) {
         let Some(Member { desired, mut worker }) = self.members().remove(&environment) else { return };
-        desired.send_modify(|desired| desired.gone = true);
-        if let Err(error) = (&mut worker).await {
+        let mut pod = self.pod.clone();
+        let ended = loop {
+            pod.mark_unchanged();
+            desired.send_replace(Desired { pod: self.ending(), gone: true });
+            let changed = async {
+                if pod.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            };
+            tokio::select! {
+                // Cancel-safe: a handle that is waited for again.
+                ended = &mut worker => break ended,
+                // Cancel-safe: a change not taken stays. The Pod may have to end sooner than was said.
+                () = changed => {}
+            }
+        };
+        if let Err(error) = ended {
             tracing::error!(%environment, uid = self.uid, error = chain(&error), "an environment's owner was lost");
             // What it left is removed by another.
             self.hire(environment, Past::Unknown, true);

@@ -109,7 +109,8 @@ fn phase(input: &StatusInput<'_>, spec: &PodSpec, statuses: &[ApiContainerStatus
     if input.ended.is_some() {
         return if input.terminal { "Failed" } else { running_or_pending(input, spec, statuses) };
     }
-    match plan::finished(spec, input.observed) {
+    // A function goes on whatever its restart policy says.
+    match plan::finished(spec, input.observed).filter(|_| input.replicas.is_none()) {
         Some(Finish::Succeeded) => return "Succeeded",
         Some(Finish::Failed) => return "Failed",
         None => {}

@@ -2,8 +2,10 @@
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
+use super::plan::restart_policy;
 use super::qos::is_sidecar;
 use super::status::Trouble;
+use crate::function::labels;
 
 /// Reason of the events and of the refusal.
 pub const REASON: &str = "UnsupportedPodFeature";
@@ -27,6 +29,8 @@ pub fn refusal(pod: &Pod, spec: &PodSpec) -> Option<Trouble> {
         format!("init container {:?} has restartPolicy Always, and a sidecar", sidecar.name)
     } else if spec.host_users == Some(false) {
         "a user namespace of its own (hostUsers: false)".to_owned()
+    } else if spec.host_network == Some(true) && labels::is_function(pod) {
+        "it is a function, which answers at an address of its own; hostNetwork: true".to_owned()
     } else {
         return None;
     };
@@ -34,8 +38,14 @@ pub fn refusal(pod: &Pod, spec: &PodSpec) -> Option<Trouble> {
 }
 
 /// What is left out although the Pod runs, a sentence each.
-pub fn omissions(spec: &PodSpec) -> Vec<String> {
+pub fn omissions(pod: &Pod, spec: &PodSpec) -> Vec<String> {
     let mut list = Vec::new();
+    let policy = restart_policy(spec);
+    if policy != "Always" && labels::is_function(pod) {
+        list.push(format!(
+            "restartPolicy {policy} is treated as Always: a function ends with its Pod, not with a process"
+        ));
+    }
     for container in spec.containers.iter().chain(spec.init_containers.iter().flatten()) {
         of_container(container, &mut list);
     }
@@ -92,6 +102,10 @@ mod tests {
             "containers": [], "initContainers": [{ "name": "proxy", "restartPolicy": "Always" }],
         });
         assert!(refused(sidecar, serde_json::json!({})).unwrap().contains("\"proxy\""));
+        let on_host = serde_json::json!({ "containers": [], "hostNetwork": true });
+        assert_eq!(refused(on_host.clone(), serde_json::json!({})), None);
+        let function = refused(on_host, serde_json::json!({ labels::MIN: "0" })).unwrap();
+        assert!(function.contains("hostNetwork: true is not supported"), "{function}");
     }
 
     #[test]
@@ -99,10 +113,16 @@ mod tests {
         let container = serde_json::json!({
             "name": "c", "livenessProbe": {}, "lifecycle": { "preStop": {} }, "ports": [{ "containerPort": 1, "hostPort": 80 }],
         });
-        let spec: PodSpec = serde_json::from_value(serde_json::json!({ "containers": [container] })).unwrap();
-        let list = omissions(&spec).join("\n");
+        let spec = serde_json::json!({ "containers": [container], "restartPolicy": "OnFailure" });
+        let spec: PodSpec = serde_json::from_value(spec).unwrap();
+        let mut pod = Pod::default();
+        let list = omissions(&pod, &spec).join("\n");
         for part in ["livenessProbe", "lifecycle.preStop", "hostPort 80"] {
             assert!(list.contains(part), "{part} is missing in {list}");
         }
+        assert!(!list.contains("restartPolicy"), "{list}");
+        pod.metadata.labels = Some([(labels::MAX.to_owned(), "3".to_owned())].into());
+        let list = omissions(&pod, &spec).join("\n");
+        assert!(list.contains("restartPolicy OnFailure is treated as Always"), "{list}");
     }
 }

@@ -232,7 +232,7 @@ impl Worker {
         }
         self.make_room(spec).await;
         let idle = super::fakecloud::idle_switches(&self.pod);
-        for omission in super::unsupported::omissions(spec).into_iter().chain(idle) {
+        for omission in super::unsupported::omissions(&self.pod, spec).into_iter().chain(idle) {
             self.shared.events.warning(&self.pod, None, super::unsupported::REASON, omission);
         }
     }

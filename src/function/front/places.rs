@@ -309,6 +309,7 @@ mod tests {
         newest.state.enter(Phase::Head);
         let Admission::Refuse(refusing) = places.admit() else { panic!("none idles") };
         drop((busy, idle, newest, refusing));
+        // One guard: a second one in the same expression would wait for the first.
         let inner = places.lock();
         assert_eq!((places.node.open(), inner.open.len(), inner.refusing), (0, 0, 0));
     }

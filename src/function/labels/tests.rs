@@ -64,7 +64,7 @@ fn good_values_are_taken_from_labels_and_annotations_and_a_label_wins() {
         "com.openfaas.scale.max": "9", "execenvironment.count": "4", "com.openfaas.cpu": "2", "com.openfaas.memory": "128",
         "lambdalet.dev/invocation-port": "9000", "lambdalet.dev/requests-per-environment": "8",
         "lambdalet.dev/idle-timeout": "1m30s", "lambdalet.dev/freeze-after": "50ms", "lambdalet.dev/queue-length": "7",
-        "lambdalet.dev/queue-timeout": "2s", "lambdalet.dev/warm-up": "true", "lambdalet.dev/protocol": "http",
+        "lambdalet.dev/queue-timeout": "2s", "lambdalet.dev/listen-timeout": "1m", "lambdalet.dev/warm-up": "true", "lambdalet.dev/protocol": "http",
     });
     let reading = read(&pod(labels, annotations, json!({})), None).unwrap();
     assert_eq!(reading.complaints, []);
@@ -79,6 +79,7 @@ fn good_values_are_taken_from_labels_and_annotations_and_a_label_wins() {
         freeze_after: Some(Duration::from_millis(50)),
         queue_length: 7,
         queue_timeout: Duration::from_secs(2),
+        listen_timeout: Duration::from_secs(60),
         warm_up: true,
         size: Size { cpu_millis: 2000, memory_bytes: 128 << 20 },
     };
@@ -108,6 +109,7 @@ fn each_bad_value_takes_the_default_and_says_so() {
         ("lambdalet.dev/queue-length", "0", "1000"),
         ("lambdalet.dev/queue-length", "10001", "1000"),
         ("lambdalet.dev/queue-timeout", "1h", "30s"),
+        ("lambdalet.dev/listen-timeout", "1ms", "30s"),
         ("lambdalet.dev/warm-up", "yes", "false"),
     ] {
         let bad = reading(&annotated(json!({ "execenvironment.count": "1", key: value })));

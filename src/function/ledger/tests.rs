@@ -240,3 +240,15 @@ proptest! {
         moves.into_iter().for_each(|next| model.play(next));
     }
 }
+
+#[test]
+fn what_was_recalled_is_known_until_it_is_gone() {
+    let mut ledger = Ledger::new(size(1000, 100));
+    assert_eq!(ledger.bind("p", size(600, 0)), []);
+    // As after a restart: the replicas use what they use.
+    assert_eq!(ledger.adopt("f", ReplicaId(3), size(400, 0)), []);
+    assert_eq!(ledger.adopt("f", ReplicaId(4), size(400, 0)), [recall("f", 4)]);
+    assert_eq!((ledger.recalled("f"), ledger.recalled("p")), (vec![ReplicaId(4)], vec![]));
+    ledger.give_back("f", ReplicaId(4));
+    assert_eq!(ledger.recalled("f"), []);
+}

@@ -100,6 +100,11 @@ impl Pool {
         summary
     }
 
+    /// The last crash, until something that was started later has served a call.
+    pub fn last_crash(&self) -> Option<&Exit> {
+        self.crash.as_ref()
+    }
+
     /// Since when a replica has had nothing to do, for the node's ledger; `None`: it has, or nobody knows it.
     pub fn idle_since(&self, replica: ReplicaId) -> Option<Instant> {
         self.replicas.get(&replica).filter(|_| self.is_unvisited(replica))?.idle_since()

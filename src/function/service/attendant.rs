@@ -18,9 +18,6 @@ use crate::function::front::{Environment, LAMBDA_PATH};
 use crate::function::pool_state::{EnvironmentId, Event, Exit, ReplicaId};
 use crate::function::protocol::Protocol;
 
-/// How long an environment may take to listen once its processes run. A Lambda runtime listens at once and loads the
-/// user's code on its first call.
-const LISTEN_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a no-op may take that warms an environment; its failure is no reason not to use it.
 const WARM_UP_PATIENCE: Duration = Duration::from_secs(30);
 /// Between two looks whether an environment listens: at first, and at most.
@@ -36,6 +33,8 @@ pub(super) enum Order {
     Start {
         /// Send a no-op before it counts as ready.
         warm_up: bool,
+        /// How long it may take to listen once its processes run.
+        patience: Duration,
     },
     Freeze,
     Thaw,
@@ -106,13 +105,13 @@ impl Desk {
     pub(super) async fn environment(self, id: EnvironmentId, mut orders: mpsc::Receiver<Order>) {
         let mut life = None;
         let mut next = orders.recv().await;
-        if let Some(Order::Start { warm_up }) = next {
+        if let Some(Order::Start { warm_up, patience }) = next {
             next = tokio::select! {
                 biased;
                 // Cancel-safe: an order not taken stays. None but a stop comes before it is ready.
                 order = orders.recv() => order,
                 // Dropped half-way, the stop that came removes what it made.
-                started = self.start(id, warm_up) => {
+                started = self.start(id, warm_up, patience) => {
                     match started {
                         Ok(started) => {
                             self.ready(id, started.address);
@@ -212,11 +211,11 @@ impl Desk {
         }
     }
 
-    async fn start(&self, id: EnvironmentId, warm_up: bool) -> Result<Started, Exit> {
+    async fn start(&self, id: EnvironmentId, warm_up: bool, patience: Duration) -> Result<Started, Exit> {
         let Started { address, mut ended } = self.replicas.start_environment(id).await?;
         tokio::select! {
             // Cancel-safe: it only looks.
-            listens = listening(address) => listens?,
+            listens = listening(address, patience) => listens?,
             exit = &mut ended => return Err(exit),
         }
         if warm_up && self.protocol == Protocol::Rie {
@@ -243,23 +242,22 @@ async fn ended_of(life: &mut Option<BoxFuture<'static, Exit>>) -> Exit {
 }
 
 /// Returns once connections are accepted there.
-async fn listening(address: SocketAddr) -> Result<(), Exit> {
-    let deadline = Instant::now() + LISTEN_PATIENCE;
+async fn listening(address: SocketAddr, patience: Duration) -> Result<(), Exit> {
+    let deadline = Instant::now() + patience;
+    let mute = |why: &str| {
+        let message = format!("nothing listens on port {} after {patience:?}: {why}", address.port());
+        Exit { code: None, reason: "NotListening".to_owned(), message }
+    };
     let mut pause = FIRST_LOOK;
     loop {
         match timeout_at(deadline, TcpStream::connect(address)).await {
             Ok(Ok(_)) => return Ok(()),
-            Ok(Err(error)) if Instant::now() >= deadline => return Err(mute(address, &error.to_string())),
+            Ok(Err(error)) if Instant::now() >= deadline => return Err(mute(&error.to_string())),
             Ok(Err(_)) => sleep(pause).await,
-            Err(_) => return Err(mute(address, "it does not answer")),
+            Err(_) => return Err(mute("it does not answer")),
         }
         pause = (pause * 2).min(LAST_LOOK);
     }
-}
-
-fn mute(address: SocketAddr, why: &str) -> Exit {
-    let message = format!("nothing listens on port {} after {} s: {why}", address.port(), LISTEN_PATIENCE.as_secs());
-    Exit { code: None, reason: "NotListening".to_owned(), message }
 }
 
 /// One call without content, so that the user's code is loaded. What it answers does not matter.

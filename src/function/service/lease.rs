@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 
 use super::Service;
 use crate::function::front::{Environment, Lease, Leases, Leaves, Outcome, Reason as Refusal, TryAgain};
-use crate::function::pool_state::{self, CallId, Event, Reason};
+use crate::function::pool_state::{self, CallId, Event, Exit, Reason};
 use crate::function::protocol::Protocol;
 
 /// The door between the front and a pool.
@@ -93,14 +93,15 @@ impl Service {
     }
 }
 
-/// What a call is told that the pool turned away.
-pub(super) fn refusal(try_again: &pool_state::TryAgain) -> TryAgain {
+/// What a call is told that the pool turned away. `crash` is the last one, if nothing has served since.
+pub(super) fn refusal(try_again: &pool_state::TryAgain, crash: Option<&Exit>) -> TryAgain {
+    let crashes = || crash.map_or_else(String::new, |exit| format!(": {exit}"));
     let reason = match try_again.reason {
         Reason::QueueFull => Refusal::QueueFull,
         Reason::Busy => Refusal::Deadline,
         Reason::Starting => Refusal::CannotStart("what was starting did not become ready in time".to_owned()),
         Reason::NoCapacity => Refusal::CannotStart("the node has no capacity for a replica".to_owned()),
-        Reason::CrashLoop => Refusal::CannotStart("its environments crash".to_owned()),
+        Reason::CrashLoop => Refusal::CannotStart(format!("its environments crash{}", crashes())),
         Reason::ShuttingDown => Refusal::ShuttingDown,
     };
     TryAgain { reason, retry_after: try_again.retry_after }

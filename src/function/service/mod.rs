@@ -268,9 +268,17 @@ impl Service {
         let now = Instant::now();
         let mut after = Afterwards::default();
         let mut inner = self.inner();
-        let denied = matches!(event, Event::ReplicaDenied { .. });
+        // Told before what follows from it: a replica is started before it is stopped.
+        let scaled = match event {
+            Event::ReplicaStarted { .. } => Some(Scaled::Up),
+            Event::ReplicaDenied { .. } => Some(Scaled::Limited),
+            _ => None,
+        };
         if let Event::CallEnded { call, .. } = &event {
             after.touched = inner.running.remove(call).map(|environment| environment.replica);
+        }
+        if let Some(scaled) = scaled {
+            self.say(scaled);
         }
         for action in inner.pool.handle(event, now) {
             self.act(&mut inner, action, &mut after);
@@ -287,9 +295,6 @@ impl Service {
         if let Some((replica, since)) = idle {
             self.replicas.set_idle(replica, since);
         }
-        if denied {
-            self.say(Scaled::Limited);
-        }
         self.summary.send_if_modified(|before| {
             let differs = outline(before) != outline(&summary);
             *before = summary;
@@ -304,7 +309,6 @@ impl Service {
                 let orders = self.attend_replica(replica);
                 give(&orders, ReplicaOrder::Start);
                 inner.replicas.insert(replica, orders);
-                self.say(Scaled::Up);
             }
             Action::StopReplica { replica, why } => {
                 self.say(Scaled::Down(why));
@@ -312,7 +316,8 @@ impl Service {
             }
             Action::StartEnvironment { environment, warm_up } => {
                 let (orders, taken) = mpsc::channel(ORDERS);
-                give(&orders, Order::Start { warm_up });
+                let patience = inner.pool.settings().listen_timeout;
+                give(&orders, Order::Start { warm_up, patience });
                 let place = self.attend(orders, self.desk().environment(environment, taken));
                 inner.environments.insert(environment, place);
             }
@@ -329,7 +334,7 @@ impl Service {
             }
             Action::Refuse { call, try_again } => {
                 if let Some(caller) = inner.waiting.remove(&call) {
-                    after.answers.push((caller, Err(lease::refusal(&try_again))));
+                    after.answers.push((caller, Err(lease::refusal(&try_again, inner.pool.last_crash()))));
                 }
             }
             Action::FailCall { call, exit } => {
@@ -481,3 +486,6 @@ async fn ring(service: Weak<Service>, alarm: Arc<Notify>) {
 fn outline(summary: &Summary) -> Summary {
     Summary { busy: 0, tainted: 0, running: 0, queued: 0, ..summary.clone() }
 }
+
+#[cfg(test)]
+mod tests;

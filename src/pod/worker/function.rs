@@ -30,6 +30,10 @@ use crate::telemetry::chain;
 /// How often the numbers of a busy function are written anew while its replicas stay as they are.
 pub(super) const NUMBERS: Duration = Duration::from_secs(10);
 
+/// How long a Pod that is being deleted still takes calls, of which it may be a quarter of the grace period at most:
+/// Services go on sending them until every kube-proxy knows, which writes its rules once a second.
+const FAREWELL: Duration = Duration::from_secs(2);
+
 /// What the worker of a function Pod has beyond any other's.
 pub(super) struct Function {
     /// The image that decides how environments are called, once it is here.
@@ -196,6 +200,9 @@ impl Worker {
         self.memory.stop_by = Some(deadline);
         let Some(function) = &mut self.function else { return };
         if let Some(front) = &function.front {
+            let until = *self.memory.farewell.get_or_insert_with(|| Instant::now() + FAREWELL.min(grace / 4));
+            // Should the Pod have to end sooner, this is dropped and asked anew.
+            tokio::time::sleep_until(until.min(deadline)).await;
             front.drain.send_replace(Some(deadline));
         }
         if let Some(pool) = &function.pool {

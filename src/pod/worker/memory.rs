@@ -58,6 +58,8 @@ pub(super) struct Memory {
     pub(super) killing: Option<Duration>,
     /// When stopping processes are killed.
     pub(super) stop_by: Option<Instant>,
+    /// Until when a function that is being deleted takes calls.
+    pub(super) farewell: Option<Instant>,
     /// The trouble with ending the Pod that was told last.
     pub(super) complaint: Option<String>,
     /// Containers and sandboxes were removed.

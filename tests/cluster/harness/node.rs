@@ -86,6 +86,7 @@ impl Node {
         let child = self
             .command("run")
             .args(["--v", "4"])
+            .args(self.thresholds())
             .args(&self.flags)
             .envs(environment.iter().cloned())
             .stdin(Stdio::null())
@@ -95,6 +96,19 @@ impl Node {
             .unwrap();
         let before = self.process.lock().unwrap().replace(child);
         assert!(before.is_none(), "{} runs already", self.name);
+    }
+
+    /// A build machine's disk may be fuller than a node's should be: that is no test's concern, except of one with a
+    /// configuration of its own.
+    fn thresholds(&self) -> Option<String> {
+        if self.flags.iter().any(|flag| flag.starts_with("--config")) {
+            return None;
+        }
+        let path = self.root.with_extension("yaml");
+        let text = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n\
+                    evictionHard: {memory.available: 100Mi, nodefs.available: 1Gi, nodefs.inodesFree: 1%}\n";
+        std::fs::write(&path, text).unwrap();
+        Some(format!("--config={}", path.display()))
     }
 
     /// `lambdalet` with this node's usual flags.
@@ -268,6 +282,7 @@ impl Drop for Node {
         let lease = ["-n", "kube-node-lease", "delete", "lease", &self.name, "--ignore-not-found", "--wait=false"];
         let _ = self.cluster.kubectl(&lease).output();
         let _ = std::fs::remove_dir_all(&self.root);
+        let _ = std::fs::remove_file(self.root.with_extension("yaml"));
     }
 }
 

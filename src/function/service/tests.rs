@@ -1,0 +1,387 @@
+//! The service over replicas that do what a script, or chance, says.
+
+#![allow(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+use tokio::net::TcpListener;
+use tokio::time::{sleep, timeout};
+
+use super::*;
+use crate::function::front::{Lease, Leases as _, Outcome, Reason};
+
+/// Replicas that exist in a table only. Their environments listen all on one socket, each at an address of its own.
+struct Stage {
+    port: u16,
+    inner: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    /// How the next replicas start; then they just do.
+    replicas: VecDeque<Result<(), NotStarted>>,
+    /// How the next environments start; then they just do.
+    environments: VecDeque<Result<(), Exit>>,
+    /// What is there, and in what verb.
+    alive: BTreeSet<ReplicaId>,
+    running: BTreeMap<EnvironmentId, Option<oneshot::Sender<Exit>>>,
+    at_work: BTreeSet<String>,
+    /// Chance decides how long things take, and how they go.
+    chance: Option<StdRng>,
+}
+
+fn exit(reason: &str) -> Exit {
+    Exit { code: Some(1), reason: reason.to_owned(), message: String::new() }
+}
+
+/// Where an environment is.
+fn place(id: EnvironmentId) -> Ipv4Addr {
+    let [high, low] = u16::try_from(id.replica.0).unwrap().to_be_bytes();
+    Ipv4Addr::new(127, high + 1, low, u8::try_from(id.ordinal).unwrap() + 1)
+}
+
+impl Stage {
+    async fn new() -> Arc<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move { while listener.accept().await.is_ok() {} });
+        Arc::new(Self { port, inner: Mutex::default() })
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.inner.lock().unwrap()
+    }
+
+    fn kill(&self, id: EnvironmentId, how: Exit) {
+        let end = self.table().running.get_mut(&id).unwrap().take().unwrap();
+        let _ = end.send(how);
+    }
+
+    fn only(&self) -> EnvironmentId {
+        let table = self.table();
+        assert_eq!(table.running.len(), 1, "{:?}", table.running.keys());
+        *table.running.keys().next().unwrap()
+    }
+
+    fn run(&self, id: EnvironmentId) -> Started {
+        let (end, ended) = oneshot::channel();
+        assert!(self.table().running.insert(id, Some(end)).is_none(), "{id} runs already");
+        let ended = async move {
+            match ended.await {
+                Ok(exit) => exit,
+                Err(_) => std::future::pending().await,
+            }
+        };
+        Started { address: (place(id), self.port).into(), ended: ended.boxed() }
+    }
+
+    fn adopted(&self, id: EnvironmentId, idle: impl Future<Output = ()> + Send + 'static) -> Adopted {
+        self.table().alive.insert(id.replica);
+        let Started { address, ended } = self.run(id);
+        Adopted { environment: id, address, ended, idle: idle.boxed() }
+    }
+
+    fn nothing_is_left(&self) {
+        let table = self.table();
+        assert!(table.alive.is_empty() && table.running.is_empty(), "{:?} {:?}", table.alive, table.running.keys());
+    }
+
+    async fn takes_a_while(&self) {
+        let while_ = self.table().chance.as_mut().map(|chance| chance.random_range(0..30));
+        if let Some(millis) = while_ {
+            sleep(Duration::from_millis(millis)).await;
+        }
+    }
+}
+
+/// Checks that verbs on one thing do not overlap.
+struct AtWork<'a>(&'a Stage, String);
+
+impl<'a> AtWork<'a> {
+    fn on(stage: &'a Stage, what: String) -> Self {
+        assert!(stage.table().at_work.insert(what.clone()), "two verbs at once on {what}");
+        Self(stage, what)
+    }
+}
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.0.inner.lock().unwrap_or_else(PoisonError::into_inner).at_work.remove(&self.1);
+    }
+}
+
+#[async_trait]
+impl Replicas for Stage {
+    async fn start_replica(&self, replica: ReplicaId) -> Result<(), NotStarted> {
+        let _work = AtWork::on(self, replica.to_string());
+        let scripted = self.table().replicas.pop_front();
+        let how = scripted.unwrap_or_else(|| match &mut self.table().chance {
+            Some(chance) => match chance.random_range(0..100) {
+                0..3 => Err(NotStarted::Denied),
+                3..6 => Err(NotStarted::Failed(exit("FailedMount"))),
+                _ => Ok(()),
+            },
+            None => Ok(()),
+        });
+        if how.is_ok() {
+            self.table().alive.insert(replica);
+        }
+        self.takes_a_while().await;
+        how
+    }
+
+    async fn stop_replica(&self, replica: ReplicaId) {
+        let _work = AtWork::on(self, replica.to_string());
+        self.takes_a_while().await;
+        let mut table = self.table();
+        table.alive.remove(&replica);
+        assert!(table.running.keys().all(|id| id.replica != replica), "its environments go first");
+    }
+
+    async fn start_environment(&self, environment: EnvironmentId) -> Result<Started, Exit> {
+        let _work = AtWork::on(self, environment.to_string());
+        assert!(self.table().alive.contains(&environment.replica), "its replica comes first");
+        let scripted = self.table().environments.pop_front();
+        scripted.unwrap_or(Ok(()))?;
+        let started = self.run(environment);
+        self.takes_a_while().await;
+        Ok(started)
+    }
+
+    async fn stop_environment(&self, environment: EnvironmentId) {
+        let _work = AtWork::on(self, environment.to_string());
+        self.takes_a_while().await;
+        self.table().running.remove(&environment);
+    }
+
+    async fn freeze(&self, _environment: EnvironmentId) {}
+
+    async fn thaw(&self, _environment: EnvironmentId) -> Result<(), Exit> {
+        Ok(())
+    }
+
+    fn set_idle(&self, _replica: ReplicaId, _since: Option<Instant>) {}
+}
+
+fn settings(min: u32, max: u32, environments: u32) -> Settings {
+    let idle_timeout = Duration::from_millis(50);
+    Settings { min, max, environments, idle_timeout, ..Settings::of(Protocol::Rie) }
+}
+
+async fn door(stage: &Arc<Stage>, settings: Settings, found: Vec<Adopted>) -> (Door, mpsc::UnboundedReceiver<Scaled>) {
+    let (service, news) = Service::new(settings, stage.clone(), found);
+    (Door(service), news)
+}
+
+async fn drained(door: &Door, stage: &Stage, within: Duration) {
+    timeout(Duration::from_secs(60), door.0.drain(Instant::now() + within)).await.unwrap();
+    stage.nothing_is_left();
+}
+
+/// Long enough for what takes no time, short enough to wait for.
+const GRACE: Duration = Duration::from_millis(300);
+
+#[tokio::test]
+async fn a_call_from_zero_is_granted_and_the_replica_goes_when_idle() {
+    let stage = Stage::new().await;
+    let (door, mut news) = door(&stage, settings(0, 2, 1), vec![]).await;
+    let lease = door.lease().await.unwrap();
+    assert_eq!(lease.environment().address().ip(), place(stage.only()));
+    assert_eq!(news.recv().await, Some(Scaled::Up));
+    lease.finish(Outcome::Answered);
+    assert_eq!(news.recv().await, Some(Scaled::Down(Why::Idle)));
+    drained(&door, &stage, GRACE).await;
+}
+
+#[tokio::test]
+async fn what_was_denied_is_asked_for_again_when_there_is_room_and_no_start_is_told() {
+    let stage = Stage::new().await;
+    stage.table().replicas.push_back(Err(NotStarted::Denied));
+    let (door, mut news) = door(&stage, settings(0, 2, 1), vec![]).await;
+    let began = Instant::now();
+    let (lease, ()) = tokio::join!(door.lease(), async {
+        assert_eq!(news.recv().await, Some(Scaled::Limited));
+        assert!(door.0.summary_now().limited);
+        door.0.capacity_freed();
+    });
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    assert_eq!(news.recv().await, Some(Scaled::Up));
+    drop(lease);
+    drained(&door, &stage, GRACE).await;
+}
+
+#[tokio::test]
+async fn what_cannot_start_refuses_its_callers_with_the_reason() {
+    let stage = Stage::new().await;
+    stage.table().environments.extend([Err(exit("ErrImagePull")), Err(exit("ErrImagePull"))]);
+    let settings = Settings { queue_timeout: GRACE, ..settings(0, 1, 1) };
+    let (door, _news) = door(&stage, settings, vec![]).await;
+    let refused = door.lease().await.unwrap_err();
+    let why = "its environments crash: ErrImagePull, exit code 1".to_owned();
+    assert_eq!(refused.reason, Reason::CannotStart(why));
+    assert_eq!(door.0.summary_now().crashes, 2);
+    drained(&door, &stage, GRACE).await;
+}
+
+#[tokio::test]
+async fn an_environment_that_dies_tells_its_call_and_is_replaced() {
+    let stage = Stage::new().await;
+    let (door, _news) = door(&stage, settings(0, 1, 1), vec![]).await;
+    let lease = door.lease().await.unwrap();
+    let first = stage.only();
+    stage.kill(first, exit("OOMKilled"));
+    assert_eq!(&*lease.environment().lost().await.reason, "OOMKilled, exit code 1");
+    let next = door.lease().await.unwrap();
+    assert_ne!(stage.only(), first);
+    // What the dead one's lease says counts no more.
+    lease.finish(Outcome::Lost("broken".into()));
+    next.finish(Outcome::Answered);
+    assert_eq!(door.0.summary_now().busy, 0);
+    drained(&door, &stage, GRACE).await;
+}
+
+#[tokio::test]
+async fn a_lambda_whose_call_was_dropped_gets_no_other() {
+    let stage = Stage::new().await;
+    let (door, _news) = door(&stage, settings(0, 1, 1), vec![]).await;
+    drop(door.lease().await.unwrap());
+    let lease = door.lease().await.unwrap();
+    let second = EnvironmentId { replica: ReplicaId(0), ordinal: 1 };
+    assert_eq!(lease.environment().address().ip(), place(second));
+    drop(lease);
+    drained(&door, &stage, GRACE).await;
+}
+
+#[tokio::test]
+async fn who_leaves_the_queue_takes_nothing_along() {
+    let stage = Stage::new().await;
+    let (door, _news) = door(&stage, settings(0, 1, 1), vec![]).await;
+    let held = door.lease().await.unwrap();
+    assert!(timeout(GRACE, door.lease()).await.is_err(), "there is one environment");
+    assert_eq!(door.0.summary_now().queued, 0);
+    held.finish(Outcome::Answered);
+    let again = door.lease().await.unwrap();
+    assert_eq!(again.environment().address().ip(), place(EnvironmentId { replica: ReplicaId(0), ordinal: 0 }));
+    again.finish(Outcome::Answered);
+    drained(&door, &stage, GRACE).await;
+}
+
+#[tokio::test]
+async fn an_adopted_environment_is_called_once_it_is_idle_and_replaced_if_it_dies() {
+    let stage = Stage::new().await;
+    let ids = [0, 1].map(|ordinal| EnvironmentId { replica: ReplicaId(4), ordinal });
+    let (tell, told) = oneshot::channel::<()>();
+    let found =
+        vec![stage.adopted(ids[0], async { told.await.unwrap() }), stage.adopted(ids[1], std::future::pending())];
+    let (door, _news) = door(&stage, settings(0, 1, 2), found).await;
+    assert!(timeout(GRACE, door.lease()).await.is_err(), "nobody knows whether they are idle");
+    tell.send(()).unwrap();
+    let first = door.lease().await.unwrap();
+    assert_eq!(first.environment().address().ip(), place(ids[0]));
+    stage.kill(ids[1], exit("Error"));
+    let second = door.lease().await.unwrap();
+    assert_eq!(second.environment().address().ip(), place(EnvironmentId { replica: ReplicaId(4), ordinal: 2 }));
+    first.finish(Outcome::Answered);
+    second.finish(Outcome::Answered);
+    drained(&door, &stage, GRACE).await;
+}
+
+#[tokio::test]
+async fn a_drain_lets_calls_end_refuses_new_ones_and_cuts_off_at_its_deadline() {
+    let stage = Stage::new().await;
+    let (door, _news) = door(&stage, settings(1, 2, 1), vec![]).await;
+    let [short, long] = [door.lease().await.unwrap(), door.lease().await.unwrap()];
+    let began = Instant::now();
+    let calls = async {
+        door.0.summary().wait_for(|summary| summary.draining).await.unwrap();
+        assert_eq!(door.lease().await.unwrap_err().reason, Reason::ShuttingDown);
+        short.finish(Outcome::Answered);
+        long.environment().lost().await;
+        began.elapsed()
+    };
+    let (cut, ()) = tokio::join!(calls, drained(&door, &stage, GRACE));
+    assert!(cut >= GRACE && cut < GRACE + Duration::from_secs(1), "{cut:?}");
+}
+
+/// One caller: waits, perhaps leaves, perhaps holds on until its environment dies. False if it left.
+async fn caller(door: Arc<Door>, busy: Arc<Mutex<BTreeSet<SocketAddr>>>, seed: u64, limit: Duration) -> bool {
+    let mut chance = StdRng::seed_from_u64(seed);
+    sleep(Duration::from_millis(chance.random_range(0..800))).await;
+    let patience = if chance.random_bool(0.15) { Duration::from_millis(chance.random_range(0..40)) } else { limit };
+    let lease: Lease = match timeout(patience, door.lease()).await {
+        Ok(Ok(lease)) => lease,
+        Ok(Err(_)) => return true,
+        Err(_) => {
+            assert!(patience < limit, "a call got no answer within {limit:?}");
+            return false;
+        }
+    };
+    let environment = lease.environment().clone();
+    assert!(busy.lock().unwrap().insert(environment.address()), "two calls in one environment");
+    let lost = tokio::select! {
+        () = sleep(Duration::from_millis(chance.random_range(0..50))) => false,
+        _ = environment.lost() => true,
+    };
+    let dropped = chance.random_bool(0.1);
+    if !dropped {
+        busy.lock().unwrap().remove(&environment.address());
+    }
+    match (lost, dropped) {
+        (true, _) => lease.finish(Outcome::Lost("it ended".into())),
+        // Whoever is still in there is not known: its address must not be granted again.
+        (false, true) => drop(lease),
+        (false, false) => lease.finish(Outcome::Answered),
+    }
+    true
+}
+
+/// Forty callers, and an end here and there.
+async fn chance_decides(seed: u64) {
+    let stage = Stage::new().await;
+    stage.table().chance = Some(StdRng::seed_from_u64(seed));
+    let most = u32::try_from(seed % 3).unwrap() + 1;
+    let settings = Settings {
+        queue_timeout: Duration::from_millis(400),
+        queue_length: 10,
+        ..settings(u32::try_from(seed % 2).unwrap(), most, 1 + most % 2)
+    };
+    // What a busy machine adds to a timer.
+    let limit = settings.queue_timeout + Duration::from_secs(2);
+    let (door, _news) = door(&stage, settings, vec![]).await;
+    let (door, busy) = (Arc::new(door), Arc::default());
+    let numbers = (0..100).map(|n| seed * 1000 + n);
+    let callers: Vec<_> = numbers.map(|n| tokio::spawn(caller(door.clone(), Arc::clone(&busy), n, limit))).collect();
+    let mut chance = StdRng::seed_from_u64(!seed);
+    for _ in 0..20 {
+        sleep(Duration::from_millis(chance.random_range(0..80))).await;
+        let running =
+            stage.table().running.iter().filter(|(_, end)| end.is_some()).map(|(id, _)| *id).collect::<Vec<_>>();
+        if !running.is_empty() && chance.random_bool(0.4) {
+            stage.kill(running[chance.random_range(0..running.len())], exit("Error"));
+        }
+        assert!(stage.table().alive.len() <= most as usize, "more replicas than the maximum");
+        match chance.random_range(0..6) {
+            0..3 => door.0.capacity_freed(),
+            3 => door.0.give_back(ReplicaId(chance.random_range(0..8))),
+            _ => {}
+        }
+    }
+    let mut answered = 0;
+    for caller in callers {
+        answered += usize::from(caller.await.unwrap());
+    }
+    assert!(answered > 60, "seed {seed}: {answered}");
+    drained(&door, &stage, GRACE).await;
+    let summary = door.0.summary_now();
+    assert_eq!((summary.running, summary.queued), (0, 0), "seed {seed}");
+}
+
+#[tokio::test]
+async fn whatever_happens_each_call_is_answered_once_and_no_environment_serves_two() {
+    futures::future::join_all((0..24).map(chance_decides)).await;
+}

@@ -1,0 +1,95 @@
+//! A Deployment of function Pods behind a Service.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::Service;
+use kube::api::{Patch, PatchParams};
+
+use super::*;
+use crate::harness::on_shared_node;
+use crate::harness::pods::busybox_with;
+use crate::harness::wait::watch_until;
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn a_rolling_update_behind_a_service_loses_no_call() {
+    on_shared_node(async |t| {
+        if !t.cluster.has_addons() {
+            eprintln!("skipped: hack/cluster addons are not up");
+            return;
+        }
+        let template = json!({
+            "metadata": {"labels": {"app": "f", "com.openfaas.scale.min": "0", "com.openfaas.scale.max": "3"}},
+            "spec": {
+                "nodeSelector": {"lambdalet.dev/test": t.node.name},
+                "containers": [busybox_with(SERVER, json!({"resources": {"limits": {"cpu": "100m"}}}))],
+            },
+        });
+        let rolling = json!({"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}});
+        let spec = json!({
+            "replicas": 2, "strategy": rolling, "selector": {"matchLabels": {"app": "f"}}, "template": template,
+        });
+        t.make::<Deployment>("f", json!({"spec": spec})).await;
+        let ports = json!([{"port": 80, "targetPort": 8080}]);
+        let service: Service = t.make("f", json!({"spec": {"selector": {"app": "f"}, "ports": ports}})).await;
+        let address = format!("{}:80", service.spec.unwrap().cluster_ip.unwrap());
+        let complete = |deployment: Option<&Deployment>| {
+            deployment.is_some_and(|deployment| {
+                let status = deployment.status.clone().unwrap_or_default();
+                status.observed_generation == deployment.metadata.generation
+                    && status.updated_replicas == Some(2)
+                    && status.ready_replicas == Some(2)
+                    && status.replicas == Some(2)
+            })
+        };
+        watch_until(t.api::<Deployment>(), "f", "complete", SOON, complete).await;
+        let ask = async || send(&address, Request::get("/id"), Bytes::new(), CALL).await;
+        let first = poll("the Service", SOON, ask).await.text();
+
+        let stop = Arc::new(AtomicBool::new(false));
+        let callers: Vec<JoinHandle<(usize, BTreeSet<String>, Vec<String>)>> = (0..3)
+            .map(|_| {
+                let (address, stop) = (address.clone(), Arc::clone(&stop));
+                tokio::spawn(async move {
+                    let (mut calls, mut ids, mut lost) = (0, BTreeSet::new(), Vec::new());
+                    while !stop.load(Ordering::Relaxed) {
+                        calls += 1;
+                        match send(&address, Request::get("/id"), Bytes::new(), CALL).await {
+                            Ok(answer) if answer.status == StatusCode::OK => _ = ids.insert(answer.text()),
+                            other => lost.push(format!("{other:?}")),
+                        }
+                    }
+                    (calls, ids, lost)
+                })
+            })
+            .collect();
+        let change = json!({"spec": {"template": {"metadata": {"annotations": {"version": "2"}}}}});
+        t.api::<Deployment>().patch("f", &PatchParams::default(), &Patch::Merge(change)).await.unwrap();
+        watch_until(t.api::<Deployment>(), "f", "updated", SOON, complete).await;
+        let version = kube::api::ListParams::default().labels("app=f");
+        poll("free of the old Pods", SOON, async || {
+            let pods = t.api::<Pod>().list(&version).await.map_err(|e| e.to_string())?;
+            if pods.items.len() == 2 { Ok(()) } else { Err(format!("{} Pods", pods.items.len())) }
+        })
+        .await;
+        stop.store(true, Ordering::Relaxed);
+        let (mut calls, mut ids) = (0, BTreeSet::from([first]));
+        for caller in callers {
+            let (made, seen, lost) = caller.await.unwrap();
+            assert!(lost.is_empty(), "of {made} calls {} were lost: {:?}", lost.len(), &lost[..lost.len().min(5)]);
+            calls += made;
+            ids.extend(seen);
+        }
+        eprintln!("{calls} calls, {} environments", ids.len());
+        assert!(calls > 50 && ids.len() >= 3, "{calls} calls, {ids:?}");
+        let scale = json!({"spec": {"replicas": 0}});
+        t.api::<Deployment>().patch("f", &PatchParams::default(), &Patch::Merge(scale)).await.unwrap();
+        poll("without Pods", SOON, async || {
+            let pods = t.api::<Pod>().list(&version).await.map_err(|e| e.to_string())?;
+            if pods.items.is_empty() { Ok(()) } else { Err(format!("{} Pods", pods.items.len())) }
+        })
+        .await;
+    });
+}
