@@ -1,6 +1,9 @@
 //! The command line, and the one place that names concrete types and wires the rooms together.
 
+mod client;
 mod flags;
+mod functions;
+mod invoke;
 mod start;
 
 use std::io::Write;
@@ -28,6 +31,10 @@ enum Command {
     Run(Box<RunArgs>),
     /// Say what is missing on this host for `run` with the same flags; changes nothing
     Check(Box<RunArgs>),
+    /// List the functions of a cluster: their replicas, environments and calls
+    Functions(functions::FunctionsArgs),
+    /// Call a function once, through the API server, and print its answer
+    Invoke(invoke::InvokeArgs),
     /// Print the version
     Version {
         /// How it is printed
@@ -59,6 +66,8 @@ impl Args {
         match self.command {
             Command::Run(args) => run(*args),
             Command::Check(args) => check(*args),
+            Command::Functions(args) => ask(functions::functions(args)),
+            Command::Invoke(args) => ask(invoke::invoke(args)),
             Command::Version { output } => print_version(output),
             Command::Completion { shell } => {
                 let mut script = Vec::new();
@@ -93,6 +102,14 @@ fn check(args: RunArgs) -> anyhow::Result<ExitCode> {
     }
     print(text.as_bytes())?;
     Ok(if report.failed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// A command that asks the API server.
+fn ask(command: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Result<ExitCode> {
+    let runtime = async_runtime()?;
+    let code = runtime.block_on(command);
+    runtime.shutdown_background();
+    code
 }
 
 fn async_runtime() -> anyhow::Result<tokio::runtime::Runtime> {

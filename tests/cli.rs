@@ -132,7 +132,7 @@ fn help_lists_every_flag() {
         assert!(stdout.contains(&format!("--{flag}")), "--{flag} is not in the help");
     }
     let (_, stdout, _) = lambdalet(&["--help"]);
-    for command in ["run", "check", "version", "completion"] {
+    for command in ["run", "check", "functions", "invoke", "version", "completion"] {
         assert!(stdout.contains(command), "{command}");
     }
 }
@@ -240,6 +240,29 @@ fn a_kubeconfig_that_cannot_be_used_is_named() {
     let path = files.kubeconfig("https://127.0.0.1:1", "no certificate", "token: t");
     let stderr = refused(&["run", "--kubeconfig", &path]);
     assert!(stderr.contains(&path) && stderr.contains("holds no certificate"), "{stderr}");
+}
+
+#[test]
+fn commands_for_functions_say_what_keeps_them_from_asking() {
+    let files = Files::new();
+    let (_, help, _) = lambdalet(&["invoke", "--help"]);
+    for word in ["--data", "--path", "--namespace", "--kubeconfig", "Exit code", "@FILE"] {
+        assert!(help.contains(word), "{word} is not in\n{help}");
+    }
+    let (_, help, _) = lambdalet(&["functions", "--help"]);
+    for word in ["--all-namespaces", "--watch", "--namespace", "--kubeconfig"] {
+        assert!(help.contains(word), "{word} is not in\n{help}");
+    }
+    for command in [&["functions"][..], &["invoke", "f"]] {
+        let missing = refused(&[command, &["--kubeconfig", "/nowhere/kc"]].concat());
+        assert!(missing.contains("there is no kubeconfig /nowhere/kc"), "{missing}");
+        let path = files.kubeconfig("https://127.0.0.1:1", &authority("some").pem(), "token: t");
+        let away = refused(&[command, &["--kubeconfig", &path]].concat());
+        assert!(away.contains("https://127.0.0.1:1") && away.contains("cannot be reached"), "{away}");
+    }
+    assert!(refused(&["invoke"]).contains("<POD>"));
+    assert!(refused(&["invoke", "f", "--data", "@/nowhere/data"]).contains("/nowhere/data"));
+    assert!(refused(&["functions", "-A", "-n", "x"]).contains("cannot be used with"));
 }
 
 #[test]

@@ -13,8 +13,19 @@ const DOCUMENTS: [&str; 6] = [
     "manifests/fakecloud/README.md",
 ];
 /// Metrics that a collector makes at each scrape.
-const COLLECTED: [&str; 4] =
-    ["process_cpu_seconds", "process_resident_memory_bytes", "process_open_fds", "process_start_time_seconds"];
+const COLLECTED: [&str; 11] = [
+    "process_cpu_seconds",
+    "process_resident_memory_bytes",
+    "process_open_fds",
+    "process_start_time_seconds",
+    "function_replicas",
+    "function_replicas_max",
+    "function_environments",
+    "function_queued",
+    "function_running",
+    "function_cold_starts",
+    "function_start_seconds",
+];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

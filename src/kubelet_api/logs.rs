@@ -17,8 +17,8 @@ use tokio::time::{Sleep, sleep};
 use tracing::warn;
 
 use super::log_query::{LogFormat, LogQuery, QueryError};
-use super::targets::TargetError;
-use super::{App, runtime_status};
+use super::targets::{LogTarget, TargetError};
+use super::{App, log_span, runtime_status};
 use crate::runtime::types::{LogChunk, LogSource};
 use crate::runtime::{Result as RuntimeResult, RuntimeError};
 use crate::telemetry::chain;
@@ -67,8 +67,11 @@ pub(super) async fn container_logs(
     let Query(pairs) = pairs.map_err(|_| LogError::Encoding)?;
     let query = LogQuery::parse(&pairs, Timestamp::now()).map_err(LogError::Query)?;
     let target = app.targets.log_target(&namespace, &pod, &container, query.previous).await;
-    let id = target.map_err(LogError::Target)?;
-    let chunks = match app.runtime.logs(&id, &query.options).await {
+    let opened = match target.map_err(LogError::Target)? {
+        LogTarget::One(id) => app.runtime.logs(&id, &query.options).await,
+        LogTarget::Many(span) => log_span::open(app.runtime, span, query.options).await,
+    };
+    let chunks = match opened {
         Ok(chunks) => chunks,
         Err(cause) => return Err(LogError::Runtime { pod, container, cause }),
     };

@@ -12,6 +12,7 @@ mod cache;
 mod identity;
 mod log_files;
 mod log_query;
+mod log_span;
 mod logs;
 mod meters;
 mod pages;

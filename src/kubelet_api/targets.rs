@@ -3,16 +3,17 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use futures::stream::BoxStream;
 use http::StatusCode;
 use k8s_openapi::api::core::v1::Pod;
 
-use crate::runtime::types::{ContainerId, SandboxId};
+use crate::runtime::types::{ContainerId, LogChunk, SandboxId};
 
 /// Finds what a request names. Implemented by [`crate::pod`].
 #[async_trait]
 pub trait PodTargets: Send + Sync + 'static {
-    /// The container attempt whose log answers `kubectl logs POD -c CONTAINER [--previous]`: the running or latest one,
-    /// or with `previous` the one before it.
+    /// What answers `kubectl logs POD -c CONTAINER [--previous]`: the running or latest attempt of the container, or with
+    /// `previous` the one before it.
     ///
     /// # Errors
     /// What to tell the user; see [`TargetError`].
@@ -22,9 +23,10 @@ pub trait PodTargets: Send + Sync + 'static {
         pod: &str,
         container: &str,
         previous: bool,
-    ) -> Result<ContainerId, TargetError>;
+    ) -> Result<LogTarget, TargetError>;
 
-    /// The running container that `kubectl exec` and `attach` mean; with `uid` only if the Pod of that name has it.
+    /// The running container that `kubectl exec` and `attach` mean; with `uid` only if the Pod of that name has it. Where
+    /// none runs now but one can be started for the visitor, this waits for it.
     ///
     /// # Errors
     /// What to tell the user; see [`TargetError`].
@@ -34,7 +36,7 @@ pub trait PodTargets: Send + Sync + 'static {
         pod: &str,
         uid: Option<&str>,
         container: &str,
-    ) -> Result<ContainerId, TargetError>;
+    ) -> Result<Entrance, TargetError>;
 
     /// The sandbox whose ports `kubectl port-forward` means; with `uid` only if the Pod of that name has it.
     ///
@@ -50,6 +52,32 @@ pub trait PodTargets: Send + Sync + 'static {
     /// # Errors
     /// Which part is stuck and since when.
     fn healthy(&self) -> Result<(), String>;
+}
+
+/// Where a log comes from.
+pub enum LogTarget {
+    /// One attempt of one container.
+    One(ContainerId),
+    /// Containers that are read as one.
+    Many(LogSpan),
+}
+
+/// Containers that come and go, and whose logs are read as one in the order of time.
+pub struct LogSpan {
+    /// What is left of those that are gone, each in the order in which it was written.
+    pub kept: Vec<Vec<LogChunk>>,
+    /// Those that are there.
+    pub present: Vec<ContainerId>,
+    /// Those that come later; it ends when none can come any more.
+    pub later: BoxStream<'static, ContainerId>,
+}
+
+/// A container to look into.
+pub struct Entrance {
+    /// Which.
+    pub container: ContainerId,
+    /// To be dropped when the visitor has left: until then the container is not taken away for want of use.
+    pub stay: Option<Box<dyn Send + Sync>>,
 }
 
 /// Why there is no such target. `Display` is the text kubectl prints.
@@ -87,6 +115,14 @@ pub enum TargetError {
     /// No container of that name runs (HTTP 500, in a kubelet's words).
     #[error("container not found ({0:?})")]
     NotRunning(String),
+    /// None runs now, and none could be started for the visitor (HTTP 503).
+    #[error("no container of pod {pod:?} can be entered now: {reason}")]
+    Refused {
+        /// The Pod's name.
+        pod: String,
+        /// Why.
+        reason: String,
+    },
     /// The Pod has no sandbox that is ready (HTTP 500, as above).
     #[error("pod not found ({0:?})")]
     NoSandbox(String),
@@ -98,6 +134,7 @@ impl TargetError {
         match self {
             Self::NoPod(_) | Self::NoContainer { .. } => StatusCode::NOT_FOUND,
             Self::Waiting { .. } | Self::NoPrevious { .. } => StatusCode::BAD_REQUEST,
+            Self::Refused { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::NotRunning(_) | Self::NoSandbox(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }

@@ -8,6 +8,8 @@
 //! crash leaves of an environment is found and removed as what it leaves of a Pod is.
 
 mod adopt;
+pub(super) mod kept;
+pub(super) mod pools;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
@@ -17,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures::FutureExt as _;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, join_all, try_join_all};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodStatus};
 use tokio::sync::watch;
@@ -29,7 +31,7 @@ use super::{PodContext, Shared, qos, translate};
 use crate::function::pool_state::{EnvironmentId, Exit, ReplicaId};
 use crate::function::service::{NotStarted, Replicas, Started};
 use crate::function::settings::{Settings, Size};
-use crate::runtime::types::{PodRef, Resources};
+use crate::runtime::types::{ContainerId, PodRef, Resources};
 use crate::shutdown::owned;
 use crate::telemetry::chain;
 
@@ -227,6 +229,10 @@ impl Crew {
         .boxed()
     }
 
+    fn running(&self, id: EnvironmentId) -> Vec<ContainerId> {
+        self.shared.directory.pools.running(&environment_key(&self.uid, id))
+    }
+
     async fn tear_down(&self, key: &str) {
         while let Err(error) = self.shared.volumes.tear_down(key).await {
             tracing::warn!(key, error = chain(&error), "failed to remove a replica's volumes; trying again");
@@ -302,10 +308,19 @@ impl Replicas for Crew {
         }
     }
 
-    async fn freeze(&self, _environment: EnvironmentId) {}
+    async fn freeze(&self, environment: EnvironmentId) {
+        let running = self.running(environment);
+        let frozen = join_all(running.iter().map(|id| self.shared.runtime.pause_container(id))).await;
+        for error in frozen.into_iter().filter_map(Result::err) {
+            // It goes on running; a call thaws it all the same.
+            tracing::warn!(uid = self.uid, %environment, error = chain(&error), "an environment could not be frozen");
+        }
+    }
 
-    async fn thaw(&self, _environment: EnvironmentId) -> Result<(), Exit> {
-        Ok(())
+    async fn thaw(&self, environment: EnvironmentId) -> Result<(), Exit> {
+        let running = self.running(environment);
+        let thawed = try_join_all(running.iter().map(|id| self.shared.runtime.unpause_container(id))).await;
+        thawed.map(drop).map_err(|error| failed("FailedThaw", chain(&error)))
     }
 
     fn set_idle(&self, replica: ReplicaId, since: Option<Instant>) {

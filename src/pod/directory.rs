@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodSpec, PodStatus};
 
+use super::crew::pools::Pools;
 use super::observed::Observed;
-use crate::kubelet_api::targets::{PodTargets, TargetError};
+use crate::kubelet_api::targets::{Entrance, LogTarget, PodTargets, TargetError};
 use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus as Attempt, SandboxId};
 
 /// The Pod loop counts as stuck when it has not come round for this long; it comes round at least every
@@ -21,6 +22,8 @@ pub(super) const HEARTBEAT: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub struct Directory {
     entries: RwLock<BTreeMap<String, Entry>>,
+    /// The environments of function Pods.
+    pub(super) pools: Arc<Pools>,
     heartbeat: RwLock<Instant>,
 }
 
@@ -35,7 +38,7 @@ struct Entry {
 
 impl Default for Directory {
     fn default() -> Self {
-        Self { entries: RwLock::default(), heartbeat: RwLock::new(Instant::now()) }
+        Self { entries: RwLock::default(), pools: Arc::default(), heartbeat: RwLock::new(Instant::now()) }
     }
 }
 
@@ -52,6 +55,7 @@ impl Directory {
     /// Forgets a Pod.
     pub(super) fn remove(&self, uid: &str) {
         self.entries.write().unwrap_or_else(PoisonError::into_inner).remove(uid);
+        self.pools.remove(uid);
     }
 
     /// The loop lives.
@@ -83,21 +87,24 @@ impl PodTargets for Directory {
         pod: &str,
         container: &str,
         previous: bool,
-    ) -> Result<ContainerId, TargetError> {
+    ) -> Result<LogTarget, TargetError> {
         let entry = self.find(namespace, pod).ok_or_else(|| TargetError::NoPod(pod.to_owned()))?;
         let named =
             |spec: &PodSpec| spec.init_containers.iter().flatten().chain(&spec.containers).any(|c| c.name == container);
         if !entry.pod.spec.as_ref().is_some_and(named) {
             return Err(TargetError::NoContainer { pod: pod.to_owned(), container: container.to_owned() });
         }
+        let no_previous = || TargetError::NoPrevious { pod: pod.to_owned(), container: container.to_owned() };
+        if let Some(span) = self.pools.log_span(uid_of(&entry.pod), container, previous).await {
+            return span.map(LogTarget::Many).ok_or_else(no_previous);
+        }
         if previous {
-            return previous_attempt(&entry.status, container)
-                .ok_or_else(|| TargetError::NoPrevious { pod: pod.to_owned(), container: container.to_owned() });
+            return previous_attempt(&entry.status, container).map(LogTarget::One).ok_or_else(no_previous);
         }
         let mut attempts: Vec<_> = entry.containers.iter().filter(|c| c.name == container).collect();
         attempts.sort_by_key(|c| c.attempt);
         match attempts.iter().rev().find(|c| c.state != ContainerState::Created) {
-            Some(attempt) => Ok(attempt.id.clone()),
+            Some(attempt) => Ok(LogTarget::One(attempt.id.clone())),
             None => Err(TargetError::Waiting {
                 pod: pod.to_owned(),
                 container: container.to_owned(),
@@ -112,11 +119,15 @@ impl PodTargets for Directory {
         pod: &str,
         uid: Option<&str>,
         container: &str,
-    ) -> Result<ContainerId, TargetError> {
+    ) -> Result<Entrance, TargetError> {
         let entry = self.find_uid(namespace, pod, uid)?;
+        if let Some(service) = self.pools.service(uid_of(&entry.pod)) {
+            return self.pools.enter(&service, &entry.pod, container).await;
+        }
         let running = entry.containers.iter().filter(|c| c.name == container && c.state == ContainerState::Running);
         let newest = running.max_by_key(|c| c.attempt);
-        newest.map(|c| c.id.clone()).ok_or_else(|| TargetError::NotRunning(container.to_owned()))
+        let newest = newest.map(|c| Entrance { container: c.id.clone(), stay: None });
+        newest.ok_or_else(|| TargetError::NotRunning(container.to_owned()))
     }
 
     async fn port_target(&self, namespace: &str, pod: &str, uid: Option<&str>) -> Result<SandboxId, TargetError> {
@@ -142,6 +153,10 @@ impl PodTargets for Directory {
 fn previous_attempt(status: &PodStatus, container: &str) -> Option<ContainerId> {
     let id = container_status(status, container)?.last_state.as_ref()?.terminated.as_ref()?.container_id.as_ref()?;
     id.split_once("://").map(|(_, id)| ContainerId::from(id))
+}
+
+fn uid_of(pod: &Pod) -> &str {
+    pod.metadata.uid.as_deref().unwrap_or_default()
 }
 
 fn waiting_reason(status: &PodStatus, container: &str) -> String {

@@ -53,7 +53,7 @@ use self::volumes::VolumeManager;
 pub use self::watch::PodLoop;
 use crate::config::PodSettings;
 use crate::failpoint;
-use crate::function::front;
+use crate::function::{front, service};
 use crate::metrics::Metrics;
 use crate::node::{NodeFacts, Registration};
 use crate::runtime::{Runtime, RuntimeError};
@@ -79,6 +79,8 @@ pub struct Fronts {
     pub connections: front::NodeConnections,
     /// What they count.
     pub meters: front::Meters,
+    /// What the pools behind them count.
+    pub pools: service::Meters,
 }
 
 /// Most clients' connections of all functions at once: each takes a file descriptor, and another for its environment.
@@ -91,6 +93,7 @@ impl Fronts {
             limits: front::Limits::default(),
             connections: front::NodeConnections::new(CONNECTIONS),
             meters: front::Meters::new(metrics),
+            pools: service::Meters::new(metrics),
         }
     }
 }

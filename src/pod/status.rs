@@ -162,11 +162,12 @@ pub fn same_as_reported(pod: &Pod, computed: &PodStatus) -> bool {
         && reported.container_statuses.as_ref().map(Vec::len) == computed.container_statuses.as_ref().map(Vec::len)
 }
 
-/// The status without how many replicas of a function are busy.
-pub(super) fn without_replicas(status: &PodStatus) -> PodStatus {
+/// The status without how busy the replicas of a function are; how many there are stays.
+pub(super) fn without_load(status: &PodStatus) -> PodStatus {
     let mut status = status.clone();
-    if let Some(conditions) = &mut status.conditions {
-        conditions.retain(|condition| condition.type_ != conditions::REPLICAS);
+    let replicas = status.conditions.iter_mut().flatten().filter(|condition| condition.type_ == conditions::REPLICAS);
+    for text in replicas.filter_map(|condition| condition.message.as_mut()) {
+        *text = text.split(", ").take(2).collect::<Vec<_>>().join(", ");
     }
     status
 }

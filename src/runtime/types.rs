@@ -294,6 +294,8 @@ pub struct ContainerStatus {
     pub attempt: u32,
     /// Where in its life it is.
     pub state: ContainerState,
+    /// Whether it is frozen ([`pause_container`](super::SandboxRuntime::pause_container)); its state is running then.
+    pub frozen: bool,
     /// When it was made.
     pub created_at: Timestamp,
     /// When its process started.

@@ -18,6 +18,7 @@ mod deletion;
 mod environment;
 mod exec;
 mod fakecloud;
+mod function_tools;
 mod functions;
 mod hardening;
 mod images;

@@ -16,7 +16,7 @@ use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::Pod;
-use lambdalet::kubelet_api::targets::{PodTargets, TargetError};
+use lambdalet::kubelet_api::targets::{Entrance, LogTarget, PodTargets, TargetError};
 use lambdalet::kubelet_api::{About, Access, KubeletApi, Limits, Params, Serving, TlsParams};
 use lambdalet::metrics::Metrics;
 use lambdalet::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
@@ -200,11 +200,11 @@ impl World {
 
 #[async_trait]
 impl PodTargets for World {
-    async fn log_target(&self, ns: &str, pod: &str, container: &str, prev: bool) -> Result<ContainerId, TargetError> {
+    async fn log_target(&self, ns: &str, pod: &str, container: &str, prev: bool) -> Result<LogTarget, TargetError> {
         let (pod, container) = (pod.to_owned(), container.to_owned());
         match (ns, pod.as_str(), container.as_str(), prev) {
-            ("ns", "p", "c", false) => Ok(ContainerId::from("current")),
-            ("ns", "p", "c", true) => Ok(ContainerId::from("before")),
+            ("ns", "p", "c", false) => Ok(LogTarget::One(ContainerId::from("current"))),
+            ("ns", "p", "c", true) => Ok(LogTarget::One(ContainerId::from("before"))),
             ("ns", "p", "new", true) => Err(TargetError::NoPrevious { pod, container }),
             ("ns", "p", "new", false) => {
                 Err(TargetError::Waiting { pod, container, reason: "ContainerCreating".to_owned() })
@@ -220,10 +220,10 @@ impl PodTargets for World {
         pod: &str,
         uid: Option<&str>,
         container: &str,
-    ) -> Result<ContainerId, TargetError> {
+    ) -> Result<Entrance, TargetError> {
         self.port_target(ns, pod, uid).await?;
         match container {
-            "c" => Ok(ContainerId::from("current")),
+            "c" => Ok(Entrance { container: ContainerId::from("current"), stay: None }),
             other => Err(TargetError::NotRunning(other.to_owned())),
         }
     }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use lambdalet::kubelet_api::targets::{PodTargets, TargetError};
-use lambdalet::runtime::types::ContainerState;
+use lambdalet::kubelet_api::targets::{LogTarget, PodTargets, TargetError};
+use lambdalet::runtime::types::{ContainerId, ContainerState};
 use lambdalet::runtime::verb::Verb;
 use serde_json::json;
 
@@ -116,13 +116,20 @@ async fn what_vanished_while_the_process_was_away_is_made_again_and_the_restarts
     until("the second one is told", || world.api.container("a", 0)["restartCount"] == 2).await;
 }
 
+fn one(target: LogTarget) -> ContainerId {
+    match target {
+        LogTarget::One(id) => id,
+        LogTarget::Many(_) => panic!("this Pod is no function"),
+    }
+}
+
 #[tokio::test]
 async fn logs_are_those_of_the_newest_attempt_and_the_previous_one_is_there_too() {
     let world = World::with(restarts_at_once());
     let directory = world.directory();
     let target = |pod: &'static str, container: &'static str, previous: bool| {
         let directory = directory.clone();
-        async move { directory.log_target("default", pod, container, previous).await }
+        async move { directory.log_target("default", pod, container, previous).await.map(one) }
     };
     let uid = world.running(pod("a")).await;
     let first = world.attempt(&uid, "main", 0).await;
@@ -154,13 +161,13 @@ async fn the_logs_of_a_pod_that_has_ended_can_be_asked_for_until_it_is_deleted()
     world.start();
     let directory = world.directory();
     until("the new process knows it", || !directory.pods().is_empty()).await;
-    let id = directory.log_target("default", "a", "main", false).await.unwrap();
+    let id = directory.log_target("default", "a", "main", false).await.map(one).unwrap();
     let uid = world.api.pod("a").unwrap()["metadata"]["uid"].as_str().unwrap().to_owned();
     let kept = world.containers(&uid).await.remove(0);
     assert_eq!((kept.id, kept.state), (id, ContainerState::Exited));
     world.api.delete("a", 30);
     world.until_gone("a").await;
-    assert_eq!(directory.log_target("default", "a", "main", false).await, Err(TargetError::NoPod("a".into())));
+    assert_eq!(directory.log_target("default", "a", "main", false).await.map(one), Err(TargetError::NoPod("a".into())));
 }
 
 #[tokio::test]

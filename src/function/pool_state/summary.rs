@@ -21,6 +21,8 @@ pub struct Summary {
     pub min: usize,
     /// As the labels say.
     pub max: usize,
+    /// Environments that start.
+    pub launching: usize,
     /// Environments that run, frozen ones included.
     pub environments: usize,
     /// Of those, the ones with a call.
@@ -92,6 +94,7 @@ impl Pool {
             let runs = !matches!(environment.state, State::Cold | State::Starting | State::Stopping);
             let gone = |call| self.running.get(call).is_some_and(|running| running.client_gone);
             let busy = !environment.calls.is_empty();
+            summary.launching += usize::from(environment.state == State::Starting);
             summary.environments += usize::from(runs);
             summary.busy += usize::from(busy);
             summary.tainted += usize::from(busy && environment.calls.iter().all(gone));

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Adopted, NotStarted, Replicas, Service, Started};
 use crate::function::front::{Environment, LAMBDA_PATH};
-use crate::function::pool_state::{EnvironmentId, Event, Exit, ReplicaId};
+use crate::function::pool_state::{EnvironmentId, Event, Exit, Found, ReplicaId};
 use crate::function::protocol::Protocol;
 
 /// How long a no-op may take that warms an environment; its failure is no reason not to use it.
@@ -105,6 +105,7 @@ impl Desk {
     pub(super) async fn environment(self, id: EnvironmentId, mut orders: mpsc::Receiver<Order>) {
         let mut life = None;
         let mut next = orders.recv().await;
+        let begun = Instant::now();
         if let Some(Order::Start { warm_up, patience }) = next {
             next = tokio::select! {
                 biased;
@@ -114,6 +115,7 @@ impl Desk {
                 started = self.start(id, warm_up, patience) => {
                     match started {
                         Ok(started) => {
+                            self.count_start(begun);
                             self.ready(id, started.address);
                             life = Some(started.ended);
                         }
@@ -128,8 +130,12 @@ impl Desk {
 
     /// Attends an environment of an earlier process: it takes calls once it is known to be idle.
     pub(super) async fn adopted(self, found: Adopted, mut orders: mpsc::Receiver<Order>) {
-        let Adopted { environment: id, address, ended, idle } = found;
+        let Adopted { environment: id, address, ended, found, idle } = found;
         let mut life = Some(ended);
+        if found == Found::Frozen {
+            let next = self.next_order(id, &mut life, &mut orders).await;
+            return self.attend(id, next, life, orders).await;
+        }
         let next = tokio::select! {
             biased;
             // Cancel-safe: an order not taken stays.
@@ -202,6 +208,12 @@ impl Desk {
     fn lost(&self, id: EnvironmentId, exit: Exit) {
         if let Some(service) = self.service.upgrade() {
             service.lost(id, exit);
+        }
+    }
+
+    fn count_start(&self, begun: Instant) {
+        if let Some(service) = self.service.upgrade() {
+            service.counts.started(begun.elapsed());
         }
     }
 

@@ -1,16 +1,24 @@
 //! How the front gets its environments from a pool.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 
-use super::Service;
+use super::{Answer, Service};
 use crate::function::front::{Environment, Lease, Leases, Leaves, Outcome, Reason as Refusal, TryAgain};
 use crate::function::pool_state::{self, CallId, Event, Exit, Reason};
 use crate::function::protocol::Protocol;
 
 /// The door between the front and a pool.
 pub struct Door(pub Arc<Service>);
+
+/// A call that waits, as the pool knows it.
+pub(super) struct Caller {
+    pub(super) answer: oneshot::Sender<Answer>,
+    /// Since when.
+    pub(super) since: Instant,
+}
 
 /// A lease on its way to its caller. One that nobody takes was not used.
 pub(super) struct Granted(Option<Lease>);
@@ -51,8 +59,8 @@ impl Leases for Door {
     async fn lease(&self) -> Result<Lease, TryAgain> {
         let service = &self.0;
         let call = service.new_call();
-        let (caller, answer) = oneshot::channel();
-        service.inner().waiting.insert(call, caller);
+        let (sender, answer) = oneshot::channel();
+        service.inner().waiting.insert(call, Caller { answer: sender, since: Instant::now() });
         let mut waiting = Waiting { service, call, answered: false };
         service.feed(Event::CallArrived { call });
         let answer = answer.await;
@@ -107,6 +115,6 @@ pub(super) fn refusal(try_again: &pool_state::TryAgain, crash: Option<&Exit>) ->
     TryAgain { reason, retry_after: try_again.retry_after }
 }
 
-fn gone() -> TryAgain {
+pub(super) fn gone() -> TryAgain {
     TryAgain { reason: Refusal::ShuttingDown, retry_after: std::time::Duration::from_secs(1) }
 }

@@ -9,29 +9,36 @@
 //! across a wait. What takes time is done by an attendant, one task per replica and per environment, in the order in
 //! which the pool decided it.
 
+mod alarm;
 mod attendant;
 mod lease;
+mod meters;
+mod visit;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use super::front::{Environment, TryAgain};
-use super::pool_state::{Action, CallId, EnvironmentId, Event, Exit, Found, Pool, ReplicaId, Summary, Why};
+use super::pool_state::{Action, CallId, EnvironmentId, Event, Exit, Found, Pool, ReplicaId, Summary, VisitId, Why};
 use super::protocol::Protocol;
 use super::settings::Settings;
 use crate::shutdown::owned;
 use attendant::{Desk, Order, ReplicaOrder};
 pub use lease::Door;
-use lease::Granted;
+use lease::{Caller, Granted};
+use meters::Counts;
+pub use meters::Meters;
+pub use visit::Visit;
+use visit::Visitor;
 
 /// Orders that an attendant may have before it. It has at most one each to start, freeze, thaw and stop.
 const ORDERS: usize = 8;
@@ -102,7 +109,9 @@ pub struct Adopted {
     pub address: SocketAddr,
     /// How it ends, when it does.
     pub ended: BoxFuture<'static, Exit>,
-    /// Resolves when it is known to serve nothing.
+    /// How it was found.
+    pub found: Found,
+    /// Resolves when it is known to serve nothing; not asked of a frozen one.
     pub idle: BoxFuture<'static, ()>,
 }
 
@@ -115,6 +124,7 @@ pub struct Service {
     /// The next deadline has moved forward, or the service is gone.
     alarm: Arc<Notify>,
     summary: watch::Sender<Summary>,
+    counts: Counts,
     scaled: mpsc::Sender<Scaled>,
     ring: OnceLock<AbortOnDropHandle<()>>,
     tasks: TaskTracker,
@@ -123,7 +133,9 @@ pub struct Service {
 struct Inner {
     pool: Pool,
     /// Calls that wait for their environment.
-    waiting: HashMap<CallId, oneshot::Sender<Answer>>,
+    waiting: HashMap<CallId, Caller>,
+    /// Visitors that wait for theirs.
+    visitors: HashMap<VisitId, Visitor>,
     /// Calls that run, and where.
     running: HashMap<CallId, EnvironmentId>,
     environments: HashMap<EnvironmentId, Place>,
@@ -142,6 +154,8 @@ struct Place {
     ended: CancellationToken,
     /// What leases are made of, once it listens.
     front: Option<Arc<Environment>>,
+    /// When it first did.
+    ready: Option<Instant>,
 }
 
 /// A change of the number of replicas, for an event on the Pod.
@@ -158,7 +172,8 @@ pub enum Scaled {
 /// What is done once the lock is free: a lease that nobody takes comes back by feeding the pool.
 #[derive(Default)]
 struct Afterwards {
-    answers: Vec<(oneshot::Sender<Answer>, Answer)>,
+    answers: Vec<(Caller, Answer)>,
+    entries: Vec<(Visitor, Result<EnvironmentId, TryAgain>)>,
     lost: Vec<(Arc<Environment>, String)>,
     /// Replicas that became busy or idle.
     touched: Option<ReplicaId>,
@@ -177,6 +192,7 @@ impl Service {
         let (scaled, news) = mpsc::channel(NEWS);
         let inner = Inner {
             waiting: HashMap::new(),
+            visitors: HashMap::new(),
             running: HashMap::new(),
             environments: HashMap::new(),
             replicas: HashMap::new(),
@@ -190,12 +206,13 @@ impl Service {
             next_call: AtomicU64::new(0),
             alarm: Arc::new(Notify::new()),
             summary: watch::Sender::new(Summary::default()),
+            counts: Counts::default(),
             scaled,
             ring: OnceLock::new(),
             tasks: TaskTracker::new(),
         });
         service.adopt(found);
-        let alarm = owned(ring(Arc::downgrade(&service), Arc::clone(&service.alarm)));
+        let alarm = owned(alarm::ring(Arc::downgrade(&service), Arc::clone(&service.alarm)));
         // Set once, here.
         let _ = service.ring.set(alarm);
         (service, news)
@@ -243,8 +260,8 @@ impl Service {
     fn adopt(self: &Arc<Self>, found: Vec<Adopted>) {
         let now = Instant::now();
         let mut by_replica: HashMap<ReplicaId, Vec<(u32, Found)>> = HashMap::new();
-        for Adopted { environment: id, .. } in &found {
-            by_replica.entry(id.replica).or_default().push((id.ordinal, Found::Unknown));
+        for Adopted { environment: id, found, .. } in &found {
+            by_replica.entry(id.replica).or_default().push((id.ordinal, *found));
         }
         {
             let mut inner = self.inner();
@@ -256,7 +273,10 @@ impl Service {
             for adopted in found {
                 let id = adopted.environment;
                 let (orders, taken) = mpsc::channel(ORDERS);
-                let place = self.attend(orders, self.desk().adopted(adopted, taken));
+                let (address, frozen) = (adopted.address, adopted.found == Found::Frozen);
+                let mut place = self.attend(orders, self.desk().adopted(adopted, taken));
+                // It listens, if not yet; one that is unknown is told of once it is known.
+                place.front = frozen.then(|| Environment::new(address));
                 inner.environments.insert(id, place);
             }
         }
@@ -328,7 +348,9 @@ impl Service {
                 if let Some(caller) = inner.waiting.remove(&call) {
                     inner.running.insert(call, environment);
                     after.touched = Some(environment.replica);
-                    let front = inner.environments.get(&environment).and_then(|place| place.front.clone());
+                    let place = inner.environments.get(&environment);
+                    self.counts.granted(caller.since, place.and_then(|place| place.ready));
+                    let front = place.and_then(|place| place.front.clone());
                     after.answers.push((caller, self.grant(call, front)));
                 }
             }
@@ -343,8 +365,14 @@ impl Service {
                     after.lost.push((front, exit.to_string()));
                 }
             }
-            // Nobody visits by way of this service.
-            Action::Enter { .. } | Action::RefuseVisit { .. } => {}
+            Action::Enter { visit, environment } => {
+                let visitor = inner.visitors.remove(&visit);
+                after.entries.extend(visitor.map(|visitor| (visitor, Ok(environment))));
+            }
+            Action::RefuseVisit { visit, try_again } => {
+                let visitor = inner.visitors.remove(&visit);
+                after.entries.extend(visitor.map(|visitor| (visitor, Err(lease::refusal(&try_again)))));
+            }
         }
     }
 
@@ -359,7 +387,7 @@ impl Service {
             let _done = done;
             work.await;
         });
-        Place { orders, ended, front: None }
+        Place { orders, ended, front: None, ready: None }
     }
 
     fn attend_replica(self: &Arc<Self>, id: ReplicaId) -> mpsc::Sender<ReplicaOrder> {
@@ -372,6 +400,7 @@ impl Service {
     fn ready(self: &Arc<Self>, environment: EnvironmentId, front: Arc<Environment>) {
         if let Some(place) = self.inner().environments.get_mut(&environment) {
             place.front = Some(front);
+            place.ready.get_or_insert_with(Instant::now);
         }
         self.feed(Event::EnvironmentReady { environment });
     }
@@ -447,7 +476,10 @@ impl Afterwards {
         }
         for (caller, answer) in self.answers {
             // A caller who has left drops what it is given.
-            drop(caller.send(answer));
+            drop(caller.answer.send(answer));
+        }
+        for (visitor, entry) in self.entries {
+            drop(visitor.send(entry));
         }
     }
 }
@@ -456,29 +488,6 @@ impl Afterwards {
 fn give<T>(orders: &mpsc::Sender<T>, order: T) {
     if let Err(mpsc::error::TrySendError::Full(_)) = orders.try_send(order) {
         tracing::error!("an attendant has more orders than there are kinds");
-    }
-}
-
-/// Feeds the pool when its next deadline comes, for as long as there is a service.
-async fn ring(service: Weak<Service>, alarm: Arc<Notify>) {
-    loop {
-        let Some(armed) = service.upgrade().map(|service| service.inner().armed) else { return };
-        let due = async {
-            match armed {
-                Some(at) => tokio::time::sleep_until(at.into()).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            // Cancel-safe: a permit that is not taken stays.
-            () = alarm.notified() => {}
-            // Cancel-safe: a timer.
-            () = due => {
-                let Some(service) = service.upgrade() else { return };
-                service.inner().armed = None;
-                service.feed(Event::Tick);
-            }
-        }
     }
 }
 

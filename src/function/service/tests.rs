@@ -173,7 +173,7 @@ fn settings(min: u32, max: u32, environments: u32) -> Settings {
     Settings { min, max, environments, idle_timeout, ..Settings::of(Protocol::Rie) }
 }
 
-async fn door(stage: &Arc<Stage>, settings: Settings, found: Vec<Adopted>) -> (Door, mpsc::UnboundedReceiver<Scaled>) {
+async fn door(stage: &Arc<Stage>, settings: Settings, found: Vec<Adopted>) -> (Door, mpsc::Receiver<Scaled>) {
     let (service, news) = Service::new(settings, stage.clone(), found);
     (Door(service), news)
 }

@@ -17,7 +17,7 @@ use super::remote_command::{self, Command};
 use super::upgrade::{Hold, Upgrade, UpgradeError};
 use super::websocket::channels::Protocol;
 use crate::kubelet_api::meters::{OpenStream, StreamKind};
-use crate::kubelet_api::targets::TargetError;
+use crate::kubelet_api::targets::{Entrance, TargetError};
 use crate::kubelet_api::{App, runtime_status};
 use crate::runtime::RuntimeError;
 use crate::runtime::session::{AttachRequest, ExecRequest};
@@ -114,12 +114,12 @@ pub(in crate::kubelet_api) async fn exec(
     let wanted = Options::parse(&pairs).map_err(StreamError::Options)?;
     let command = options::command(&pairs).map_err(StreamError::Options)?;
     let Options { stdin, stdout, stderr, tty } = wanted;
-    let id = container(&app, &path).await?;
+    let Entrance { container: id, stay } = container(&app, &path).await?;
     let (runtime, exec) = (app.runtime.clone(), ExecRequest { command, tty, stdin, stdout, stderr });
     let session = async move { runtime.exec(&id, &exec).await }.boxed();
     let doing = "error executing command in container";
     let command = Command { options: wanted, session, doing, judged: true, idle: app.room.idle };
-    serve(&app, request, command, StreamKind::Exec)
+    serve(&app, request, command, (StreamKind::Exec, stay))
 }
 
 /// GET or POST `/attach/{namespace}/{pod}[/{uid}]/{container}?input=1&output=1&error=1&tty=1`.
@@ -130,21 +130,25 @@ pub(in crate::kubelet_api) async fn attach(
 ) -> Result<Response, StreamError> {
     let wanted = Options::parse(&query(&request)).map_err(StreamError::Options)?;
     let Options { stdin, stdout, stderr, .. } = wanted;
-    let id = container(&app, &path).await?;
+    let Entrance { container: id, stay } = container(&app, &path).await?;
     let (runtime, attach) = (app.runtime.clone(), AttachRequest { stdin, stdout, stderr });
     let session = async move { runtime.attach(&id, &attach).await }.boxed();
     let doing = "error attaching to container";
     let command = Command { options: wanted, session, doing, judged: false, idle: app.room.idle };
-    serve(&app, request, command, StreamKind::Attach)
+    serve(&app, request, command, (StreamKind::Attach, stay))
 }
 
-fn serve(app: &App, mut request: Request, command: Command, kind: StreamKind) -> Result<Response, StreamError> {
+/// What a session is counted as, and what keeps its container there.
+type Visit = (StreamKind, Option<Box<dyn Send + Sync>>);
+
+fn serve(app: &App, mut request: Request, command: Command, visit: Visit) -> Result<Response, StreamError> {
+    let (kind, stay) = visit;
     let upgrade = Upgrade::negotiate(&request, &remote_command::SPDY_PROTOCOLS, CHANNELS);
     let upgrade = upgrade.map_err(StreamError::Upgrade)?;
     let (place, open) = (app.room.enter()?, app.meters.open(kind));
     let hold = Hold::of(&mut request).ok_or(StreamError::Upgrade(UpgradeError::Required))?;
     Ok(upgrade.hand_over(hold, move |upgrade, socket| async move {
-        let _held = (place, open);
+        let _held = (place, open, stay);
         match upgrade {
             Upgrade::Spdy(protocol) => remote_command::over_spdy(command, socket, protocol).await,
             Upgrade::WebSocket(protocol, _) => {
@@ -202,7 +206,7 @@ pub(in crate::kubelet_api) async fn run(
     request: Request,
 ) -> Result<Response, StreamError> {
     let command = options::run_command(&query(&request)).map_err(StreamError::Options)?;
-    let id = container(&app, &path).await?;
+    let Entrance { container: id, stay: _stay } = container(&app, &path).await?;
     let _held = (app.room.enter()?, app.meters.open(StreamKind::Run));
     let exec = ExecRequest { command, tty: false, stdin: false, stdout: true, stderr: true };
     let session = app.runtime.exec(&id, &exec).await.map_err(StreamError::Run)?;
@@ -213,7 +217,7 @@ pub(in crate::kubelet_api) async fn run(
     Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], output).into_response())
 }
 
-async fn container(app: &App, path: &ContainerPath) -> Result<crate::runtime::types::ContainerId, StreamError> {
+async fn container(app: &App, path: &ContainerPath) -> Result<Entrance, StreamError> {
     let ContainerPath { namespace, pod, uid, container } = path;
     let target = app.targets.exec_target(namespace, pod, uid.as_deref(), container).await;
     target.map_err(StreamError::Target)

@@ -8,7 +8,7 @@ use futures::FutureExt as _;
 use futures::future::{BoxFuture, join_all};
 
 use super::{Crew, Part, part};
-use crate::function::pool_state::{EnvironmentId, ReplicaId};
+use crate::function::pool_state::{EnvironmentId, Found, ReplicaId};
 use crate::function::service::{Adopted, Replicas as _};
 use crate::pod::volumes::VolumeError;
 use crate::pod::worker::Past;
@@ -45,7 +45,7 @@ impl Crew {
                 self.shared.capacity.give_back(&self.uid, replica);
             }
         }
-        for (id, sandbox) in whole {
+        for (id, (sandbox, found_as)) in whole {
             let (true, Some(address), Some(pid)) = (replicas.contains(&id.replica), sandbox.address, sandbox.pid)
             else {
                 continue;
@@ -53,15 +53,15 @@ impl Crew {
             let statuses = self.hire(id, Past::Unknown, false);
             let address = SocketAddr::new(address, self.settings.borrow().port);
             let (ended, idle) = (Self::end(&statuses), idle(pid, address.port()));
-            found.push(Adopted { environment: id, address, ended, idle });
+            found.push(Adopted { environment: id, address, ended, found: found_as, idle });
         }
         let kept: BTreeSet<EnvironmentId> = found.iter().map(|adopted| adopted.environment).collect();
         self.remove_the_rest(&replicas, &kept).await?;
         Ok(found)
     }
 
-    /// Environments with a ready sandbox, in which every container that was started runs.
-    async fn whole(&self) -> Result<BTreeMap<EnvironmentId, SandboxStatus>, AdoptError> {
+    /// Environments with a ready sandbox, in which every container that was started runs. Only idle ones are ever frozen.
+    async fn whole(&self) -> Result<BTreeMap<EnvironmentId, (SandboxStatus, Found)>, AdoptError> {
         let names: Vec<String> =
             self.derived().spec.iter().flat_map(|spec| &spec.containers).map(|c| c.name.clone()).collect();
         let mut whole = BTreeMap::new();
@@ -74,7 +74,8 @@ impl Crew {
                     .any(|c| c.name == *name && c.state == ContainerState::Running && c.sandbox == sandbox.id)
             };
             if sandbox.state == SandboxState::Ready && names.iter().all(runs) {
-                whole.insert(id, sandbox);
+                let frozen = containers.iter().any(|container| container.frozen);
+                whole.insert(id, (sandbox, if frozen { Found::Frozen } else { Found::Unknown }));
             }
         }
         Ok(whole)

@@ -50,6 +50,7 @@ fn container(name: &str, attempt: u32, sandbox: u32, state: ContainerState, exit
         created_at: now(),
         started_at: None,
         finished_at: None,
+        frozen: false,
         exit_code,
         oom_killed: false,
         message: String::new(),

@@ -82,6 +82,7 @@ fn stand_in(
         created_at: since.unwrap_or_default(),
         started_at: since,
         finished_at: since.filter(|_| ended),
+        frozen: false,
         exit_code: 0,
         oom_killed: false,
         message: String::new(),

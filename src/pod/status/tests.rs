@@ -42,6 +42,7 @@ fn attempt(name: &str, number: u32, state: ContainerState, exit_code: i32) -> Co
         created_at: at(0),
         started_at: Some(at(1)),
         finished_at: (state == ContainerState::Exited).then(|| at(2)),
+        frozen: false,
         exit_code,
         oom_killed: false,
         message: String::new(),

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::start::find;
 use super::{Next, Worker};
 use crate::failpoint;
+use crate::pod::crew::kept;
 use crate::pod::status::{Trouble, crash_loop};
 use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus, LogOptions, SandboxId};
 use crate::telemetry::chain;
@@ -208,6 +209,9 @@ impl Worker {
     /// Removes sandboxes and containers; tries until the runtime has done it.
     async fn remove_everything(&mut self) {
         let uid = self.reference.uid.clone();
+        if self.seat.is_some() {
+            kept::keep(&self.shared, &uid).await;
+        }
         loop {
             match self.shared.remove_from_runtime(&uid).await {
                 Ok(()) => return,

@@ -20,10 +20,10 @@ use crate::function::service::{Door, Scaled, Service};
 use crate::function::settings::{DEFAULT_PORT, Settings};
 use crate::pod::Shared;
 use crate::pod::backoff;
-use crate::pod::crew::Crew;
+use crate::pod::crew::{Crew, kept};
 use crate::pod::plan::FunctionPhase;
 use crate::pod::status::{Shown, Trouble, function};
-use crate::runtime::types::{Image, SandboxId, SandboxStatus};
+use crate::runtime::types::{Image, PodRef, SandboxId, SandboxStatus};
 use crate::shutdown::owned;
 use crate::telemetry::chain;
 
@@ -150,6 +150,8 @@ impl Worker {
         let settings = *function.settings.borrow();
         let (service, news) = Service::new(settings, crew, found);
         self.shared.capacity.register(uid, &service);
+        self.shared.fronts.pools.show(labels_of(&self.reference), &service);
+        self.shared.directory.pools.open(uid, &service, kept::place(&self.shared, uid));
         let told = report_scaling(Arc::clone(&self.shared), self.pod.clone(), Arc::clone(&service), news);
         function.pool = Some(Pool { summary: service.summary(), service, _news: owned(told) });
         Ok(())
@@ -164,11 +166,7 @@ impl Worker {
         let namespace = PathBuf::from(format!("/proc/{pid}/ns/net"));
         let listeners = listen_in(Some(namespace), addresses).await.map_err(|error| chain(&error))?;
         let fronts = &self.shared.fronts;
-        let labels = FunctionLabels {
-            namespace: self.reference.namespace.clone(),
-            pod: self.reference.name.clone(),
-            uid: self.reference.uid.clone(),
-        };
+        let labels = labels_of(&self.reference);
         let door = Arc::new(Door(Arc::clone(&pool.service)));
         let front = Front::new(door, fronts.limits.clone(), fronts.connections.clone(), &fronts.meters, labels);
         let (drain, drained) = watch::channel(None);
@@ -243,6 +241,11 @@ fn ports(pod: &Pod) -> Vec<u16> {
     ports.sort_unstable();
     ports.dedup();
     if ports.is_empty() { vec![DEFAULT_PORT] } else { ports }
+}
+
+fn labels_of(pod: &PodRef) -> FunctionLabels {
+    let PodRef { uid, namespace, name } = pod.clone();
+    FunctionLabels { namespace, pod: name, uid }
 }
 
 fn config_of(image: &Image) -> ImageConfig {

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::function::NUMBERS;
 use super::{Worker, whole_second};
 use crate::pod::plan::{self, FunctionPhase, Goal};
-use crate::pod::status::{Shown, StatusInput, Trouble, function, pod_status, without_replicas};
+use crate::pod::status::{Shown, StatusInput, Trouble, function, pod_status, without_load};
 
 impl Worker {
     /// The status now.
@@ -48,6 +48,9 @@ impl Worker {
     pub(super) fn report(&mut self, status: PodStatus, urgent: bool) -> Option<PodStatus> {
         if self.is_vanishing() {
             self.shared.publisher.withdraw(&self.reference.uid);
+        }
+        if let Some(seat) = &self.seat {
+            self.shared.directory.pools.note(seat.key(), &self.observed);
         }
         let reassert = self.memory.reassert_at.is_some_and(|at| at <= Instant::now());
         if self.memory.sent.as_ref() == Some(&status) && !reassert {
@@ -109,7 +112,7 @@ impl Worker {
     /// Whether a status differs from the one sent by nothing but how busy a function is.
     fn only_numbers(&self, status: &PodStatus) -> bool {
         let Some(sent) = self.memory.sent.as_ref().filter(|_| self.function.is_some()) else { return false };
-        without_replicas(sent) == without_replicas(status)
+        without_load(sent) == without_load(status)
     }
 
     /// When the numbers of a function may be written again.

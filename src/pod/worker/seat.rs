@@ -46,6 +46,11 @@ impl Seat {
         config.cgroup_parent.clone_from(&self.cgroup);
     }
 
+    /// What stands for its UID.
+    pub(super) fn key(&self) -> &str {
+        &self.reference.uid
+    }
+
     pub(super) fn report(&self, status: &PodStatus) {
         self.status.send_replace(Some(status.clone()));
     }

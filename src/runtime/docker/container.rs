@@ -307,6 +307,7 @@ fn status_of(seen: Seen) -> ContainerStatus {
         name: seen.facts.container,
         attempt: seen.facts.attempt,
         state,
+        frozen: docker.paused.unwrap_or(false),
         created_at,
         started_at: started_at.filter(|_| state != ContainerState::Created),
         // Docker notes no end for what never ran; it was over as soon as it was tried.

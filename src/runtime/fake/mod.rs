@@ -389,13 +389,13 @@ impl SandboxRuntime for FakeRuntime {
 
     async fn pause_container(&self, id: &ContainerId) -> Result<()> {
         self.enter(Verb::PauseContainer).await?;
-        locked(&self.shared.state).running(id, "pause")?.paused = true;
+        locked(&self.shared.state).running(id, "pause")?.status.frozen = true;
         Ok(())
     }
 
     async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
         self.enter(Verb::UnpauseContainer).await?;
-        locked(&self.shared.state).running(id, "unpause")?.paused = false;
+        locked(&self.shared.state).running(id, "unpause")?.status.frozen = false;
         self.shared.touch();
         Ok(())
     }

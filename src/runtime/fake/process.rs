@@ -156,7 +156,7 @@ impl Shared {
 
     /// Waits until the container is not frozen.
     async fn thawed(&self, id: &ContainerId) {
-        self.until(|state| state.containers.get(id).is_none_or(|container| !container.paused)).await;
+        self.until(|state| state.containers.get(id).is_none_or(|container| !container.status.frozen)).await;
     }
 
     /// Waits until the container does not run.

@@ -29,7 +29,6 @@ pub(super) struct Container {
     pub(super) program: Program,
     pub(super) config: ContainerConfig,
     pub(super) stubborn: bool,
-    pub(super) paused: bool,
     pub(super) log: Log,
     /// Where its standard input is written to, as long as somebody may attach.
     pub(super) stdin: Option<mpsc::Sender<Bytes>>,
@@ -147,7 +146,6 @@ impl State {
             program: program::read(&words),
             config: config.clone(),
             stubborn: false,
-            paused: false,
             log: Log::default(),
             stdin: config.stdin.then_some(stdin),
             input: Some(input),
@@ -212,7 +210,7 @@ impl State {
         status.exit_code = exit_code;
         status.oom_killed = oom_killed;
         status.pid = None;
-        container.paused = false;
+        container.status.frozen = false;
         container.stdin = None;
         true
     }
@@ -279,6 +277,7 @@ fn created(id: ContainerId, sandbox: SandboxId, config: &ContainerConfig) -> Con
         created_at: Timestamp::now(),
         started_at: None,
         finished_at: None,
+        frozen: false,
         exit_code: 0,
         oom_killed: false,
         message: String::new(),

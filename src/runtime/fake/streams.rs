@@ -189,7 +189,7 @@ impl Counted {
     fn new(shared: &Arc<Shared>, id: &ContainerId) -> Result<Self> {
         let mut state = locked(&shared.state);
         let container = state.running(id, "execute in")?;
-        if container.paused {
+        if container.status.frozen {
             return Err(RuntimeError::new(Kind::Invalid, format!("container {id} is paused")));
         }
         container.execs += 1;
