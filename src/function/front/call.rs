@@ -29,14 +29,20 @@ use crate::telemetry::chain;
 /// Environments that are tried for a call none of which can be connected to. Nothing was sent, so nothing runs twice.
 const ATTEMPTS: usize = 3;
 
-/// A client's connection.
+/// A client's connection, also as another protocol's.
 pub(super) struct Peer {
-    pub(super) seat: Seat,
+    seat: Seat,
     pub(super) shared: Arc<Shared>,
     /// Its address, as a header field's value.
-    pub(super) client: HeaderValue,
+    client: HeaderValue,
     /// What it connected to, for those that do not say whom they want.
-    pub(super) host: String,
+    host: String,
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.shared.meters.connections.dec();
+    }
 }
 
 /// There is nobody to answer.
@@ -52,6 +58,13 @@ enum Failed {
 
 /// A lease of which no use was made yet: dropped, the environment is as it was.
 struct Unused(Option<Lease>);
+
+impl Peer {
+    pub(super) fn new(seat: Seat, shared: Arc<Shared>, client: HeaderValue, host: String) -> Arc<Self> {
+        shared.meters.connections.inc();
+        Arc::new(Self { seat, shared, client, host })
+    }
+}
 
 /// Answers a request.
 pub(super) async fn answer<L: Leases>(
@@ -195,8 +208,8 @@ impl Unused {
     async fn connect(mut self, shared: &Shared) -> Result<(Wire, Lease), Arc<str>> {
         let environment = self.0.as_ref().map(|lease| lease.environment().clone());
         let environment = environment.ok_or_else(|| Arc::from("it was given back"))?;
-        if let Some(mut wire) = environment.take(shared.limits.keep_environment)
-            && wire.rest()
+        if let Some(wire) = environment.take(shared.limits.keep_environment)
+            && !wire.is_stale()
             && let Some(lease) = self.0.take()
         {
             return Ok((wire, lease));

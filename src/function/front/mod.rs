@@ -171,10 +171,11 @@ impl<L: Leases> Front<L> {
         });
         let listeners = listeners.collect::<io::Result<Vec<_>>>()?;
         {
-            let accepting = futures::future::join_all(listeners.into_iter().map(|listener| self.accept(listener)));
+            let accepting = !listeners.is_empty();
+            let accept = futures::future::join_all(listeners.into_iter().map(|listener| self.accept(listener)));
             tokio::select! {
                 // Cancel-safe: a connection is taken and placed without a pause in between.
-                _ = accepting => {}
+                _ = accept, if accepting => {}
                 // Cancel-safe: it waits for a value that stays.
                 _ = drain.wait_for(Option::is_some) => {}
             }
@@ -255,9 +256,7 @@ async fn serve<L: Leases>(stream: TcpStream, client: SocketAddr, (seat, shared):
     let address = HeaderValue::from_str(&client.ip().to_canonical().to_string());
     let Ok(address) = address else { return };
     let state = seat.state.clone();
-    let connections = shared.meters.connections.clone();
-    connections.inc();
-    let peer = Arc::new(Peer { seat, shared: shared.clone(), client: address, host });
+    let peer = Peer::new(seat, shared.clone(), address, host);
     let io = TokioIo::new(Watched::new(stream, state.clone()));
     let service = service_fn(move |request: Request<Incoming>| call::answer(peer.clone(), leases.clone(), request));
     let mut connection = connection::server(&shared.limits).serve_connection(io, service).with_upgrades();
@@ -272,7 +271,6 @@ async fn serve<L: Leases>(stream: TcpStream, client: SocketAddr, (seat, shared):
         End::SlowHead => shared.meters.lost(Lost::SlowHead),
         End::SlowReader => shared.meters.lost(Lost::SlowReader),
     }
-    connections.dec();
     debug!(%client, ?end, "a client's connection ended");
 }
 

@@ -9,6 +9,7 @@
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::pin::{Pin, pin};
 use std::task::{Context, Waker};
 use std::time::Duration;
@@ -19,6 +20,8 @@ use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
 use hyper::client::conn::http1::{Builder, Connection, SendRequest};
 use hyper_util::rt::TokioIo;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -32,6 +35,8 @@ const BUFFER: usize = 64 << 10;
 pub(super) struct Wire(Box<Inner>);
 
 struct Inner {
+    /// The socket once more, to look at it when nobody has driven the wire for a while.
+    socket: OwnedFd,
     sender: SendRequest<Upload>,
     /// None once it ended, unless it became another protocol's.
     connection: Option<Connection<TokioIo<TcpStream>, Upload>>,
@@ -43,9 +48,10 @@ impl Wire {
     pub(super) async fn connect(address: SocketAddr, patience: Duration) -> io::Result<Self> {
         let stream = timeout(patience, TcpStream::connect(address)).await??;
         prepare(&stream)?;
+        let socket = stream.as_fd().try_clone_to_owned()?;
         let handshake = Builder::new().max_buf_size(BUFFER).handshake(TokioIo::new(stream));
         let (sender, connection) = handshake.await.map_err(io::Error::other)?;
-        Ok(Self(Box::new(Inner { sender, connection: Some(connection), ended: false })))
+        Ok(Self(Box::new(Inner { socket, sender, connection: Some(connection), ended: false })))
     }
 
     /// Reads and writes what is there to be read and written.
@@ -57,16 +63,18 @@ impl Wire {
         }
     }
 
-    /// It can take a request now.
-    pub(super) fn is_idle(&self) -> bool {
+    /// Brings it to rest after an answer: from then on it wakes nobody. Says whether it can take another request.
+    pub(super) fn rest(&mut self) -> bool {
+        self.drive(&mut Context::from_waker(Waker::noop()));
         !self.0.ended && self.0.sender.is_ready()
     }
 
-    /// Brings it to rest after an answer, or looks whether the other side closed it meanwhile. From then on it wakes
-    /// nobody. Says whether it can take a request.
-    pub(super) fn rest(&mut self) -> bool {
-        self.drive(&mut Context::from_waker(Waker::noop()));
-        self.is_idle()
+    /// Whether the other side has closed it, or said something unasked, since it came to rest. Asks the kernel, because
+    /// the runtime may not have looked at its sockets yet: some servers close without saying so in their answer, and a
+    /// request sent after that would be lost.
+    pub(super) fn is_stale(&self) -> bool {
+        let look = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        recv(self.0.socket.as_raw_fd(), &mut [0], look) != Err(Errno::EAGAIN)
     }
 
     /// Sends a request and waits for the head of the response. The request comes back with the error if none of it was

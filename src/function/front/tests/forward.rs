@@ -38,21 +38,24 @@ async fn connections_on_both_sides_serve_call_after_call() {
 #[tokio::test]
 async fn a_kept_connection_that_was_closed_costs_no_call() {
     let front = start(Limits::default()).await;
+    let closed = Arc::new(tokio::sync::Notify::new());
+    let server_closed = closed.clone();
     // Says nothing of closing, and closes.
-    let address = server(|mut client| async move {
-        client.head().await;
-        client.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await;
+    let address = server(move |mut client| {
+        let closed = server_closed.clone();
+        async move {
+            client.head().await;
+            client.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await;
+            drop(client);
+            closed.notify_one();
+        }
     })
     .await;
     front.environment(address);
     let mut client = front.connect().await;
     for _ in 0..5 {
         assert_eq!(client.call("GET / HTTP/1.1\r\nHost: f\r\n\r\n").await.text(), "ok");
-        // The close has been sent; it is noticed once the runtime has looked at its sockets.
-        for _ in 0..200 {
-            tokio::task::yield_now().await;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        within(closed.notified()).await;
     }
     for _ in 0..5 {
         assert_eq!(front.pool.outcome().await, Outcome::Answered);
