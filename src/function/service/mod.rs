@@ -370,8 +370,9 @@ impl Service {
                 after.entries.extend(visitor.map(|visitor| (visitor, Ok(environment))));
             }
             Action::RefuseVisit { visit, try_again } => {
+                let refusal = lease::refusal(&try_again, inner.pool.last_crash());
                 let visitor = inner.visitors.remove(&visit);
-                after.entries.extend(visitor.map(|visitor| (visitor, Err(lease::refusal(&try_again)))));
+                after.entries.extend(visitor.map(|visitor| (visitor, Err(refusal))));
             }
         }
     }

@@ -10,6 +10,7 @@ use futures::FutureExt as _;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
 use super::*;
@@ -83,7 +84,7 @@ impl Stage {
     fn adopted(&self, id: EnvironmentId, idle: impl Future<Output = ()> + Send + 'static) -> Adopted {
         self.table().alive.insert(id.replica);
         let Started { address, ended } = self.run(id);
-        Adopted { environment: id, address, ended, idle: idle.boxed() }
+        Adopted { environment: id, address, ended, found: Found::Unknown, idle: idle.boxed() }
     }
 
     fn nothing_is_left(&self) {
