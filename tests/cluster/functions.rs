@@ -7,7 +7,7 @@ mod rollout;
 mod scaling;
 
 use std::collections::BTreeSet;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, StatusCode};
@@ -164,16 +164,16 @@ impl<'a> Function<'a> {
         self.begin(Request::post(INVOKE), event.to_string())
     }
 
-    /// Waits until these held calls run, and returns since when.
-    async fn begun<T: AsRef<str>>(&self, calls: &[T]) -> Vec<SystemTime> {
+    /// Waits until these held calls run.
+    async fn begun<T: AsRef<str>>(&self, calls: &[T]) {
         poll("calls in the function", CALL, async || {
-            let since = |call: &T| {
-                let file = self.gate.path().join(format!("begun.{}", call.as_ref()));
-                std::fs::metadata(&file).and_then(|data| data.modified()).map_err(|e| format!("{}: {e}", call.as_ref()))
-            };
-            calls.iter().map(since).collect()
+            let missing = |call: &&T| !self.gate.path().join(format!("begun.{}", call.as_ref())).exists();
+            match calls.iter().find(missing) {
+                None => Ok(()),
+                Some(call) => Err(format!("{} has not begun", call.as_ref())),
+            }
         })
-        .await
+        .await;
     }
 
     /// Lets one held call go.
