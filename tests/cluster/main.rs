@@ -18,6 +18,7 @@ mod deletion;
 mod environment;
 mod fakecloud;
 mod hardening;
+mod identity;
 mod images;
 mod lifecycle;
 mod logs;
