@@ -1,5 +1,7 @@
 //! The way to the API server: the kubeconfig, who it makes us, and what its failures mean.
 
+pub mod reload;
+
 use std::error::Error as StdError;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,6 +14,8 @@ use kube::client::ClientBuilder;
 use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Api, Client, Config};
 use tower::limit::ConcurrencyLimitLayer;
+
+use crate::certificate::Certificate;
 
 /// Requests that may wait for an answer at once. Each takes a connection of its own, with buffers of some hundred
 /// kilobytes that idle for a minute and a half: a burst of Pods would leave dozens. A watch that was answered counts no
@@ -44,6 +48,9 @@ pub enum ConnectError {
         #[source]
         source: KubeconfigError,
     },
+    /// There is no ServiceAccount here.
+    #[error("this is no Pod of a cluster: pass --kubeconfig FILE")]
+    NoPod(#[source] kube::config::InClusterError),
     /// The CA is not one.
     #[error(
         "the certificate authority in the kubeconfig {path} holds no certificate: the API server could not be trusted",
@@ -130,6 +137,19 @@ impl ApiServer {
         Ok(Self { client, url, kubeconfig: path.to_owned() })
     }
 
+    /// A client for a process in a Pod: the ServiceAccount's token, read again when it is renewed.
+    ///
+    /// # Errors
+    /// [`ConnectError::NoPod`] outside of a Pod.
+    pub fn in_cluster() -> Result<Self, ConnectError> {
+        let config = Config::incluster().map_err(ConnectError::NoPod)?;
+        let url = config.cluster_url.to_string();
+        let kubeconfig = PathBuf::from("/var/run/secrets/kubernetes.io/serviceaccount");
+        let failed = |source| ConnectError::Credentials { path: kubeconfig.clone(), source: Box::new(source) };
+        let client = Client::try_from(config).map_err(failed)?;
+        Ok(Self { client, url, kubeconfig })
+    }
+
     /// Waits for a request, at most [`REQUEST_TIMEOUT`].
     ///
     /// # Errors
@@ -211,9 +231,7 @@ fn certificate_end(auth: &AuthInfo) -> Option<Timestamp> {
         (None, Some(file)) => std::fs::read(file).ok()?,
         (None, None) => return None,
     };
-    let (_, pem) = x509_parser::pem::parse_x509_pem(&pem).ok()?;
-    let certificate = pem.parse_x509().ok()?;
-    Timestamp::from_second(certificate.validity().not_after.timestamp()).ok()
+    Certificate::first(&pem).map(|certificate| certificate.not_after)
 }
 
 fn classify(error: &kube::Error) -> Trouble {

@@ -1,8 +1,10 @@
 //! The command line, and the one place that names concrete types and wires the rooms together.
 
 mod client;
+mod controller;
 mod flags;
 mod functions;
+mod identity;
 mod invoke;
 mod start;
 
@@ -15,6 +17,7 @@ use clap_complete::Shell;
 
 use crate::check;
 use crate::telemetry;
+use controller::ControllerArgs;
 use flags::RunArgs;
 
 /// A Kubernetes node in one binary.
@@ -35,6 +38,8 @@ enum Command {
     Functions(functions::FunctionsArgs),
     /// Call a function once, through the API server, and print its answer
     Invoke(invoke::InvokeArgs),
+    /// Approve the serving certificates that nodes ask for, one replica at a time
+    Controller(ControllerArgs),
     /// Print the version
     Version {
         /// How it is printed
@@ -68,6 +73,7 @@ impl Args {
             Command::Check(args) => check(*args),
             Command::Functions(args) => ask(functions::functions(args)),
             Command::Invoke(args) => ask(invoke::invoke(args)),
+            Command::Controller(args) => controller(args),
             Command::Version { output } => print_version(output),
             Command::Completion { shell } => {
                 let mut script = Vec::new();
@@ -91,10 +97,21 @@ fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     ended.map(|()| ExitCode::SUCCESS)
 }
 
+fn controller(args: ControllerArgs) -> anyhow::Result<ExitCode> {
+    telemetry::init(args.logging.format(), args.logging.verbosity())?;
+    let runtime = async_runtime()?;
+    let ended = runtime.block_on(args.run());
+    runtime.shutdown_background();
+    ended.map(|()| ExitCode::SUCCESS)
+}
+
 fn check(args: RunArgs) -> anyhow::Result<ExitCode> {
     let plan = args.resolve()?;
     let runtime = async_runtime()?;
-    let report = runtime.block_on(check::examine(&plan.settings, plan.kubeconfig.as_deref()));
+    // Before the first start there is only the way to an identity.
+    let bootstrap = plan.settings.identity.bootstrap_kubeconfig.as_deref();
+    let kubeconfig = plan.kubeconfig.as_deref().filter(|path| bootstrap.is_none() || path.exists()).or(bootstrap);
+    let report = runtime.block_on(check::examine(&plan.settings, kubeconfig));
     runtime.shutdown_background();
     let mut text = report.to_string();
     for warning in &plan.warnings {

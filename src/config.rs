@@ -4,6 +4,7 @@
 
 pub mod configuration;
 pub mod file;
+pub mod tls;
 pub mod values;
 
 use std::collections::BTreeMap;
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use tls::{CipherSuite, TlsVersion};
 use values::{NodeTaint, Reserved, Threshold};
 
 /// The Pod range where neither `--pod-cidr` nor `spec.podCIDR` names one.
@@ -26,6 +28,8 @@ pub const DEFAULT_POD_CIDR: &str = "10.187.0.0/16";
 pub struct Settings {
     /// The Node object and its lease.
     pub node: NodeSettings,
+    /// How the node gets its credentials.
+    pub identity: IdentitySettings,
     /// The HTTPS API.
     pub serving: ServingSettings,
     /// How Pods are run.
@@ -110,6 +114,26 @@ fn default_eviction_hard() -> BTreeMap<String, Threshold> {
     ])
 }
 
+/// How the node gets its credentials.
+#[derive(Clone, Debug)]
+pub struct IdentitySettings {
+    /// Used once, to ask for a client certificate, if the kubeconfig is not there or its certificate has expired.
+    pub bootstrap_kubeconfig: Option<PathBuf>,
+    /// Where certificates asked for are kept; `None` is `pki` below the root directory.
+    pub cert_dir: Option<PathBuf>,
+    /// Renew the client certificate that bootstrap got, at 70 to 90 % of its life. kubelet's own default is false, but
+    /// kubeadm turns it on everywhere: a node that stops after a year helps nobody.
+    pub rotate_certificates: bool,
+    /// Ask the API server for the serving certificate, and renew it; self-signed until it is granted.
+    pub server_tls_bootstrap: bool,
+}
+
+impl Default for IdentitySettings {
+    fn default() -> Self {
+        Self { bootstrap_kubeconfig: None, cert_dir: None, rotate_certificates: true, server_tls_bootstrap: false }
+    }
+}
+
 /// The HTTPS API.
 #[derive(Clone, Debug)]
 pub struct ServingSettings {
@@ -121,6 +145,10 @@ pub struct ServingSettings {
     pub tls_cert_file: Option<PathBuf>,
     /// Its PEM key.
     pub tls_private_key_file: Option<PathBuf>,
+    /// The lowest TLS version a client may speak.
+    pub tls_min_version: TlsVersion,
+    /// Suites offered for TLS 1.2; empty offers all there are. Those of TLS 1.3 are always offered, as a kubelet does.
+    pub tls_cipher_suites: Vec<CipherSuite>,
     /// PEM bundle of the CAs client certificates are checked against; without it none is accepted.
     pub client_ca_file: Option<PathBuf>,
     /// Let callers without credentials be `system:anonymous`.
@@ -144,6 +172,8 @@ impl Default for ServingSettings {
             port: 10250,
             tls_cert_file: None,
             tls_private_key_file: None,
+            tls_min_version: TlsVersion::default(),
+            tls_cipher_suites: Vec::new(),
             client_ca_file: None,
             anonymous: false,
             token_review: true,

@@ -23,6 +23,7 @@
 //! * [`node`] registers the Node, keeps its status true and renews its lease.
 //! * [`pod`] owns every Pod from the first look to the last: one worker per UID, plan, status, events.
 //! * [`function`] makes a pool of replicas of a labelled Pod: settings, queue, scaling; pure values.
+//! * [`controller`] approves the serving certificates that nodes ask for, in `lambdalet controller`.
 //! * [`runtime`] is the seam: verbs with CRI's names and rules, and the Docker driver behind them.
 //! * [`network`] gives each Pod an address and plugs its cable.
 //! * [`kubelet_api`] is the node's HTTPS API: logs, exec, attach, port-forward, Pods, health and metrics, for
@@ -34,16 +35,19 @@
 //! * [`telemetry`] writes log lines, and errors with their whole chain of causes.
 //! * [`metrics`] is the registry behind `/metrics`.
 //! * [`quantity`] reads and writes Kubernetes quantities exactly.
+//! * [`certificate`] reads and writes certificates, and says when one is to be renewed.
 //! * [`retry`] says when to try again, and tells a failure that goes on once a minute.
 //! * [`failpoint`] names the steps at which a test may kill the process.
 //!
-//! Imports point one way: [`args`], then [`node`], [`pod`], [`kubelet_api`], [`function`] and [`check`], then [`runtime`], then
+//! Imports point one way: [`args`], then [`node`], [`pod`], [`kubelet_api`], [`function`], [`controller`] and [`check`], then [`runtime`], then
 //! [`network`]. `tests/layout.rs` holds the code to it.
 
 pub mod apiserver;
 pub mod args;
+pub mod certificate;
 pub mod check;
 pub mod config;
+pub mod controller;
 pub mod failpoint;
 pub mod function;
 pub mod kubelet_api;

@@ -14,8 +14,14 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair,
 use tempfile::TempDir;
 
 /// Flags that scripts written for a kubelet rely on, and our own.
-const RUN_FLAGS: [&str; 28] = [
+const RUN_FLAGS: [&str; 34] = [
     "kubeconfig",
+    "bootstrap-kubeconfig",
+    "cert-dir",
+    "rotate-certificates",
+    "rotate-server-certificates",
+    "tls-min-version",
+    "tls-cipher-suites",
     "config",
     "node-name",
     "node-ip",

@@ -8,9 +8,20 @@ use std::path::{Path, PathBuf};
 
 /// The rooms by height: a room may name those of its own height and below, never above.
 const HEIGHTS: [&[&str]; 4] = [
-    &["apiserver", "config", "failpoint", "lib", "metrics", "quantity", "retry", "shutdown", "telemetry"],
+    &[
+        "apiserver",
+        "certificate",
+        "config",
+        "failpoint",
+        "lib",
+        "metrics",
+        "quantity",
+        "retry",
+        "shutdown",
+        "telemetry",
+    ],
     &["network", "runtime"],
-    &["check", "cri", "function", "kubelet_api", "node", "pod", "standalone"],
+    &["check", "controller", "cri", "function", "kubelet_api", "node", "pod", "standalone"],
     &["args", "main"],
 ];
 /// Rooms that only these may name.

@@ -186,7 +186,7 @@ fn examples_land_on_this_node_and_lose_nothing_there() {
         if let Some(trouble) = unsupported::refusal(&Pod::default(), &spec) {
             panic!("{name}: this node refuses it: {}", trouble.message);
         }
-        let omissions = unsupported::omissions(&spec);
+        let omissions = unsupported::omissions(&Pod::default(), &spec);
         assert!(omissions.is_empty(), "{name}: this node leaves out: {}", omissions.join("; "));
         for volume in spec.volumes.iter().flatten() {
             let kinds = [

@@ -62,6 +62,13 @@ identity() {
   subject+="/CN=${user//\//\\/}"
   name=$(basename "$file" .kubeconfig)
   sign "$name" "$subject" clientAuth
+  kubeconfig_of "$file" "$user" "    client-certificate-data: $(base64 -w0 "$DIR/pki/$name.crt")
+    client-key-data: $(base64 -w0 "$DIR/pki/$name.key")"
+}
+
+# kubeconfig_of FILE USER CREDENTIALS: the lines of CREDENTIALS are indented by four.
+kubeconfig_of() {
+  local file=$1 user=$2 credentials=$3
   (
     umask 077
     cat >"$file.tmp" <<EOF
@@ -79,8 +86,7 @@ contexts:
 users:
 - name: "$user"
   user:
-    client-certificate-data: $(base64 -w0 "$DIR/pki/$name.crt")
-    client-key-data: $(base64 -w0 "$DIR/pki/$name.key")
+$credentials
 EOF
   )
   mv "$file.tmp" "$file"

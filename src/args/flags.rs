@@ -8,6 +8,7 @@ use clap::Args;
 use ipnet::IpNet;
 
 use crate::config::file::ConfigFile;
+use crate::config::tls::{CipherSuite, TlsVersion};
 use crate::config::values::{GoDuration, NodeLabel, NodeName, NodeTaint, RegistryHost, Reserved};
 use crate::config::{RuntimeKind, Settings};
 use crate::telemetry::LogFormat;
@@ -45,11 +46,11 @@ impl RunArgs {
     pub(super) fn resolve(self) -> anyhow::Result<Plan> {
         let Self { cluster, node, serving, pods, runtime, logging: _ } = self;
         let mut settings = Settings::default();
-        let ClusterArgs { kubeconfig, config } = cluster;
-        let warnings = match config {
-            Some(path) => ConfigFile::read(&path)?.apply(&mut settings)?,
+        let warnings = match &cluster.config {
+            Some(path) => ConfigFile::read(path)?.apply(&mut settings)?,
             None => Vec::new(),
         };
+        let kubeconfig = cluster.apply(&mut settings)?;
         node.apply(&mut settings)?;
         serving.apply(&mut settings);
         pods.apply(&mut settings);
@@ -72,6 +73,31 @@ struct ClusterArgs {
     /// KubeletConfiguration file (kubelet.config.k8s.io/v1beta1); flags win over it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Kubeconfig with a bootstrap token: if --kubeconfig is not there or its certificate has expired, a client
+    /// certificate is asked for with it and --kubeconfig is written
+    #[arg(long, value_name = "FILE")]
+    bootstrap_kubeconfig: Option<PathBuf>,
+    /// Where certificates the node asked for are kept [default: pki below --root-dir]
+    #[arg(long, value_name = "DIR")]
+    cert_dir: Option<PathBuf>,
+    /// Renew the client certificate that --bootstrap-kubeconfig got, at 70-90 % of its life [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    rotate_certificates: Option<bool>,
+}
+
+impl ClusterArgs {
+    fn apply(self, settings: &mut Settings) -> anyhow::Result<Option<PathBuf>> {
+        let Self { kubeconfig, config: _, bootstrap_kubeconfig, cert_dir, rotate_certificates } = self;
+        anyhow::ensure!(
+            bootstrap_kubeconfig.is_none() || kubeconfig.is_some(),
+            "--bootstrap-kubeconfig needs --kubeconfig, the file it writes"
+        );
+        let identity = &mut settings.identity;
+        identity.bootstrap_kubeconfig = bootstrap_kubeconfig;
+        identity.cert_dir = cert_dir;
+        set(&mut identity.rotate_certificates, rotate_certificates);
+        Ok(kubeconfig)
+    }
 }
 
 /// The Node object.
@@ -188,17 +214,40 @@ struct ServingArgs {
     /// Key of that certificate
     #[arg(long, value_name = "FILE", requires = "tls_cert_file")]
     tls_private_key_file: Option<PathBuf>,
+    /// Ask the API server for that certificate (serverTLSBootstrap) and renew it; self-signed until it is approved
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    rotate_server_certificates: Option<bool>,
+    /// Lowest TLS version, VersionTLS12 or VersionTLS13 [default: VersionTLS12]
+    #[arg(long, value_name = "VERSION")]
+    tls_min_version: Option<TlsVersion>,
+    /// Cipher suites for TLS 1.2, by Go's names [default: all with forward secrecy and AEAD]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    tls_cipher_suites: Vec<CipherSuite>,
 }
 
 impl ServingArgs {
     fn apply(self, settings: &mut Settings) {
-        let Self { address, port, client_ca_file, tls_cert_file, tls_private_key_file } = self;
+        let Self {
+            address,
+            port,
+            client_ca_file,
+            tls_cert_file,
+            tls_private_key_file,
+            rotate_server_certificates,
+            tls_min_version,
+            tls_cipher_suites,
+        } = self;
+        set(&mut settings.identity.server_tls_bootstrap, rotate_server_certificates);
         let serving = &mut settings.serving;
         set(&mut serving.address, address);
         set(&mut serving.port, port);
         set(&mut serving.client_ca_file, client_ca_file.map(Some));
         set(&mut serving.tls_cert_file, tls_cert_file.map(Some));
         set(&mut serving.tls_private_key_file, tls_private_key_file.map(Some));
+        set(&mut serving.tls_min_version, tls_min_version);
+        if !tls_cipher_suites.is_empty() {
+            serving.tls_cipher_suites = tls_cipher_suites;
+        }
     }
 }
 

@@ -10,7 +10,9 @@ use tokio::sync::watch;
 use tracing::info;
 
 use super::flags::Plan;
+use super::identity;
 use crate::apiserver::ApiServer;
+use crate::apiserver::reload::Reload;
 use crate::config::{RuntimeKind, Settings, configuration};
 use crate::kubelet_api::{self, KubeletApi};
 use crate::metrics::Metrics;
@@ -63,17 +65,23 @@ struct Parts {
 pub(super) async fn node(plan: Plan) -> anyhow::Result<()> {
     let Plan { settings, kubeconfig, warnings: _ } = plan;
     let kubeconfig = kubeconfig.context("there is no way to the API server: pass --kubeconfig FILE")?;
-    let api = Arc::new(ApiServer::from_kubeconfig(&kubeconfig).await?);
+    let (api, reload) = identity::connect(&settings, &kubeconfig).await?;
+    let api = Arc::new(api);
     info!(node = %settings.node.name, server = %api.url, runtime = settings.runtime.kind.name(), "starting");
     let owner = owner::owner(&api, &settings.pods.root_dir, &settings.node.name).await?;
     let (tasks, supervisor) = Tasks::new();
     let patience = if settings.node.drain_on_exit { DRAIN_PATIENCE } else { PATIENCE };
-    start_rooms(settings, api, owner, &tasks).await?;
+    start_rooms(settings, (api, reload), owner, &tasks).await?;
     supervisor.run(patience).await
 }
 
 /// Wires every room to its neighbours.
-async fn start_rooms(settings: Settings, api: Arc<ApiServer>, owner: String, tasks: &Tasks) -> anyhow::Result<()> {
+async fn start_rooms(
+    settings: Settings,
+    (api, reload): (Arc<ApiServer>, Reload),
+    owner: String,
+    tasks: &Tasks,
+) -> anyhow::Result<()> {
     let settings = Arc::new(settings);
     let metrics = Metrics::new();
     let (uplink, bridge) = Uplink::new();
@@ -86,6 +94,7 @@ async fn start_rooms(settings: Settings, api: Arc<ApiServer>, owner: String, tas
         health,
     };
     let node = node::spawn(params, tasks)?;
+    identity::keep(&settings, &api, reload, &node.facts, tasks);
     let directory = Arc::new(Directory::default());
     let parts = Parts { settings, api, owner, metrics, runtime, directory, node, tasks: tasks.clone() };
     serve_api(&parts).await?;
@@ -124,20 +133,14 @@ fn driver(settings: &Settings, owner: &str, uplink: Uplink, metrics: &Metrics) -
 async fn serve_api(parts: &Parts) -> anyhow::Result<()> {
     let serving = &parts.settings.serving;
     let facts = parts.node.facts.borrow().clone();
-    let files = serving.tls_cert_file.clone().zip(serving.tls_private_key_file.clone());
     let params = kubelet_api::Params {
         listen: SocketAddr::new(serving.address, serving.port),
         node_name: facts.name.clone(),
         tls: kubelet_api::TlsParams {
-            serving: match files {
-                Some((certificate, key)) => kubelet_api::Serving::Files { certificate, key },
-                None => kubelet_api::Serving::SelfSigned(kubelet_api::SelfSigned {
-                    directory: parts.settings.pods.root_dir.join("pki"),
-                    names: vec![facts.name],
-                    addresses: facts.addresses,
-                }),
-            },
+            serving: identity::serving(&parts.settings, &facts),
             client_ca_file: serving.client_ca_file.clone(),
+            min_version: serving.tls_min_version,
+            cipher_suites: serving.tls_cipher_suites.clone(),
         },
         access: kubelet_api::Access {
             anonymous: serving.anonymous,

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Settings;
+use super::tls::TlsVersion;
 use super::values::{GoDuration, NodeTaint, Reserved, Threshold, ValueError, parse_quantity};
 
 /// The only kind and version read.
@@ -86,6 +87,12 @@ struct KubeletConfiguration {
     port: Option<u16>,
     tls_cert_file: Option<PathBuf>,
     tls_private_key_file: Option<PathBuf>,
+    tls_cipher_suites: Option<Vec<String>>,
+    tls_min_version: Option<String>,
+    rotate_certificates: Option<bool>,
+    #[serde(rename = "serverTLSBootstrap")]
+    server_tls_bootstrap: Option<bool>,
+    feature_gates: Option<FeatureGates>,
     authentication: Option<Authentication>,
     authorization: Option<Authorization>,
     #[serde(rename = "clusterDNS")]
@@ -112,6 +119,13 @@ struct KubeletConfiguration {
     #[serde(rename = "cpuCFSQuota")]
     cpu_cfs_quota: Option<bool>,
     pod_pids_limit: Option<i64>,
+}
+
+/// The gates that make a difference here; the others are named as ignored.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct FeatureGates {
+    rotate_kubelet_server_certificate: Option<bool>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -225,6 +239,7 @@ impl ConfigFile {
         let fields = std::mem::take(&mut self.fields);
         let mut overlay = Overlay { path: self.path, ignored: self.ignored };
         let mut warnings = apply_serving(&fields, settings);
+        overlay.tls(&fields, settings)?;
         overlay.node(&fields, settings)?;
         overlay.pods(&fields, settings)?;
         apply_images(&fields, settings);
@@ -338,6 +353,25 @@ impl Overlay {
     fn check<T>(&self, field: &str, value: Result<T, impl Into<ValueError>>) -> Result<T, ConfigError> {
         let field = field.to_owned();
         value.map_err(|source| ConfigError::Field { path: self.path.clone(), field, source: source.into() })
+    }
+
+    fn tls(&self, fields: &KubeletConfiguration, settings: &mut Settings) -> Result<(), ConfigError> {
+        let Settings { serving, identity, .. } = settings;
+        if let Some(names) = &fields.tls_cipher_suites {
+            let suites = names.iter().map(|name| name.parse()).collect::<Result<_, ValueError>>();
+            serving.tls_cipher_suites = self.check("tlsCipherSuites", suites)?;
+        }
+        if let Some(name) = fields.tls_min_version.as_deref().filter(|name| !name.is_empty()) {
+            serving.tls_min_version = self.check("tlsMinVersion", name.parse::<TlsVersion>())?;
+        }
+        set(&mut identity.rotate_certificates, fields.rotate_certificates);
+        set(&mut identity.server_tls_bootstrap, fields.server_tls_bootstrap);
+        let gate = fields.feature_gates.as_ref().and_then(|gates| gates.rotate_kubelet_server_certificate);
+        if gate == Some(false) && identity.server_tls_bootstrap {
+            let text = "it needs the feature gate RotateKubeletServerCertificate, which featureGates turns off";
+            return self.check("serverTLSBootstrap", Err(ValueError::new(text)));
+        }
+        Ok(())
     }
 
     fn node(&mut self, fields: &KubeletConfiguration, settings: &mut Settings) -> Result<(), ConfigError> {
@@ -454,6 +488,26 @@ mod tests {
         let result = ConfigFile::parse(Path::new("node.yaml"), text)
             .and_then(|file| file.apply(&mut Settings::default()).map(|_| ()));
         crate::telemetry::chain(&result.unwrap_err())
+    }
+
+    #[test]
+    fn tls_and_certificates_are_taken_over_and_bad_names_refused() {
+        let (settings, warnings) = applied(
+            "tlsMinVersion: VersionTLS13\ntlsCipherSuites: [TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256]\n\
+             rotateCertificates: false\nserverTLSBootstrap: true\n\
+             featureGates: {RotateKubeletServerCertificate: true, SomethingElse: true}\n",
+        );
+        assert_eq!(settings.serving.tls_min_version, TlsVersion::Tls13);
+        assert_eq!(settings.serving.tls_cipher_suites.len(), 1);
+        assert!(!settings.identity.rotate_certificates && settings.identity.server_tls_bootstrap);
+        assert!(warnings[0].ends_with("fields featureGates.SomethingElse"), "{warnings:?}");
+
+        let error = refused(&format!("{HEAD}tlsCipherSuites: [TLS_RSA_WITH_AES_128_CBC_SHA]"));
+        assert!(error.contains("tlsCipherSuites") && error.contains("TLS_RSA_WITH_AES_128_CBC_SHA"), "{error}");
+        let error = refused(&format!("{HEAD}tlsMinVersion: TLS1.3"));
+        assert!(error.contains("tlsMinVersion") && error.contains("VersionTLS13"), "{error}");
+        let gate = "serverTLSBootstrap: true\nfeatureGates: {RotateKubeletServerCertificate: false}";
+        assert!(refused(&format!("{HEAD}{gate}")).contains("RotateKubeletServerCertificate"));
     }
 
     #[test]

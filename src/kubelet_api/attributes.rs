@@ -41,7 +41,9 @@ fn subresources(path: &str) -> &'static [&'static str] {
         "pods" | "runningpods" => &["pods", "proxy"],
         "healthz" => &["healthz", "proxy"],
         "configz" => &["configz", "proxy"],
-        "statusz" => &["statusz", "proxy"],
+        "statusz" => &["statusz"],
+        // The flags are configuration, and kubelet asks for no right of their own.
+        "flagz" => &["configz"],
         _ => &["proxy"],
     }
 }
@@ -67,14 +69,14 @@ mod tests {
             ("/healthz", &["healthz", "proxy"]),
             ("/healthz/syncloop", &["healthz", "proxy"]),
             ("/configz", &["configz", "proxy"]),
-            ("/statusz", &["statusz", "proxy"]),
+            ("/statusz", &["statusz"]),
             ("/containerLogs/ns/pod/c", &["proxy"]),
             ("/exec/ns/pod/c", &["proxy"]),
             ("/attach/ns/pod/c", &["proxy"]),
             ("/portForward/ns/pod", &["proxy"]),
             ("/run/ns/pod/c", &["proxy"]),
             ("/debug/pprof/profile", &["proxy"]),
-            ("/flagz", &["proxy"]),
+            ("/flagz", &["configz"]),
             ("/", &["proxy"]),
             ("", &["proxy"]),
             // No way around by look-alikes.

@@ -1,22 +1,16 @@
 //! The certificate the API serves with until it is given another: made here, signed by itself, kept while it fits.
 
-use std::fs::{self, Permissions};
-use std::io::{self, Write};
+use std::fs;
 use std::net::IpAddr;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan, civil::Date};
-use rcgen::{
-    CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose, PublicKeyData,
-};
+use rcgen::{CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose};
 use tracing::info;
-use x509_parser::extensions::GeneralName;
-use x509_parser::pem::parse_x509_pem;
-use x509_parser::prelude::X509Certificate;
 
 use super::tls::TlsError;
+use crate::certificate::{self, Certificate, Names};
 
 /// Days a certificate is good for, as a kubelet's own.
 const LIFETIME_DAYS: i64 = 365;
@@ -60,31 +54,16 @@ fn unfit(own: &SelfSigned, now: Timestamp) -> Option<&'static str> {
     let (Ok(certificate), Ok(key)) = (fs::read(own.certificate()), fs::read_to_string(own.key())) else {
         return Some("there is none");
     };
-    let Ok((_, pem)) = parse_x509_pem(&certificate) else { return Some("it is not PEM") };
-    let Ok(parsed) = pem.parse_x509() else { return Some("it does not parse") };
+    let Some(parsed) = Certificate::first(&certificate) else { return Some("it does not parse") };
     let Ok(key) = KeyPair::from_pem(&key) else { return Some("its key does not parse") };
-    if *parsed.public_key().subject_public_key.data != *key.der_bytes() {
+    if !parsed.belongs_to(&key) {
         return Some("its key is another's");
     }
-    let (from, to) = (parsed.validity().not_before.timestamp(), parsed.validity().not_after.timestamp());
-    if now.as_second() < from || now.as_second() + RENEW_DAYS * 86_400 > to {
+    if now < parsed.not_before || now.as_second() + RENEW_DAYS * 86_400 > parsed.not_after.as_second() {
         return Some("its time is over");
     }
-    if covers(&parsed, own) { None } else { Some("names or addresses changed") }
-}
-
-fn covers(certificate: &X509Certificate<'_>, own: &SelfSigned) -> bool {
-    let Ok(Some(extension)) = certificate.subject_alternative_name() else { return false };
-    let all = &extension.value.general_names;
-    let name = |wanted: &String| all.iter().any(|name| matches!(name, GeneralName::DNSName(name) if name == wanted));
-    let address = |wanted: &IpAddr| {
-        let octets = match wanted {
-            IpAddr::V4(address) => address.octets().to_vec(),
-            IpAddr::V6(address) => address.octets().to_vec(),
-        };
-        all.iter().any(|name| matches!(name, GeneralName::IPAddress(bytes) if *bytes == octets.as_slice()))
-    };
-    own.names.iter().all(name) && own.addresses.iter().all(address)
+    let wanted = Names { dns: own.names.iter().cloned().collect(), ip: own.addresses.iter().copied().collect() };
+    if parsed.names.cover(&wanted) { None } else { Some("names or addresses changed") }
 }
 
 fn generate(own: &SelfSigned, now: Timestamp) -> Result<(), TlsError> {
@@ -111,22 +90,14 @@ fn generate(own: &SelfSigned, now: Timestamp) -> Result<(), TlsError> {
     write(&own.certificate(), certificate.pem().as_bytes(), 0o644)
 }
 
-/// Writes beside, then renames.
 fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), TlsError> {
-    let directory = path.parent().unwrap_or(Path::new("."));
-    let steps = || -> io::Result<()> {
-        fs::create_dir_all(directory)?;
-        let mut file = tempfile::Builder::new().permissions(Permissions::from_mode(mode)).tempfile_in(directory)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        Ok(())
-    };
-    steps().map_err(|source| TlsError::Write { path: path.to_owned(), source })
+    certificate::write(path, bytes, mode).map_err(|source| TlsError::Write { path: path.to_owned(), source })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn wanted(directory: &Path) -> SelfSigned {

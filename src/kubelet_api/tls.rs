@@ -16,6 +16,8 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use sha2::{Digest, Sha256};
 
 use super::self_signed::{self, SelfSigned};
+use crate::certificate::Certificate;
+use crate::config::tls::{CipherSuite, TlsVersion};
 
 /// A file larger than this is not a certificate bundle.
 const MAX_FILE: u64 = 4 << 20;
@@ -32,6 +34,13 @@ pub enum Serving {
     },
     /// Made here and signed by itself.
     SelfSigned(SelfSigned),
+    /// Asked for by `kubernetes.io/kubelet-serving` requests (`serverTLSBootstrap`).
+    Requested {
+        /// The certificate and its key in one PEM file, once it was granted.
+        file: PathBuf,
+        /// What is shown while there is none, or it has expired.
+        meanwhile: SelfSigned,
+    },
 }
 
 /// What a TLS set-up is made from.
@@ -42,6 +51,17 @@ pub struct TlsParams {
     /// `--client-ca-file`: PEM authorities whose client certificates are believed. Without it no client certificate is
     /// asked for, and only tokens count.
     pub client_ca_file: Option<PathBuf>,
+    /// `tlsMinVersion`.
+    pub min_version: TlsVersion,
+    /// `tlsCipherSuites`: those offered for TLS 1.2; empty offers all. Those of TLS 1.3 are always offered.
+    pub cipher_suites: Vec<CipherSuite>,
+}
+
+impl TlsParams {
+    /// A set-up that offers every version and cipher suite there is and asks for no client certificate.
+    pub fn new(serving: Serving) -> Self {
+        Self { serving, client_ca_file: None, min_version: TlsVersion::default(), cipher_suites: Vec::new() }
+    }
 }
 
 /// What is wrong with the TLS files.
@@ -107,9 +127,9 @@ pub enum TlsError {
         #[source]
         source: VerifierBuilderError,
     },
-    /// This build lacks the protocol versions.
-    #[error("failed to offer TLS 1.2 and 1.3")]
-    Versions(#[source] rustls::Error),
+    /// No version is left with these cipher suites.
+    #[error("failed to offer TLS from {0:?} on with the cipher suites chosen")]
+    Versions(TlsVersion, #[source] rustls::Error),
     /// A self-signed certificate could not be made.
     #[error("failed to make a self-signed certificate for {name}")]
     Generate {
@@ -129,6 +149,8 @@ struct Loaded {
 
 /// The files' contents, unparsed.
 struct Contents {
+    /// Where certificate and key are.
+    paths: (PathBuf, PathBuf),
     certificate: Vec<u8>,
     key: Vec<u8>,
     client_ca: Option<Vec<u8>>,
@@ -136,9 +158,9 @@ struct Contents {
 
 impl Contents {
     fn read(params: &TlsParams) -> Result<Self, TlsError> {
-        let (certificate, key) = params.serving.paths();
+        let paths = params.serving.choose(Timestamp::now())?;
         let client_ca = params.client_ca_file.as_deref().map(read).transpose()?;
-        Ok(Self { certificate: read(&certificate)?, key: read(&key)?, client_ca })
+        Ok(Self { certificate: read(&paths.0)?, key: read(&paths.1)?, client_ca, paths })
     }
 
     /// Contents are compared and not times: a file replaced within the clock's grain, or through a symbolic link as a
@@ -155,11 +177,17 @@ impl Contents {
 }
 
 impl Serving {
-    fn paths(&self) -> (PathBuf, PathBuf) {
-        match self {
-            Self::Files { certificate, key } => (certificate.clone(), key.clone()),
-            Self::SelfSigned(own) => (own.certificate(), own.key()),
-        }
+    /// The files to use now; a self-signed pair is made where one is wanted and none fits.
+    fn choose(&self, now: Timestamp) -> Result<(PathBuf, PathBuf), TlsError> {
+        let own = match self {
+            Self::Files { certificate, key } => return Ok((certificate.clone(), key.clone())),
+            Self::Requested { file, .. } if Certificate::of_pair(file).is_ok_and(|pair| pair.not_after > now) => {
+                return Ok((file.clone(), file.clone()));
+            }
+            Self::SelfSigned(own) | Self::Requested { meanwhile: own, .. } => own,
+        };
+        self_signed::ensure(own, now)?;
+        Ok((own.certificate(), own.key()))
     }
 }
 
@@ -174,9 +202,6 @@ pub(super) struct Tls {
 impl Tls {
     /// Reads the files, having made a self-signed certificate first where one is wanted and none fits.
     pub(super) fn load(params: TlsParams) -> Result<Self, TlsError> {
-        if let Serving::SelfSigned(own) = &params.serving {
-            self_signed::ensure(own, Timestamp::now())?;
-        }
         let contents = Contents::read(&params)?;
         let loaded = parse(&params, &contents)?;
         let tried = Mutex::new(Ok(contents.digest()));
@@ -225,9 +250,6 @@ impl Tls {
     }
 
     fn try_refresh(&self) -> Result<bool, TlsError> {
-        if let Serving::SelfSigned(own) = &self.params.serving {
-            self_signed::ensure(own, Timestamp::now())?;
-        }
         let contents = Contents::read(&self.params)?;
         let digest = contents.digest();
         {
@@ -252,8 +274,8 @@ fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
 }
 
 fn parse(params: &TlsParams, contents: &Contents) -> Result<Loaded, TlsError> {
-    let provider = Arc::new(ring::default_provider());
-    let (certificate, key) = params.serving.paths();
+    let provider = Arc::new(provider(&params.cipher_suites));
+    let (certificate, key) = contents.paths.clone();
     let chain = certificates(&contents.certificate, &certificate)?;
     let private = PrivateKeyDer::from_pem_slice(&contents.key).map_err(|source| TlsError::Pem {
         what: "private key",
@@ -264,9 +286,13 @@ fn parse(params: &TlsParams, contents: &Contents) -> Result<Loaded, TlsError> {
         (Some(path), Some(pem)) => Some(client_verifier(&provider, pem, path)?),
         _ => None,
     };
+    let versions = [&rustls::version::TLS13, &rustls::version::TLS12];
     let builder = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
-        .map_err(TlsError::Versions)?;
+        .with_protocol_versions(match params.min_version {
+            TlsVersion::Tls12 => &versions,
+            TlsVersion::Tls13 => &versions[..1],
+        })
+        .map_err(|source| TlsError::Versions(params.min_version, source))?;
     let builder = match &clients {
         Some(verifier) => builder.with_client_cert_verifier(verifier.clone()),
         None => builder.with_no_client_auth(),
@@ -279,6 +305,17 @@ fn parse(params: &TlsParams, contents: &Contents) -> Result<Loaded, TlsError> {
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(Loaded { config: Arc::new(config), clients })
+}
+
+/// The cipher suites chosen, those of TLS 1.3 always among them.
+fn provider(chosen: &[CipherSuite]) -> CryptoProvider {
+    let mut provider = ring::default_provider();
+    if !chosen.is_empty() {
+        provider
+            .cipher_suites
+            .retain(|suite| suite.tls13().is_some() || chosen.iter().any(|chosen| chosen.id() == suite.suite()));
+    }
+    provider
 }
 
 fn certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
@@ -321,7 +358,7 @@ mod tests {
         let own = own(directory, name);
         self_signed::ensure(&own, Timestamp::now()).unwrap();
         let serving = Serving::Files { certificate: own.certificate(), key: own.key() };
-        TlsParams { serving, client_ca_file: None }
+        TlsParams::new(serving)
     }
 
     #[test]
@@ -354,7 +391,7 @@ mod tests {
         files(two.path(), "two");
         let serving =
             Serving::Files { certificate: one.path().join("kubelet.crt"), key: two.path().join("kubelet.key") };
-        let refused = Tls::load(TlsParams { serving, client_ca_file: None });
+        let refused = Tls::load(TlsParams::new(serving));
         assert!(matches!(refused, Err(TlsError::Unusable { .. })));
     }
 
@@ -370,9 +407,55 @@ mod tests {
     }
 
     #[test]
+    fn a_requested_certificate_takes_over_once_it_is_there_and_while_it_holds() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("kubelet-server-current.pem");
+        let serving = Serving::Requested { file: file.clone(), meanwhile: own(directory.path(), "a") };
+        let shown = |tls: &Tls| tls.params.serving.choose(Timestamp::now()).unwrap().0;
+        let tls = Tls::load(TlsParams::new(serving.clone())).unwrap();
+        assert_eq!(shown(&tls), directory.path().join("kubelet.crt"));
+
+        let grant = |until: i32| {
+            let key = rcgen::KeyPair::generate().unwrap();
+            let mut params = rcgen::CertificateParams::new(vec!["a".to_owned()]).unwrap();
+            params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+            params.not_after = rcgen::date_time_ymd(until, 1, 1);
+            let pem = params.self_signed(&key).unwrap().pem();
+            fs::write(&file, format!("{pem}{}", key.serialize_pem())).unwrap();
+        };
+        grant(2500);
+        assert!(tls.refresh().unwrap());
+        assert_eq!(shown(&tls), file);
+        // A start finds it too.
+        assert_eq!(shown(&Tls::load(TlsParams::new(serving)).unwrap()), file);
+        for broken in [true, false] {
+            if broken {
+                fs::write(&file, "rubbish").unwrap()
+            } else {
+                grant(2021)
+            }
+            tls.refresh().unwrap();
+            assert_eq!(shown(&tls), directory.path().join("kubelet.crt"));
+        }
+    }
+
+    #[test]
+    fn only_the_suites_and_versions_chosen_are_offered() {
+        let suites = |chosen: &[&str]| {
+            let chosen: Vec<CipherSuite> = chosen.iter().map(|name| name.parse().unwrap()).collect();
+            let (new, old): (Vec<_>, Vec<_>) =
+                provider(&chosen).cipher_suites.into_iter().partition(|suite| suite.tls13().is_some());
+            (new.len(), old.len())
+        };
+        assert_eq!(suites(&[]), (3, 6));
+        assert_eq!(suites(&["TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256"]), (3, 1));
+        assert_eq!(suites(&["TLS_AES_128_GCM_SHA256"]), (3, 0));
+    }
+
+    #[test]
     fn a_missing_file_is_named() {
         let serving = Serving::Files { certificate: "/nowhere/tls.crt".into(), key: "/nowhere/tls.key".into() };
-        let error = Tls::load(TlsParams { serving, client_ca_file: None }).err().unwrap();
+        let error = Tls::load(TlsParams::new(serving)).err().unwrap();
         assert_eq!(error.to_string(), "failed to read /nowhere/tls.crt");
     }
 }

@@ -12,6 +12,7 @@
 //! an upgrade of the agent is no outage of its Pods.
 
 pub mod health;
+pub mod identity;
 pub mod lease;
 pub mod machine;
 pub mod object;

@@ -21,6 +21,7 @@ mod fakecloud;
 mod function_tools;
 mod functions;
 mod hardening;
+mod identity;
 mod images;
 mod lifecycle;
 mod logs;

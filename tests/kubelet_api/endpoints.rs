@@ -94,7 +94,7 @@ async fn without_files_it_serves_with_a_certificate_of_its_own() {
         names: vec![NODE.to_owned()],
         addresses: vec![IpAddr::from([127, 0, 0, 1])],
     };
-    let tls = TlsParams { serving: Serving::SelfSigned(own), client_ca_file: None };
+    let tls = TlsParams::new(Serving::SelfSigned(own));
     let node = Node::start_with(Setup::default(), tls, directory, Authority::new("none")).await;
     let mut client = node.connect(None).await.unwrap();
     let (_, certificate) = X509Certificate::from_der(&client.served).unwrap();

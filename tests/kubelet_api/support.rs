@@ -354,10 +354,8 @@ impl Node {
         std::fs::write(path("tls.crt"), certificate).unwrap();
         std::fs::write(path("tls.key"), key).unwrap();
         std::fs::write(path("ca.crt"), authority.pem()).unwrap();
-        let tls = TlsParams {
-            serving: Serving::Files { certificate: path("tls.crt"), key: path("tls.key") },
-            client_ca_file: Some(path("ca.crt")),
-        };
+        let serving = Serving::Files { certificate: path("tls.crt"), key: path("tls.key") };
+        let tls = TlsParams { client_ca_file: Some(path("ca.crt")), ..TlsParams::new(serving) };
         Self::start_with(setup, tls, directory, authority).await
     }
 

@@ -12,6 +12,9 @@ use crate::harness::on_shared_node;
 use crate::harness::pods::busybox_with;
 use crate::harness::wait::watch_until;
 
+/// How many calls a caller made, which Pods answered, and what was lost.
+type Tally = (usize, BTreeSet<String>, Vec<String>);
+
 #[test]
 #[ignore = "needs cluster: run hack/test"]
 fn a_rolling_update_behind_a_service_loses_no_call() {
@@ -49,7 +52,7 @@ fn a_rolling_update_behind_a_service_loses_no_call() {
         let first = poll("the Service", SOON, ask).await.text();
 
         let stop = Arc::new(AtomicBool::new(false));
-        let callers: Vec<JoinHandle<(usize, BTreeSet<String>, Vec<String>)>> = (0..3)
+        let callers: Vec<JoinHandle<Tally>> = (0..3)
             .map(|_| {
                 let (address, stop) = (address.clone(), Arc::clone(&stop));
                 tokio::spawn(async move {

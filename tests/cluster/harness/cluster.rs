@@ -68,6 +68,11 @@ impl Cluster {
         self.hack(&["user-kubeconfig", user]).trim().into()
     }
 
+    /// The path of a kubeconfig with a bootstrap token.
+    pub(crate) fn bootstrap_kubeconfig(&self) -> PathBuf {
+        self.hack(&["bootstrap-kubeconfig"]).trim().into()
+    }
+
     pub(crate) fn hack(&self, args: &[&str]) -> String {
         hack(&self.dir, args)
     }
