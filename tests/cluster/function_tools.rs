@@ -29,7 +29,9 @@ httpd -f -p 8080 -h /tmp/www & wait
 
 /// A function of a plain HTTP server with these labels and annotations.
 async fn function(t: &Case, name: &str, labels: Value, annotations: Value) -> Pod {
-    let server = busybox_with(SERVER, json!({"ports": [{"containerPort": 8080}]}));
+    // Small, so that what tests beside this one ask for does not take its replicas away.
+    let limits = json!({"limits": {"cpu": "50m", "memory": "64Mi"}});
+    let server = busybox_with(SERVER, json!({"ports": [{"containerPort": 8080}], "resources": limits}));
     t.labelled_pod(name, json!({"labels": labels, "annotations": annotations}), json!({"containers": [server]})).await;
     t.running(name).await
 }

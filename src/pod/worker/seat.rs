@@ -1,8 +1,8 @@
 //! An environment of a function Pod, owned as a Pod is: the same steps, the same care, another place in the runtime.
 //!
-//! To the runtime an environment is a Pod by itself, with a UID of its own (see [`key`]); to the API server it does not
-//! exist. Its volumes and its cgroup are its replica's, its status goes to the pool, and nobody admits or deletes it but
-//! the pool.
+//! To the runtime an environment is a Pod by itself, with a key of its own as its UID (see [`crate::pod::crew`]); to the
+//! API server it does not exist. Its volumes and its cgroup are its replica's, its status goes to the pool, and nobody
+//! admits or deletes it but the pool.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

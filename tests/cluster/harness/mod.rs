@@ -10,6 +10,7 @@ pub(crate) mod wait;
 use std::any::Any;
 use std::fmt::Debug;
 use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -31,6 +32,8 @@ pub(crate) const BUSYBOX: &str = "busybox:1.36";
 
 /// The node that tests share, as long as one of them uses it.
 static SHARED: Mutex<Weak<Node>> = Mutex::new(Weak::new());
+/// How many there were before.
+static SHARED_BEFORE: AtomicU32 = AtomicU32::new(0);
 /// Held while the shared node starts.
 static STARTING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
@@ -51,7 +54,9 @@ pub(crate) fn on_shared_node(test: impl AsyncFnOnce(&Case)) {
         if let Some(node) = running {
             return node;
         }
-        let node = Arc::new(Node::start(cluster, client, "shared", Options::default()).await);
+        // Should a moment without any such test have ended the last one, that one may still be clearing up.
+        let name = format!("shared{}", SHARED_BEFORE.fetch_add(1, Ordering::Relaxed));
+        let node = Arc::new(Node::start(cluster, client, &name, Options::default()).await);
         *SHARED.lock().unwrap() = Arc::downgrade(&node);
         node
     });
