@@ -105,6 +105,17 @@ impl Worker {
         signal: watch::Receiver<Signal>,
         past: Past,
     ) -> Self {
+        let worker = Self::plain(shared, desired, signal, past);
+        Self { function: Function::of(&worker.pod), ..worker }
+    }
+
+    /// What workers of Pods and of environments begin with.
+    fn plain(
+        shared: Arc<Shared>,
+        desired: watch::Receiver<Desired>,
+        signal: watch::Receiver<Signal>,
+        past: Past,
+    ) -> Self {
         let pod = desired.borrow().pod.clone();
         let relists = signal.borrow().relists;
         Self {
@@ -122,12 +133,6 @@ impl Worker {
             seat: None,
             function: None,
         }
-        .with_function()
-    }
-
-    fn with_function(mut self) -> Self {
-        self.function = Function::of(&self.pod);
-        self
     }
 
     /// Owns the Pod until its object and everything of it on this node are gone.

@@ -8,15 +8,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PodStatus;
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::memory::Memory;
-use super::{Desired, LOOK_AGAIN, Past, Signal, Worker, spread};
+use super::{Desired, Past, Signal, Worker};
 use crate::pod::Shared;
-use crate::pod::observed::Observed;
 use crate::pod::translate::Places;
 use crate::runtime::types::{ContainerConfig, PodRef, Resources, SandboxConfig};
 
@@ -65,23 +62,13 @@ impl Worker {
         signal: watch::Receiver<Signal>,
         past: Past,
     ) -> Self {
-        let pod = desired.borrow().pod.clone();
+        let worker = Self::plain(shared, desired, signal, past);
         let places = Places { volumes: seat.volumes.clone(), ..Places::default() };
-        let relists = signal.borrow().relists;
         Self {
             reference: seat.reference.clone(),
-            memory: Memory { places: Some(places), ..Memory::new(&pod, Timestamp::now()) },
-            shared,
-            desired,
-            signal,
-            relists,
-            pod,
-            gone: false,
-            observed: Observed::default(),
-            look_at: Instant::now() + spread(LOOK_AGAIN),
-            past,
+            memory: Memory { places: Some(places), ..worker.memory },
             seat: Some(seat),
-            function: None,
+            ..worker
         }
     }
 
