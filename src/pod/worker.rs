@@ -179,7 +179,8 @@ impl Worker {
         }
         match step {
             Step::Wait(until) => self.wait(until).await,
-            step => self.perform(step, goal, unsent).await,
+            // Boxed, for most workers wait: they need not keep room for the largest step.
+            step => Box::pin(self.perform(step, goal, unsent)).await,
         }
         Next::Again
     }
