@@ -40,7 +40,7 @@ fn kubectl(t: &Case, websockets: &str, args: &[&str]) -> std::process::Command {
 }
 
 /// Runs kubectl to its end with this input.
-fn run(t: &Case, websockets: &str, args: &[&str], input: &[u8]) -> Output {
+pub(crate) fn run(t: &Case, websockets: &str, args: &[&str], input: &[u8]) -> Output {
     let mut command = kubectl(t, websockets, args);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
@@ -53,7 +53,7 @@ fn run(t: &Case, websockets: &str, args: &[&str], input: &[u8]) -> Output {
     })
 }
 
-fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
