@@ -15,9 +15,10 @@ use tokio::task::JoinSet;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 
+use crate::harness::node::Options;
 use crate::harness::pods::{STAY, busybox, busybox_with, sleeper, with};
 use crate::harness::wait::{SOON, poll};
-use crate::harness::{Case, on_shared_node};
+use crate::harness::{Case, on_own_node, on_shared_node};
 
 /// How kubectl is told which protocol to speak to the API server.
 const PROTOCOLS: [(&str, &str); 2] = [("WebSocket", "true"), ("SPDY", "false")];
@@ -41,7 +42,10 @@ fn kubectl(t: &Case, websockets: &str, args: &[&str]) -> std::process::Command {
 
 /// Runs kubectl to its end with this input.
 pub(crate) fn run(t: &Case, websockets: &str, args: &[&str], input: &[u8]) -> Output {
-    let mut command = kubectl(t, websockets, args);
+    run_command(kubectl(t, websockets, args), input)
+}
+
+fn run_command(mut command: std::process::Command, input: &[u8]) -> Output {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     std::thread::scope(|scope| {
@@ -71,8 +75,13 @@ async fn background(mut command: std::process::Command) -> (Child, BufReader<Chi
 async fn forward(t: &Case, websockets: &str, pod: &str, port: u16) -> (Child, BufReader<ChildStdout>, u16) {
     let (child, lines, first) =
         background(kubectl(t, websockets, &["port-forward", pod, &format!(":{port}"), "--address=127.0.0.1"])).await;
+    (child, lines, local_port(&first))
+}
+
+/// The local port in the first line of `kubectl port-forward`.
+fn local_port(first: &str) -> u16 {
     let local = first.split("127.0.0.1:").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
-    (child, lines, local.unwrap_or_else(|| panic!("{first}")))
+    local.unwrap_or_else(|| panic!("{first}"))
 }
 
 #[test]
@@ -304,6 +313,45 @@ fn older_websocket_clients_are_passed_through() {
                 }
             }
             socket.close(None).await.unwrap();
+        }
+    });
+}
+
+/// Whether a process with these words, one after the other, runs anywhere on this host.
+fn runs_on_host(words: [&str; 2]) -> bool {
+    let wanted: Vec<u8> = words.iter().flat_map(|word| word.bytes().chain([0])).collect();
+    let processes = std::fs::read_dir("/proc").unwrap().filter_map(|entry| Some(entry.ok()?.path().join("cmdline")));
+    processes.filter_map(|path| std::fs::read(path).ok()).any(|line| line == wanted)
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn no_command_outlives_the_node_that_ran_it() {
+    on_own_node("execs", Options::default(), async |t| {
+        t.pod("p", sleeper()).await;
+        t.running("p").await;
+        // The second one is deaf to a hang-up.
+        for (number, deaf) in [("192837465", ""), ("192837466", "trap '' HUP; ")] {
+            let script = format!("{deaf}echo up; exec sleep {number}");
+            let start = || background(kubectl(t, "true", &["exec", "-i", "p", "--", "sh", "-c", &script]));
+            let (_child, _lines, _up) = start().await;
+            assert!(runs_on_host(["sleep", number]));
+            t.node.stop(Duration::from_secs(15)).await;
+            assert!(!runs_on_host(["sleep", number]), "a node that was told to end ends what clients had started");
+            t.node.spawn(&[]);
+            t.node.adopted(&t.client).await;
+            t.log_with("p", "main", "up").await;
+
+            let (_child, _lines, _up) = start().await;
+            t.node.kill9();
+            assert!(runs_on_host(["sleep", number]), "nobody was there to end it");
+            t.node.spawn(&[]);
+            t.node.adopted(&t.client).await;
+            poll("free of the command", Duration::from_secs(5), async || {
+                if runs_on_host(["sleep", number]) { Err(format!("sleep {number} still runs")) } else { Ok(()) }
+            })
+            .await;
+            t.log_with("p", "main", "up").await;
         }
     });
 }

@@ -147,6 +147,7 @@ on_docker! {
         a_session_that_is_dropped_ends_its_process_and_children
         a_process_that_left_the_session_on_purpose_is_spared
         an_exec_that_nobody_waits_for_leaves_nothing
+        what_an_earlier_process_left_running_is_ended_and_no_exec_of_others
         an_exec_ends_although_its_child_holds_the_streams
         a_slow_reader_loses_nothing
         nothing_is_read_ahead_of_a_client
