@@ -169,7 +169,7 @@ async fn serve_api(parts: &Parts) -> anyhow::Result<()> {
         targets: parts.directory.clone(),
         runtime: parts.runtime.clone(),
         metrics: parts.metrics.clone(),
-        limits: kubelet_api::Limits::default(),
+        limits: kubelet_api::Limits { stream_idle: serving.stream_idle, ..kubelet_api::Limits::default() },
         about: kubelet_api::About {
             configuration: configuration::in_effect(&parts.settings),
             flags: kubelet_api::flags_of(std::env::args()),

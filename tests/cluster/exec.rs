@@ -358,6 +358,35 @@ fn no_command_outlives_the_node_that_ran_it() {
 
 #[test]
 #[ignore = "needs cluster: run hack/test"]
+fn a_stream_on_which_nothing_happens_ends_in_its_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("config.yaml");
+    let text = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n\
+                evictionHard: {memory.available: 100Mi, nodefs.available: 1Gi, nodefs.inodesFree: 1%}\n\
+                streamingConnectionIdleTimeout: 2s\n";
+    std::fs::write(&config, text).unwrap();
+    on_own_node("idles", Options::flags(&[&format!("--config={}", config.display())]), async |t| {
+        t.pod("p", sleeper()).await;
+        t.running("p").await;
+        for (protocol, websockets) in PROTOCOLS {
+            let began = std::time::Instant::now();
+            // What says something now and then is not idle.
+            let ended =
+                run(t, websockets, &["exec", "p", "--", "sh", "-c", "for i in 1 2 3; do sleep 1; echo $i; done"], b"");
+            assert!(ended.status.success(), "{protocol}: {}", String::from_utf8_lossy(&ended.stderr));
+            let ended = run(t, websockets, &["exec", "p", "--", "sleep", "120"], b"");
+            // Over SPDY kubectl takes the end of a connection for the end of the command.
+            assert!(!ended.status.success() || protocol == "SPDY", "{protocol}");
+            assert!(began.elapsed() < Duration::from_secs(60), "{protocol}: {:?}", began.elapsed());
+            let (mut child, _lines, port) = forward(t, websockets, "p", 8080).await;
+            let _ = TcpStream::connect(("127.0.0.1", port)).await;
+            tokio::time::timeout(Duration::from_secs(60), child.wait()).await.expect("kubectl ends").unwrap();
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
 fn the_node_declares_what_it_serves() {
     on_shared_node(async |t| {
         let node: Node = Api::all(t.client.clone()).get(&t.node.name).await.unwrap();
