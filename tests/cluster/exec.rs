@@ -385,6 +385,51 @@ fn a_stream_on_which_nothing_happens_ends_in_its_time() {
     });
 }
 
+/// Bytes that go both ways at once through one exec; 1 GiB with `LAMBDALET_TEST_EXEC_BYTES=1073741824`.
+fn many_bytes() -> usize {
+    std::env::var("LAMBDALET_TEST_EXEC_BYTES").ok().and_then(|bytes| bytes.parse().ok()).unwrap_or(256 << 20)
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn very_much_goes_through_an_exec_both_ways_intact() {
+    on_shared_node(async |t| {
+        t.pod("p", sleeper()).await;
+        t.running("p").await;
+        let pattern: Vec<u8> = (0..251 * 4096_u32).map(|n| u8::try_from(n % 251).unwrap()).collect();
+        let size = many_bytes();
+        let mut command = kubectl(t, "true", &["exec", "-i", "p", "--", "cat"]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let began = std::time::Instant::now();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut left = size;
+                while left > 0 {
+                    let piece = left.min(pattern.len());
+                    stdin.write_all(&pattern[..piece]).unwrap();
+                    left -= piece;
+                }
+                drop(stdin);
+            });
+            let (mut seen, mut buffer) = (0, vec![0; 128 << 10]);
+            loop {
+                let read = std::io::Read::read(&mut stdout, &mut buffer).unwrap();
+                if read == 0 {
+                    break;
+                }
+                let start = seen % 251;
+                assert!(buffer[..read] == pattern[start..start + read], "differs after {seen} bytes");
+                seen += read;
+            }
+            assert_eq!(seen, size);
+        });
+        assert!(child.wait().unwrap().success());
+        let megabytes = size as f64 / 1e6 / began.elapsed().as_secs_f64();
+        println!("{size} bytes in and out in {:?}: {megabytes:.0} MB/s each way", began.elapsed());
+    });
+}
+
 #[test]
 #[ignore = "needs cluster: run hack/test"]
 fn the_node_declares_what_it_serves() {
