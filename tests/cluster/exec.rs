@@ -432,6 +432,60 @@ fn very_much_goes_through_an_exec_both_ways_intact() {
 
 #[test]
 #[ignore = "needs cluster: run hack/test"]
+fn a_kubectl_of_1_32_is_served_too() {
+    let Some(program) = std::env::var_os("LAMBDALET_TEST_KUBECTL_1_32") else {
+        println!(
+            "skipped: LAMBDALET_TEST_KUBECTL_1_32 is not set to a kubectl of 1.32 (hack/build-tools kubectl-1.32)"
+        );
+        return;
+    };
+    on_shared_node(async |t| {
+        t.pod("p", json!({"containers": [{"name": "main", "image": DEBIAN, "command": ["perl", "-e", ECHO]}]})).await;
+        t.log_with("p", "main", "up").await;
+        for (protocol, websockets) in PROTOCOLS {
+            let old = |args: &[&str]| of_program(&program, kubectl(t, websockets, args));
+            let version = text(&old(&["version", "--client"]).output().unwrap().stdout);
+            assert!(version.contains("v1.32."), "{version}");
+            let script = "cat; echo to err >&2; exit 7";
+            let ended = run_command(old(&["exec", "-i", "p", "--", "sh", "-c", script]), b"hello\n");
+            assert_eq!((text(&ended.stdout), ended.status.code()), ("hello\n".to_owned(), Some(7)), "{protocol}");
+            assert!(text(&ended.stderr).starts_with("to err\n"), "{protocol}: {}", text(&ended.stderr));
+            assert_eq!(text(&old(&["logs", "p"]).output().unwrap().stdout), "up\n", "{protocol}");
+
+            let folder = tempfile::tempdir().unwrap();
+            let local = |name: &str| folder.path().join(name).display().to_string();
+            let sent: Vec<u8> = (0..5_000_003_u32).map(|n| u8::try_from(n % 253).unwrap()).collect();
+            std::fs::write(local("sent"), &sent).unwrap();
+            for (from, to) in [(local("sent"), "p:/tmp/file".to_owned()), ("p:/tmp/file".to_owned(), local("came"))] {
+                let copied = old(&["cp", &from, &to]).output().unwrap();
+                assert!(copied.status.success(), "{protocol}: {}", text(&copied.stderr));
+            }
+            assert!(std::fs::read(local("came")).unwrap() == sent, "{protocol}");
+
+            let forwarding = old(&["port-forward", "p", ":8080", "--address=127.0.0.1"]);
+            let (_child, _lines, first) = background(forwarding).await;
+            let mut stream = TcpStream::connect(("127.0.0.1", local_port(&first))).await.unwrap();
+            stream.write_all(&sent[..100_000]).await.unwrap();
+            stream.shutdown().await.unwrap();
+            let mut came = Vec::new();
+            tokio::time::timeout(SOON, stream.read_to_end(&mut came)).await.unwrap().unwrap();
+            assert!(came == sent[..100_000], "{protocol}: {} bytes", came.len());
+        }
+    });
+}
+
+/// The same command line and environment for another kubectl.
+fn of_program(program: &std::ffi::OsStr, command: std::process::Command) -> std::process::Command {
+    let mut other = std::process::Command::new(program);
+    other.args(command.get_args());
+    for (name, value) in command.get_envs() {
+        other.env(name, value.unwrap_or_default());
+    }
+    other
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
 fn the_node_declares_what_it_serves() {
     on_shared_node(async |t| {
         let node: Node = Api::all(t.client.clone()).get(&t.node.name).await.unwrap();
