@@ -163,6 +163,9 @@ pub struct ServingSettings {
     pub authorized_ttl: Duration,
     /// How long "no" holds.
     pub unauthorized_ttl: Duration,
+    /// After this long in which nothing but pings came or went exec, attach and port-forward end
+    /// (`streamingConnectionIdleTimeout`).
+    pub stream_idle: Duration,
 }
 
 impl Default for ServingSettings {
@@ -181,6 +184,7 @@ impl Default for ServingSettings {
             authorize: true,
             authorized_ttl: Duration::from_secs(5 * 60),
             unauthorized_ttl: Duration::from_secs(30),
+            stream_idle: Duration::from_secs(4 * 60 * 60),
         }
     }
 }

@@ -8,6 +8,8 @@
 mod changes;
 #[path = "memory.rs"]
 mod memory;
+#[path = "namespace.rs"]
+mod namespace;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -16,19 +18,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Parser;
-use futures::StreamExt as _;
 use futures::future::try_join_all;
-use k8s_openapi::api::core::v1::{Namespace, Pod, ServiceAccount};
-use kube::api::{Api, DeleteParams, PostParams, WatchParams};
-use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Client, Config};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Api, DeleteParams, PostParams};
 use serde_json::{Value, json};
 
 use changes::{Change, Changes};
 use memory::Group;
-
-/// Longest time any one wait may take.
-const PATIENCE: Duration = Duration::from_secs(180);
+use namespace::{PATIENCE, Place};
 
 #[derive(Parser)]
 struct Args {
@@ -90,27 +87,10 @@ struct Bench {
 async fn main() -> anyhow::Result<()> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let args = Args::parse();
-    let kubeconfig = Kubeconfig::read_from(&args.kubeconfig).context("failed to read the kubeconfig")?;
-    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
-    let client = Client::try_from(config)?;
-    let name = format!("bench-{}", std::process::id());
-    let namespaces: Api<Namespace> = Api::all(client.clone());
-    let namespace = json!({ "metadata": { "name": name } });
-    namespaces.create(&PostParams::default(), &serde_json::from_value(namespace)?).await?;
-    let pods: Api<Pod> = Api::namespaced(client.clone(), &name);
-    wait_for_service_account(&client, &name).await?;
-    let result = measure(pods, args).await;
-    namespaces.delete(&name, &DeleteParams::default()).await?;
+    let place = Place::open(&args.kubeconfig).await?;
+    let result = measure(Api::namespaced(place.client.clone(), &place.namespace), args).await;
+    place.close().await?;
     println!("{}", result?);
-    Ok(())
-}
-
-/// Pods are refused until their namespace has its default ServiceAccount.
-async fn wait_for_service_account(client: &Client, namespace: &str) -> anyhow::Result<()> {
-    let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), namespace);
-    let mut changes = accounts.watch(&WatchParams::default().fields("metadata.name=default"), "0").await?.boxed();
-    let seen = tokio::time::timeout(PATIENCE, changes.next()).await;
-    seen.context("the namespace got no default ServiceAccount")?.context("the watch ended")??;
     Ok(())
 }
 

@@ -34,16 +34,20 @@ use crate::pod::translate::Host;
 use crate::pod::volumes::VolumeManager;
 use crate::pod::{self, Fronts, PodLoop, events};
 use crate::runtime::Runtime;
-use crate::runtime::docker::{self, DockerOptions, DockerRuntime};
+use crate::runtime::docker::{self, DockerOptions, DockerRuntime, Keepers};
 use crate::runtime::fake::FakeRuntime;
 use crate::runtime::late::Late;
 use crate::runtime::traced::Traced;
 use crate::shutdown::Tasks;
+
 /// How long tasks have to end when Pods are left running: time to finish a request, not to end a Pod.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long they have with `--drain-on-exit`: the longest grace period that is honoured then.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(10 * 60);
+
+/// How long the processes of execs have to end then; each is killed well before.
+const EXECS_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Pulls at once where the operator sets no limit.
 const UNLIMITED_PULLS: usize = 64;
@@ -58,6 +62,7 @@ struct Parts {
     runtime: Arc<dyn Runtime>,
     directory: Arc<Directory>,
     node: NodeHandle,
+    keepers: Keepers,
     tasks: Tasks,
 }
 
@@ -85,7 +90,8 @@ async fn start_rooms(
     let settings = Arc::new(settings);
     let metrics = Metrics::new();
     let (uplink, bridge) = Uplink::new();
-    let runtime = driver(&settings, &owner, uplink, &metrics);
+    let keepers = Keepers::default();
+    let runtime = driver(&settings, (&owner, &keepers), uplink, &metrics);
     let health = health::spawn(Arc::clone(&runtime), health::INTERVAL, tasks);
     let params = node::Params {
         api: Arc::clone(&api),
@@ -96,14 +102,19 @@ async fn start_rooms(
     let node = node::spawn(params, tasks)?;
     identity::keep(&settings, &api, reload, &node.facts, tasks);
     let directory = Arc::new(Directory::default());
-    let parts = Parts { settings, api, owner, metrics, runtime, directory, node, tasks: tasks.clone() };
+    let parts = Parts { settings, api, owner, metrics, runtime, directory, node, keepers, tasks: tasks.clone() };
     serve_api(&parts).await?;
     tasks.spawn("pods", pods(parts, bridge));
     Ok(())
 }
 
 /// The driver that was asked for; it connects when it is first used.
-fn driver(settings: &Settings, owner: &str, uplink: Uplink, metrics: &Metrics) -> Arc<dyn Runtime> {
+fn driver(
+    settings: &Settings,
+    (owner, keepers): (&str, &Keepers),
+    uplink: Uplink,
+    metrics: &Metrics,
+) -> Arc<dyn Runtime> {
     match settings.runtime.kind {
         RuntimeKind::Fake => Arc::new(metrics.register(|registry| Traced::new(FakeRuntime::new(), registry))),
         RuntimeKind::Docker => {
@@ -114,6 +125,7 @@ fn driver(settings: &Settings, owner: &str, uplink: Uplink, metrics: &Metrics) -
                 log_max_files: settings.pods.log_max_files,
                 sandbox_image: settings.runtime.sandbox_image.clone(),
                 insecure_registries: settings.images.insecure_registries.clone(),
+                keepers: keepers.clone(),
                 ..DockerOptions::new(owner)
             };
             let cable = Arc::new(uplink);
@@ -157,7 +169,7 @@ async fn serve_api(parts: &Parts) -> anyhow::Result<()> {
         targets: parts.directory.clone(),
         runtime: parts.runtime.clone(),
         metrics: parts.metrics.clone(),
-        limits: kubelet_api::Limits::default(),
+        limits: kubelet_api::Limits { stream_idle: serving.stream_idle, ..kubelet_api::Limits::default() },
         about: kubelet_api::About {
             configuration: configuration::in_effect(&parts.settings),
             flags: kubelet_api::flags_of(std::env::args()),
@@ -166,9 +178,13 @@ async fn serve_api(parts: &Parts) -> anyhow::Result<()> {
         },
     };
     let api = KubeletApi::bind(params).await?;
-    let draining = parts.tasks.draining();
+    let (draining, keepers) = (parts.tasks.draining(), parts.keepers.clone());
     parts.tasks.spawn("node API", async move {
         api.serve(draining).await;
+        // No client is left, so what ran for one ends now; this process sees to it as long as it is there.
+        if tokio::time::timeout(EXECS_PATIENCE, keepers.idle()).await.is_err() {
+            tracing::warn!("what clients had started in containers did not end in time");
+        }
         Ok(())
     });
     Ok(())

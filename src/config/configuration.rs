@@ -43,6 +43,7 @@ fn serving(serving: &ServingSettings) -> Value {
                 "cacheUnauthorizedTTL": duration(serving.unauthorized_ttl),
             },
         },
+        "streamingConnectionIdleTimeout": duration(serving.stream_idle),
     })
 }
 
@@ -117,6 +118,7 @@ mod tests {
         settings.serving.tls_cert_file = Some("/c".into());
         settings.serving.tls_private_key_file = Some("/k".into());
         settings.serving.token_review_ttl = Duration::from_millis(90_500);
+        settings.serving.stream_idle = Duration::from_secs(61);
         settings.node.max_pods = 7;
         settings.node.port = settings.serving.port;
         settings.node.register = false;

@@ -95,6 +95,7 @@ struct KubeletConfiguration {
     feature_gates: Option<FeatureGates>,
     authentication: Option<Authentication>,
     authorization: Option<Authorization>,
+    streaming_connection_idle_timeout: Option<GoDuration>,
     #[serde(rename = "clusterDNS")]
     cluster_dns: Option<Vec<IpAddr>>,
     cluster_domain: Option<String>,
@@ -320,6 +321,9 @@ fn apply_serving(fields: &KubeletConfiguration, settings: &mut Settings) -> Vec<
     let webhook = authorization.webhook.unwrap_or_default();
     set_duration(&mut serving.authorized_ttl, webhook.cache_authorized_ttl);
     set_duration(&mut serving.unauthorized_ttl, webhook.cache_unauthorized_ttl);
+    // To a kubelet zero is a field that was not set.
+    let idle = fields.streaming_connection_idle_timeout.filter(|GoDuration(idle)| !idle.is_zero());
+    set_duration(&mut serving.stream_idle, idle);
 
     let mut warnings = Vec::new();
     if serving.anonymous {
@@ -523,7 +527,8 @@ mod tests {
             "address: 10.0.0.1\nport: 10255\ntlsCertFile: /c\ntlsPrivateKeyFile: /k\n\
              authentication:\n  x509: {clientCAFile: /ca}\n  webhook: {enabled: false, cacheTTL: 1m}\n  \
              anonymous: {enabled: false}\n\
-             authorization:\n  mode: Webhook\n  webhook: {cacheAuthorizedTTL: 3m0s, cacheUnauthorizedTTL: 10s}\n",
+             authorization:\n  mode: Webhook\n  webhook: {cacheAuthorizedTTL: 3m0s, cacheUnauthorizedTTL: 10s}\n\
+             streamingConnectionIdleTimeout: 15m\n",
         );
         assert!(warnings.is_empty(), "{warnings:?}");
         let serving = settings.serving;
@@ -535,6 +540,9 @@ mod tests {
         assert_eq!(serving.token_review_ttl, Duration::from_secs(60));
         assert_eq!(serving.authorized_ttl, Duration::from_secs(180));
         assert_eq!(serving.unauthorized_ttl, Duration::from_secs(10));
+        assert_eq!(serving.stream_idle, Duration::from_secs(900));
+        let (settings, _) = applied("streamingConnectionIdleTimeout: 0s\n");
+        assert_eq!(settings.serving.stream_idle, Duration::from_secs(4 * 3600), "as a kubelet reads a zero");
     }
 
     #[test]

@@ -21,6 +21,7 @@ use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use nix::sys::socket::{setsockopt, sockopt};
+use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -41,6 +42,9 @@ use crate::telemetry::chain;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// For telling a client that there is no place.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bytes taken from a socket at once. rustls asks for a quarter of that, which would be four calls for each record that a
+/// client who sends much has filled.
+const READ_AHEAD: usize = 16 << 10;
 /// For requests that are being answered when the server ends. A followed log never ends by itself, so not for long.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 /// A silent client is asked whether it is there after this many seconds, ...
@@ -67,7 +71,7 @@ pub struct Limits {
     /// Sessions of exec, attach, port-forward and run at once, out of the connections; one more is answered 503.
     /// Default 512.
     pub streams: usize,
-    /// After this long without a byte either way such a session ends. Default 4 h, as a kubelet's
+    /// After this long in which nothing but pings came or went such a session ends. Default 4 h, as a kubelet's
     /// `streamingConnectionIdleTimeout`.
     pub stream_idle: Duration,
     /// How often changed certificate files are looked for. Default 5 s.
@@ -263,7 +267,8 @@ impl Server {
         }
     }
 
-    async fn handshake(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+    async fn handshake(&self, tcp: TcpStream) -> io::Result<TlsStream<BufReader<TcpStream>>> {
+        let tcp = BufReader::with_capacity(READ_AHEAD, tcp);
         TlsAcceptor::from(self.tls.config()).accept(tcp).await
     }
 

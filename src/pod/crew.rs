@@ -142,6 +142,7 @@ impl Crew {
         if let Some(spec) = &mut pod.spec {
             spec.restart_policy = Some("Never".to_owned());
             spec.active_deadline_seconds = None;
+            spec.ephemeral_containers = None;
         }
         Arc::new(pod)
     }

@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodSpec, PodStatus};
 
 use super::crew::pools::Pools;
+use super::ephemeral;
 use super::observed::Observed;
 use crate::kubelet_api::targets::{Entrance, LogTarget, PodTargets, TargetError};
 use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus as Attempt, SandboxId};
@@ -89,8 +90,10 @@ impl PodTargets for Directory {
         previous: bool,
     ) -> Result<LogTarget, TargetError> {
         let entry = self.find(namespace, pod).ok_or_else(|| TargetError::NoPod(pod.to_owned()))?;
-        let named =
-            |spec: &PodSpec| spec.init_containers.iter().flatten().chain(&spec.containers).any(|c| c.name == container);
+        let named = |spec: &PodSpec| {
+            let lasting = spec.init_containers.iter().flatten().chain(&spec.containers).map(|c| &c.name);
+            lasting.chain(ephemeral::all(spec).map(|c| &c.name)).any(|name| name == container)
+        };
         if !entry.pod.spec.as_ref().is_some_and(named) {
             return Err(TargetError::NoContainer { pod: pod.to_owned(), container: container.to_owned() });
         }
@@ -165,6 +168,6 @@ fn waiting_reason(status: &PodStatus, container: &str) -> String {
 }
 
 fn container_status<'a>(status: &'a PodStatus, container: &str) -> Option<&'a ContainerStatus> {
-    let lists = [&status.init_container_statuses, &status.container_statuses];
+    let lists = [&status.init_container_statuses, &status.container_statuses, &status.ephemeral_container_statuses];
     lists.into_iter().flat_map(|list| list.iter().flatten()).find(|c| c.name == container)
 }

@@ -19,6 +19,7 @@ use serde_json::json;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::ephemeral;
 use crate::telemetry::chain;
 
 /// Most events waiting to be written; more are dropped and counted. 110 Pods starting at once make about 400.
@@ -200,7 +201,12 @@ fn event(told: &Told, node: &str, now: Timestamp) -> Event {
 
 fn field_path(pod: &Pod, container: &str) -> String {
     let init = pod.spec.iter().flat_map(|s| s.init_containers.iter().flatten()).any(|c| c.name == container);
-    format!("spec.{}{{{container}}}", if init { "initContainers" } else { "containers" })
+    let list = match init {
+        true => "initContainers",
+        false if ephemeral::find(pod, container).is_some() => "ephemeralContainers",
+        false => "containers",
+    };
+    format!("spec.{list}{{{container}}}")
 }
 
 fn shorten(mut note: String) -> String {

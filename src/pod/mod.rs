@@ -15,6 +15,7 @@ pub mod backoff;
 pub mod capacity;
 pub mod crew;
 pub mod directory;
+pub mod ephemeral;
 pub mod events;
 pub mod fakecloud;
 pub mod files;

@@ -3,6 +3,7 @@
 //! ```text
 //!  Run:  volumes -> sandbox -> init containers, one after the other -> main containers, in order -> wait
 //!                     ^  sandbox died: stop what is left of it, make the next attempt, init again
+//!         an ephemeral container is started once, as soon as there is a sandbox, and holds up nothing else
 //!  End:  stop every container (grace) -> release sandbox, volumes -> done
 //! ```
 //! One step at a time: the worker executes it, looks again, and asks again. So a restart of the process continues
@@ -14,6 +15,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
+use super::ephemeral;
 use super::observed::Observed;
 use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus, SandboxId};
 
@@ -186,6 +188,39 @@ fn abandoned(observed: &Observed) -> Option<SandboxId> {
 }
 
 fn plan_containers(view: &View<'_>) -> Step {
+    let mut earliest = None;
+    for container in ephemeral::all(view.spec) {
+        if let Some(attempt) = never_started(view, &container.name) {
+            match start(view, &container.name, attempt) {
+                Ok(step) => return step,
+                Err(until) => earliest = sooner(earliest, until),
+            }
+        }
+    }
+    match plan_lasting(view) {
+        Step::Wait(until) => Step::Wait(sooner(earliest, until)),
+        step => step,
+    }
+}
+
+/// The attempt to make of an ephemeral container, if none was ever started. One that was made and is not there any more
+/// counts as started.
+fn never_started(view: &View<'_>, name: &str) -> Option<u32> {
+    match view.observed.latest(name) {
+        None => (!view.floors.contains_key(name)).then_some(0),
+        Some(latest) if latest.state != ContainerState::Created => None,
+        Some(latest) if view.observed.current(name).is_some() => Some(latest.attempt),
+        // Its sandbox died before.
+        Some(latest) => Some(latest.attempt + 1),
+    }
+}
+
+fn sooner(one: Option<Timestamp>, other: Option<Timestamp>) -> Option<Timestamp> {
+    [one, other].into_iter().flatten().min()
+}
+
+/// Init and main containers.
+fn plan_lasting(view: &View<'_>) -> Step {
     if !initialized(view.spec, view.observed) {
         for container in view.spec.init_containers.iter().flatten() {
             match need(view, container, true) {
@@ -200,7 +235,7 @@ fn plan_containers(view: &View<'_>) -> Step {
         if let Need::Start(attempt) = need(view, container, false) {
             match start(view, &container.name, attempt) {
                 Ok(step) => return step,
-                Err(until) => earliest = [earliest, until].into_iter().flatten().min(),
+                Err(until) => earliest = sooner(earliest, until),
             }
         }
     }
@@ -250,6 +285,9 @@ fn restarts(spec: &PodSpec, status: &ContainerStatus, init: bool) -> bool {
 /// Whether an exited container of this Pod is started again.
 pub fn would_restart(pod: &Pod, status: &ContainerStatus) -> bool {
     let Some(spec) = &pod.spec else { return false };
+    if ephemeral::all(spec).any(|c| c.name == status.name) {
+        return false;
+    }
     let init = spec.init_containers.iter().flatten().any(|c| c.name == status.name);
     restarts(spec, status, init)
 }

@@ -5,6 +5,7 @@
 
 mod conditions;
 mod containers;
+mod ephemeral;
 pub(super) mod function;
 
 use std::collections::BTreeMap;
@@ -77,6 +78,7 @@ pub fn pod_status(input: &StatusInput<'_>) -> PodStatus {
     let init_statuses: Vec<_> =
         spec.init_containers.iter().flatten().map(|c| containers::status(input, c, true)).collect();
     let statuses: Vec<_> = spec.containers.iter().map(|c| containers::status(input, c, false)).collect();
+    let ephemeral: Vec<_> = super::ephemeral::all(spec).map(|c| ephemeral::status(input, c)).collect();
     let phase = phase(input, spec, &statuses);
     let conditions = conditions::all(input, phase, &init_statuses, &statuses);
     let previous = input.pod.status.as_ref();
@@ -96,6 +98,7 @@ pub fn pod_status(input: &StatusInput<'_>) -> PodStatus {
         observed_generation: input.pod.metadata.generation,
         init_container_statuses: Some(init_statuses).filter(|list| !list.is_empty()),
         container_statuses: Some(statuses),
+        ephemeral_container_statuses: Some(ephemeral).filter(|list| !list.is_empty()),
         ..PodStatus::default()
     }
 }
@@ -109,8 +112,10 @@ fn phase(input: &StatusInput<'_>, spec: &PodSpec, statuses: &[ApiContainerStatus
     if input.ended.is_some() {
         return if input.terminal { "Failed" } else { running_or_pending(input, spec, statuses) };
     }
-    // A function goes on whatever its restart policy says.
-    match plan::finished(spec, input.observed).filter(|_| input.replicas.is_none()) {
+    // A function goes on whatever its restart policy says. Where an ephemeral container still runs, a Pod has ended once
+    // that has been ended too: nothing of a terminal Pod runs.
+    let over = input.replicas.is_none() && input.observed.running().next().is_none();
+    match plan::finished(spec, input.observed).filter(|_| over) {
         Some(Finish::Succeeded) => return "Succeeded",
         Some(Finish::Failed) => return "Failed",
         None => {}
@@ -160,6 +165,8 @@ pub fn same_as_reported(pod: &Pod, computed: &PodStatus) -> bool {
         && reported.pod_ip == computed.pod_ip
         && ours(reported) == ours(computed)
         && reported.container_statuses.as_ref().map(Vec::len) == computed.container_statuses.as_ref().map(Vec::len)
+        && reported.ephemeral_container_statuses.as_ref().map(Vec::len)
+            == computed.ephemeral_container_statuses.as_ref().map(Vec::len)
 }
 
 /// The status without how busy the replicas of a function are; how many there are stays.

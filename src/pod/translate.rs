@@ -148,8 +148,8 @@ pub fn network(spec: &PodSpec, address: Option<IpAddr>) -> SandboxNetwork {
     }
 }
 
-/// One attempt of a container: everything but its number, environment, command and args, which are filled in by the
-/// caller once the API's inputs are known.
+/// One attempt of a container: everything but its number, environment, command and args, and the container whose
+/// processes it is to see, which are filled in by the caller once the API's inputs are known.
 ///
 /// # Errors
 /// What the container's status says instead of starting; see [`TranslateError`].
@@ -182,6 +182,7 @@ pub fn container(
         security,
         cgroup_parent: cgroup_parent(host, &reference.uid, spec),
         pid: pid(spec),
+        pid_target: None,
         ipc: ipc(spec),
         stop_signal: container.lifecycle.as_ref().and_then(|l| l.stop_signal.clone()),
         annotations: BTreeMap::new(),

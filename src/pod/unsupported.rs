@@ -37,6 +37,15 @@ pub fn refusal(pod: &Pod, spec: &PodSpec) -> Option<Trouble> {
     Some(Trouble::new(REASON, format!("Pod was rejected: {text} is not supported by this node yet")))
 }
 
+/// Why an ephemeral container of a function Pod is not started.
+pub fn ephemeral(name: &str) -> Trouble {
+    let text = format!(
+        "ephemeral container {name:?} is not started: this node does not debug function Pods yet; kubectl exec enters one \
+         of its environments"
+    );
+    Trouble::new(REASON, text)
+}
+
 /// What is left out although the Pod runs, a sentence each.
 pub fn omissions(pod: &Pod, spec: &PodSpec) -> Vec<String> {
     let mut list = Vec::new();

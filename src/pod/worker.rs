@@ -152,6 +152,7 @@ impl Worker {
 
     async fn turn(&mut self) -> Next {
         self.take_desired();
+        self.refuse_ephemeral();
         self.digest().await;
         let goal = self.goal();
         let step = self.plan(goal);

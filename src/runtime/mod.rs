@@ -78,7 +78,8 @@ pub trait SandboxRuntime: Send + Sync + 'static {
     /// is returned as it is.
     ///
     /// # Errors
-    /// [`Kind::NotFound`] for an unknown sandbox or image, [`Kind::Invalid`] for a config the engine refuses.
+    /// [`Kind::NotFound`] for an unknown sandbox, image or target container, [`Kind::Invalid`] for a config the engine
+    /// refuses, and for a target that does not run.
     async fn create_container(&self, sandbox: &SandboxId, config: &ContainerConfig) -> Result<ContainerId>;
 
     /// Starts a created container. Starting a running one is Ok.

@@ -151,6 +151,9 @@ pub struct ContainerConfig {
     pub cgroup_parent: String,
     /// [`SandboxConfig::pid`].
     pub pid: NamespaceMode,
+    /// A running container of the same sandbox whose PID namespace it joins; [`ContainerConfig::pid`] does not count then
+    /// (CRI's `NamespaceMode.TARGET`). It ends when that container ends.
+    pub pid_target: Option<ContainerId>,
     /// [`SandboxConfig::ipc`].
     pub ipc: NamespaceMode,
     /// Signal that asks the process to end (`SIGTERM`); `None` is the image's STOPSIGNAL, or SIGTERM.

@@ -15,9 +15,10 @@ use tokio::task::JoinSet;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 
+use crate::harness::node::Options;
 use crate::harness::pods::{STAY, busybox, busybox_with, sleeper, with};
 use crate::harness::wait::{SOON, poll};
-use crate::harness::{Case, on_shared_node};
+use crate::harness::{Case, on_own_node, on_shared_node};
 
 /// How kubectl is told which protocol to speak to the API server.
 const PROTOCOLS: [(&str, &str); 2] = [("WebSocket", "true"), ("SPDY", "false")];
@@ -40,8 +41,11 @@ fn kubectl(t: &Case, websockets: &str, args: &[&str]) -> std::process::Command {
 }
 
 /// Runs kubectl to its end with this input.
-fn run(t: &Case, websockets: &str, args: &[&str], input: &[u8]) -> Output {
-    let mut command = kubectl(t, websockets, args);
+pub(crate) fn run(t: &Case, websockets: &str, args: &[&str], input: &[u8]) -> Output {
+    run_command(kubectl(t, websockets, args), input)
+}
+
+fn run_command(mut command: std::process::Command, input: &[u8]) -> Output {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     std::thread::scope(|scope| {
@@ -53,7 +57,7 @@ fn run(t: &Case, websockets: &str, args: &[&str], input: &[u8]) -> Output {
     })
 }
 
-fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
@@ -71,8 +75,13 @@ async fn background(mut command: std::process::Command) -> (Child, BufReader<Chi
 async fn forward(t: &Case, websockets: &str, pod: &str, port: u16) -> (Child, BufReader<ChildStdout>, u16) {
     let (child, lines, first) =
         background(kubectl(t, websockets, &["port-forward", pod, &format!(":{port}"), "--address=127.0.0.1"])).await;
+    (child, lines, local_port(&first))
+}
+
+/// The local port in the first line of `kubectl port-forward`.
+fn local_port(first: &str) -> u16 {
     let local = first.split("127.0.0.1:").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
-    (child, lines, local.unwrap_or_else(|| panic!("{first}")))
+    local.unwrap_or_else(|| panic!("{first}"))
 }
 
 #[test]
@@ -306,6 +315,173 @@ fn older_websocket_clients_are_passed_through() {
             socket.close(None).await.unwrap();
         }
     });
+}
+
+/// Whether a process with these words, one after the other, runs anywhere on this host.
+fn runs_on_host(words: [&str; 2]) -> bool {
+    let wanted: Vec<u8> = words.iter().flat_map(|word| word.bytes().chain([0])).collect();
+    let processes = std::fs::read_dir("/proc").unwrap().filter_map(|entry| Some(entry.ok()?.path().join("cmdline")));
+    processes.filter_map(|path| std::fs::read(path).ok()).any(|line| line == wanted)
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn no_command_outlives_the_node_that_ran_it() {
+    on_own_node("execs", Options::default(), async |t| {
+        t.pod("p", sleeper()).await;
+        t.running("p").await;
+        // The second one is deaf to a hang-up.
+        for (number, deaf) in [("192837465", ""), ("192837466", "trap '' HUP; ")] {
+            let script = format!("{deaf}echo up; exec sleep {number}");
+            let start = || background(kubectl(t, "true", &["exec", "-i", "p", "--", "sh", "-c", &script]));
+            let (_child, _lines, _up) = start().await;
+            assert!(runs_on_host(["sleep", number]));
+            t.node.stop(Duration::from_secs(15)).await;
+            assert!(!runs_on_host(["sleep", number]), "a node that was told to end ends what clients had started");
+            t.node.spawn(&[]);
+            t.node.adopted(&t.client).await;
+            t.log_with("p", "main", "up").await;
+
+            let (_child, _lines, _up) = start().await;
+            t.node.kill9();
+            assert!(runs_on_host(["sleep", number]), "nobody was there to end it");
+            t.node.spawn(&[]);
+            t.node.adopted(&t.client).await;
+            poll("free of the command", Duration::from_secs(5), async || {
+                if runs_on_host(["sleep", number]) { Err(format!("sleep {number} still runs")) } else { Ok(()) }
+            })
+            .await;
+            t.log_with("p", "main", "up").await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn a_stream_on_which_nothing_happens_ends_in_its_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("config.yaml");
+    let text = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n\
+                evictionHard: {memory.available: 100Mi, nodefs.available: 1Gi, nodefs.inodesFree: 1%}\n\
+                streamingConnectionIdleTimeout: 2s\n";
+    std::fs::write(&config, text).unwrap();
+    on_own_node("idles", Options::flags(&[&format!("--config={}", config.display())]), async |t| {
+        t.pod("p", sleeper()).await;
+        t.running("p").await;
+        for (protocol, websockets) in PROTOCOLS {
+            let began = std::time::Instant::now();
+            // What says something now and then is not idle.
+            let ended =
+                run(t, websockets, &["exec", "p", "--", "sh", "-c", "for i in 1 2 3; do sleep 1; echo $i; done"], b"");
+            assert!(ended.status.success(), "{protocol}: {}", String::from_utf8_lossy(&ended.stderr));
+            let ended = run(t, websockets, &["exec", "p", "--", "sleep", "120"], b"");
+            // Over SPDY kubectl takes the end of a connection for the end of the command.
+            assert!(!ended.status.success() || protocol == "SPDY", "{protocol}");
+            assert!(began.elapsed() < Duration::from_secs(60), "{protocol}: {:?}", began.elapsed());
+            let (mut child, _lines, port) = forward(t, websockets, "p", 8080).await;
+            let _ = TcpStream::connect(("127.0.0.1", port)).await;
+            tokio::time::timeout(Duration::from_secs(60), child.wait()).await.expect("kubectl ends").unwrap();
+        }
+    });
+}
+
+/// Bytes that go both ways at once through one exec; 1 GiB with `LAMBDALET_TEST_EXEC_BYTES=1073741824`.
+fn many_bytes() -> usize {
+    std::env::var("LAMBDALET_TEST_EXEC_BYTES").ok().and_then(|bytes| bytes.parse().ok()).unwrap_or(256 << 20)
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn very_much_goes_through_an_exec_both_ways_intact() {
+    on_shared_node(async |t| {
+        t.pod("p", sleeper()).await;
+        t.running("p").await;
+        let pattern: Vec<u8> = (0..251 * 4096_u32).map(|n| u8::try_from(n % 251).unwrap()).collect();
+        let size = many_bytes();
+        let mut command = kubectl(t, "true", &["exec", "-i", "p", "--", "cat"]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let began = std::time::Instant::now();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut left = size;
+                while left > 0 {
+                    let piece = left.min(pattern.len());
+                    stdin.write_all(&pattern[..piece]).unwrap();
+                    left -= piece;
+                }
+                drop(stdin);
+            });
+            let (mut seen, mut buffer) = (0, vec![0; 128 << 10]);
+            loop {
+                let read = std::io::Read::read(&mut stdout, &mut buffer).unwrap();
+                if read == 0 {
+                    break;
+                }
+                let start = seen % 251;
+                assert!(buffer[..read] == pattern[start..start + read], "differs after {seen} bytes");
+                seen += read;
+            }
+            assert_eq!(seen, size);
+        });
+        assert!(child.wait().unwrap().success());
+        let megabytes = size as f64 / 1e6 / began.elapsed().as_secs_f64();
+        println!("{size} bytes in and out in {:?}: {megabytes:.0} MB/s each way", began.elapsed());
+    });
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn a_kubectl_of_1_32_is_served_too() {
+    let Some(program) = std::env::var_os("LAMBDALET_TEST_KUBECTL_1_32") else {
+        println!(
+            "skipped: LAMBDALET_TEST_KUBECTL_1_32 is not set to a kubectl of 1.32 (hack/build-tools kubectl-1.32)"
+        );
+        return;
+    };
+    on_shared_node(async |t| {
+        t.pod("p", json!({"containers": [{"name": "main", "image": DEBIAN, "command": ["perl", "-e", ECHO]}]})).await;
+        t.log_with("p", "main", "up").await;
+        for (protocol, websockets) in PROTOCOLS {
+            let old = |args: &[&str]| of_program(&program, kubectl(t, websockets, args));
+            let version = text(&old(&["version", "--client"]).output().unwrap().stdout);
+            assert!(version.contains("v1.32."), "{version}");
+            let script = "cat; echo to err >&2; exit 7";
+            let ended = run_command(old(&["exec", "-i", "p", "--", "sh", "-c", script]), b"hello\n");
+            assert_eq!((text(&ended.stdout), ended.status.code()), ("hello\n".to_owned(), Some(7)), "{protocol}");
+            assert!(text(&ended.stderr).starts_with("to err\n"), "{protocol}: {}", text(&ended.stderr));
+            assert_eq!(text(&old(&["logs", "p"]).output().unwrap().stdout), "up\n", "{protocol}");
+
+            let folder = tempfile::tempdir().unwrap();
+            let local = |name: &str| folder.path().join(name).display().to_string();
+            let sent: Vec<u8> = (0..5_000_003_u32).map(|n| u8::try_from(n % 253).unwrap()).collect();
+            std::fs::write(local("sent"), &sent).unwrap();
+            for (from, to) in [(local("sent"), "p:/tmp/file".to_owned()), ("p:/tmp/file".to_owned(), local("came"))] {
+                let copied = old(&["cp", &from, &to]).output().unwrap();
+                assert!(copied.status.success(), "{protocol}: {}", text(&copied.stderr));
+            }
+            assert!(std::fs::read(local("came")).unwrap() == sent, "{protocol}");
+
+            let forwarding = old(&["port-forward", "p", ":8080", "--address=127.0.0.1"]);
+            let (_child, _lines, first) = background(forwarding).await;
+            let mut stream = TcpStream::connect(("127.0.0.1", local_port(&first))).await.unwrap();
+            stream.write_all(&sent[..100_000]).await.unwrap();
+            stream.shutdown().await.unwrap();
+            let mut came = Vec::new();
+            tokio::time::timeout(SOON, stream.read_to_end(&mut came)).await.unwrap().unwrap();
+            assert!(came == sent[..100_000], "{protocol}: {} bytes", came.len());
+        }
+    });
+}
+
+/// The same command line and environment for another kubectl.
+fn of_program(program: &std::ffi::OsStr, command: std::process::Command) -> std::process::Command {
+    let mut other = std::process::Command::new(program);
+    other.args(command.get_args());
+    for (name, value) in command.get_envs() {
+        other.env(name, value.unwrap_or_default());
+    }
+    other
 }
 
 #[test]

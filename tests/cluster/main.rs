@@ -14,6 +14,7 @@
 mod harness;
 
 mod bad_input;
+mod debug;
 mod deletion;
 mod environment;
 mod exec;

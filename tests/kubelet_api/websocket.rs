@@ -326,6 +326,16 @@ async fn an_idle_connection_ends() {
     let node = Node::start(Setup { limits, ..Setup::default() }).await;
     let came = exec(&node, "output=1", "sleep", V4).await.rest().await;
     assert_eq!(came.close, Some(CloseCode::Away));
+    // Pings, as kubectl sends them, are nothing either.
+    let mut socket = exec(&node, "output=1", "sleep", V5).await.inner;
+    let began = std::time::Instant::now();
+    let mut closed = false;
+    while !closed {
+        let _ = socket.send(Message::Ping(Bytes::new())).await;
+        let next = tokio::time::timeout(Duration::from_millis(50), socket.next()).await;
+        closed = matches!(next, Ok(None | Some(Err(_) | Ok(Message::Close(_)))));
+        assert!(began.elapsed() < Duration::from_secs(5));
+    }
     assert!(eventually(1, || node.world.processes.running() == 0).await);
     // Also where the client closed it and the process does not mind.
     let mut socket = exec(&node, ALL, "sleep", V4).await;

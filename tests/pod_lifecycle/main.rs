@@ -7,6 +7,7 @@ mod admission;
 mod api;
 mod drain;
 mod ending;
+mod ephemeral;
 mod faults;
 mod interrupted;
 mod pods;

@@ -169,6 +169,7 @@ impl Bench {
             cgroup_parent: format!("/{}/pod-{pod}", self.owner),
             pid: NamespaceMode::Container,
             ipc: NamespaceMode::Pod,
+            pid_target: None,
             stop_signal: None,
             annotations: BTreeMap::new(),
         }

@@ -72,6 +72,42 @@ pub(crate) async fn starting_a_running_container_is_fine_and_an_exited_one_is_no
     assert_eq!(bench.runtime.container_status(&id).await.unwrap().state, ContainerState::Exited);
 }
 
+pub(crate) async fn a_container_that_joined_the_processes_of_another_ends_with_it(bench: &Bench) {
+    let target = bench.started("target", bench.idles()).await;
+    let sandbox = bench.sandbox("p").await;
+    let config = bench.container_config("p", "debugger", bench.stubborn());
+    let config = ContainerConfig { pid_target: Some(target.clone()), ..config };
+    let id = bench.runtime.create_container(&sandbox, &config).await.unwrap();
+    bench.runtime.start_container(&id).await.unwrap();
+    assert_eq!(bench.runtime.container_status(&id).await.unwrap().state, ContainerState::Running);
+    bench.runtime.stop_container(&target, Duration::from_secs(30)).await.unwrap();
+    assert_eq!(bench.exited(&id).await.exit_code, 137);
+}
+
+pub(crate) async fn a_target_must_be_there_and_run(bench: &Bench) {
+    let target = bench.started("target", bench.idles()).await;
+    let sandbox = bench.sandbox("p").await;
+    let joining = |target: &ContainerId| ContainerConfig {
+        pid_target: Some(target.clone()),
+        ..bench.container_config("p", "debugger", bench.idles())
+    };
+    bench.runtime.stop_container(&target, Duration::from_secs(30)).await.unwrap();
+    let ended = bench.runtime.create_container(&sandbox, &joining(&target)).await.unwrap_err();
+    assert_eq!(ended.kind(), Kind::Invalid);
+    assert!(ended.to_string().contains("target container target does not run"), "{ended}");
+    let nobody = ContainerId::from("f".repeat(64));
+    let absent = bench.runtime.create_container(&sandbox, &joining(&nobody)).await.unwrap_err();
+    assert_eq!(absent.kind(), Kind::NotFound, "{absent}");
+    // One of another Pod is none of its business.
+    let elsewhere = bench.sandbox("q").await;
+    let config = bench.container_config("q", "c", bench.idles());
+    let other = bench.runtime.create_container(&elsewhere, &config).await.unwrap();
+    bench.runtime.start_container(&other).await.unwrap();
+    let foreign = bench.runtime.create_container(&sandbox, &joining(&other)).await.unwrap_err();
+    assert_eq!(foreign.kind(), Kind::NotFound, "{foreign}");
+    assert_eq!(bench.runtime.list_containers(Some("uid-p")).await.unwrap().len(), 1, "nothing was made");
+}
+
 async fn fails_to_start(bench: &Bench, command: Vec<String>, code: i32) {
     let sandbox = bench.sandbox("p").await;
     let config = bench.container_config("p", "c", command);

@@ -56,6 +56,18 @@ pub(crate) async fn members_share_the_sandboxs_host_name_and_network(bench: &Ben
     assert!(!one.contains(host.to_str().unwrap()));
 }
 
+pub(crate) async fn a_container_sees_the_processes_of_its_target(bench: &Bench) {
+    let target = bench.started("target", bench.says("", "exec busybox sleep 1234567")).await;
+    let script = "busybox ps -o pid,args; ls -l /proc/1/ns/net /proc/self/ns/net | busybox cut -d'>' -f2";
+    let alone = output(bench, bench.container_config("p", "alone", bench.script(script))).await;
+    assert!(!alone.contains("sleep 1234567"), "{alone}");
+    let config = bench.container_config("p", "debugger", bench.script(script));
+    let seen = output(bench, ContainerConfig { pid_target: Some(target), ..config }).await;
+    assert!(seen.lines().any(|line| line.trim() == "1 busybox sleep 1234567"), "{seen}");
+    let networks: Vec<_> = seen.lines().filter(|line| line.contains("net:[")).collect();
+    assert!(networks.len() == 2 && networks[0] == networks[1], "{seen}");
+}
+
 pub(crate) async fn the_pods_cgroup_has_its_limits_and_goes_with_the_sandbox(bench: &Bench) {
     let sandbox = bench.sandbox("p").await;
     let limits = Resources {

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use bollard::exec::{CreateExecOptions, StartExecOptions};
 use futures::{FutureExt, StreamExt};
 use lambdalet::runtime::Kind;
 use lambdalet::runtime::session::{ExecRequest, Session};
@@ -63,6 +64,32 @@ pub(crate) async fn an_exec_that_nobody_waits_for_leaves_nothing(bench: &Bench) 
     // Those dropped early may yet be started.
     sleep(Duration::from_secs(1)).await;
     ends_within_a_second(bench, &id, "sleep 1006").await;
+}
+
+/// To Docker a process that was killed differs from one that is still there by its open connection only, and a driver that
+/// starts does not look at that.
+pub(crate) async fn what_an_earlier_process_left_running_is_ended_and_no_exec_of_others(bench: &Bench) {
+    let id = bench.started("c", bench.idles()).await;
+    for (tty, script) in [
+        (false, "busybox sleep 1011 & echo ready; busybox sleep 1012"),
+        (true, "trap '' HUP; busybox sleep 1011 & echo ready; busybox sleep 1012; busybox sleep 1013"),
+    ] {
+        let docker = bench.docker.as_ref().unwrap();
+        let options = CreateExecOptions {
+            cmd: Some(vec!["/bin/busybox", "sleep", "1014"]),
+            tty: Some(tty),
+            detach_keys: Some("ctrl-p,ctrl-q"),
+            ..CreateExecOptions::default()
+        };
+        let foreign = docker.create_exec(id.as_str(), options).await.unwrap().id;
+        docker.start_exec(&foreign, Some(StartExecOptions { detach: true, ..Default::default() })).await.unwrap();
+        let mut session = exec(bench, &id, ExecRequest { tty, ..request(bench.script(script)) }).await;
+        read_until(&mut session, "ready").await;
+        let _anew = bench.again().await;
+        ends_within_a_second(bench, &id, "sleep 101[123]").await;
+        assert!(runs(bench, &id, "sleep 1014").await, "somebody else's exec was spared");
+        assert!(runs(bench, &id, "sleep 0.05").await, "the container's own process was spared");
+    }
 }
 
 pub(crate) async fn an_exec_ends_although_its_child_holds_the_streams(bench: &Bench) {

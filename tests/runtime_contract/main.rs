@@ -64,6 +64,8 @@ contract! {
         stopping_what_does_not_run_is_fine
         a_running_container_can_be_removed_and_is_gone
         two_removals_at_once_both_succeed
+        a_container_that_joined_the_processes_of_another_ends_with_it
+        a_target_must_be_there_and_run
         what_the_caller_wrote_on_a_container_reads_back;
     logs:
         binary_bytes_arrive_as_they_were_written
@@ -128,6 +130,7 @@ on_docker! {
         a_sandbox_whose_holder_was_killed_is_not_ready_and_is_replaced
         a_sandbox_without_its_holder_can_still_be_removed
         members_share_the_sandboxs_host_name_and_network
+        a_container_sees_the_processes_of_its_target
         the_pods_cgroup_has_its_limits_and_goes_with_the_sandbox
         rights_reach_the_process
         mounts_are_as_asked
@@ -144,6 +147,7 @@ on_docker! {
         a_session_that_is_dropped_ends_its_process_and_children
         a_process_that_left_the_session_on_purpose_is_spared
         an_exec_that_nobody_waits_for_leaves_nothing
+        what_an_earlier_process_left_running_is_ended_and_no_exec_of_others
         an_exec_ends_although_its_child_holds_the_streams
         a_slow_reader_loses_nothing
         nothing_is_read_ahead_of_a_client

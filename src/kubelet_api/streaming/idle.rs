@@ -11,7 +11,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 /// How often a connection that nobody reads is looked at.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// When a connection last carried anything; clones share it.
+/// When a connection last carried anything; clones share it. What only keeps a connection alive (a PING) is nothing:
+/// every client of today sends one each few seconds, and no connection would ever be idle.
 #[derive(Clone, Debug)]
 pub(super) struct Idle {
     begun: Instant,

@@ -151,7 +151,6 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             if self.io.read_buf(input).await.map_err(SpdyError::Io)? == 0 {
                 return Ok(());
             }
-            self.idle.touch();
             if self.connection.is_full() {
                 self.forget_the_dead();
             }
@@ -159,6 +158,9 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     async fn handle(&mut self, event: Event) -> Result<(), SpdyError> {
+        if !matches!(event, Event::Ping(_)) {
+            self.idle.touch();
+        }
         match event {
             Event::Opened { id, headers, ended } => self.open(id, headers, ended).await?,
             Event::Data { id, bytes, ended } => {
@@ -249,7 +251,6 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
             }
             self.io.write_all(&out).await.map_err(SpdyError::Io)?;
             self.io.flush().await.map_err(SpdyError::Io)?;
-            self.idle.touch();
             out.clear();
             if !open {
                 return self.io.shutdown().await.map_err(SpdyError::Io);
@@ -267,6 +268,9 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
 
     /// Whether the connection stays open.
     fn write(&mut self, out: &mut BytesMut, write: Option<Write>) -> bool {
+        if !matches!(write, Some(Write::Beat)) {
+            self.idle.touch();
+        }
         match write {
             Some(Write::Reply(id)) => {
                 self.last = self.last.max(id);

@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use http::{HeaderMap, HeaderName, Method, StatusCode, header};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncReadExt, Chain, Join, ReadHalf, WriteHalf, join, split};
+use tokio::io::{AsyncReadExt, BufReader, Chain, Join, ReadHalf, WriteHalf, join, split};
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
@@ -22,10 +22,12 @@ const SPDY: &str = "SPDY/3.1";
 const STREAM_PROTOCOL: HeaderName = HeaderName::from_static("x-stream-protocol-version");
 const ACCEPTED_PROTOCOLS: HeaderName = HeaderName::from_static("x-accepted-stream-protocol-versions");
 
+/// A connection as the server has it.
+type Tls = TlsStream<BufReader<TcpStream>>;
 /// The side of a client's socket that is read: first what came with the request.
-pub(in crate::kubelet_api) type Reader = Chain<Cursor<Bytes>, ReadHalf<TlsStream<TcpStream>>>;
+pub(in crate::kubelet_api) type Reader = Chain<Cursor<Bytes>, ReadHalf<Tls>>;
 /// The side that is written.
-pub(in crate::kubelet_api) type Writer = WriteHalf<TlsStream<TcpStream>>;
+pub(in crate::kubelet_api) type Writer = WriteHalf<Tls>;
 /// Both sides as one.
 pub(in crate::kubelet_api) type Joined = Join<Reader, Writer>;
 
@@ -39,9 +41,9 @@ pub(in crate::kubelet_api) struct Socket {
 impl Socket {
     fn new(upgraded: Upgraded) -> Option<Self> {
         // The server serves nothing else.
-        let parts = upgraded.downcast::<TokioIo<TlsStream<TcpStream>>>().ok()?;
+        let parts = upgraded.downcast::<TokioIo<Tls>>().ok()?;
         let tls = parts.io.into_inner();
-        let hang_up = HangUp::of(Some(tls.get_ref().0));
+        let hang_up = HangUp::of(Some(tls.get_ref().0.get_ref()));
         let (reader, writer) = split(tls);
         Some(Self { reader: Cursor::new(parts.read_buf).chain(reader), writer, hang_up })
     }

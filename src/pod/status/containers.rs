@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use super::{StatusInput, Trouble, is_running};
+use super::{StatusInput, Trouble, ephemeral, is_running};
 use crate::pod::plan;
 use crate::runtime::types::{ContainerState, ContainerStatus};
 
@@ -53,10 +53,7 @@ fn reported<'a>(input: &StatusInput<'a>, name: &str, init: bool) -> Option<&'a A
 fn state(input: &StatusInput<'_>, container: &Container, latest: Option<&ContainerStatus>, init: bool) -> ApiState {
     let waiting = input.waiting.get(&container.name);
     match latest {
-        Some(now) if is_running(now.state) => ApiState {
-            running: Some(ContainerStateRunning { started_at: now.started_at.map(Time) }),
-            ..ApiState::default()
-        },
+        Some(now) if is_running(now.state) => running(now),
         Some(now) if now.state == ContainerState::Exited => match waiting {
             Some(trouble) if !input.terminal && input.ended.is_none() => wait(trouble.clone()),
             _ => terminated(input, now),
@@ -64,6 +61,10 @@ fn state(input: &StatusInput<'_>, container: &Container, latest: Option<&Contain
         _ => lost(input, container, init)
             .unwrap_or_else(|| wait(waiting.cloned().unwrap_or_else(|| Trouble::new(default_reason(input, init), "")))),
     }
+}
+
+pub(super) fn running(now: &ContainerStatus) -> ApiState {
+    ApiState { running: Some(ContainerStateRunning { started_at: now.started_at.map(Time) }), ..ApiState::default() }
 }
 
 /// A container that ran (the API server was told so) and is not there any more when the Pod ends.
@@ -94,12 +95,12 @@ fn default_reason(input: &StatusInput<'_>, init: bool) -> &'static str {
     if has_init && (init || !initialized) { "PodInitializing" } else { "ContainerCreating" }
 }
 
-fn wait(trouble: Trouble) -> ApiState {
+pub(super) fn wait(trouble: Trouble) -> ApiState {
     let message = Some(trouble.message).filter(|m| !m.is_empty());
     ApiState { waiting: Some(ContainerStateWaiting { reason: Some(trouble.reason), message }), ..ApiState::default() }
 }
 
-fn terminated(input: &StatusInput<'_>, status: &ContainerStatus) -> ApiState {
+pub(super) fn terminated(input: &StatusInput<'_>, status: &ContainerStatus) -> ApiState {
     let container_id = format!("{}://{}", input.runtime_name, status.id);
     let left = input.messages.get(&status.id).filter(|m| !m.is_empty()).cloned();
     let left = left.or_else(|| reported_message(input, &status.name, &container_id));
@@ -119,7 +120,8 @@ fn terminated(input: &StatusInput<'_>, status: &ContainerStatus) -> ApiState {
 
 /// What this attempt left according to the API server: after a restart the file may be gone.
 fn reported_message(input: &StatusInput<'_>, name: &str, container_id: &str) -> Option<String> {
-    let before = reported(input, name, true).or_else(|| reported(input, name, false))?;
+    let main = reported(input, name, true).or_else(|| reported(input, name, false));
+    let before = main.or_else(|| ephemeral::reported(input, name))?;
     let states = [before.state.as_ref(), before.last_state.as_ref()];
     let ended = states.into_iter().flatten().filter_map(|state| state.terminated.as_ref());
     ended.into_iter().find(|t| t.container_id.as_deref() == Some(container_id))?.message.clone()

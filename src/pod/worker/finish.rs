@@ -12,6 +12,7 @@ use super::start::find;
 use super::{Next, Worker};
 use crate::failpoint;
 use crate::pod::crew::kept;
+use crate::pod::ephemeral;
 use crate::pod::status::{Trouble, crash_loop};
 use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus, LogOptions, SandboxId};
 use crate::telemetry::chain;
@@ -72,8 +73,12 @@ impl Worker {
     async fn digest_end(&mut self, status: &ContainerStatus, now: Timestamp) {
         let pod = self.pod.clone();
         let Some(container) = find(&pod, &status.name) else { return };
-        let message = self.termination_message(container, status).await;
+        let message = self.termination_message(&container, status).await;
         self.memory.messages.insert(status.id.clone(), message);
+        if ephemeral::find(&pod, &status.name).is_some() {
+            // Never started again, so nothing is to be held back.
+            return;
+        }
         let newest = self.observed.latest(&status.name).is_some_and(|l| l.id == status.id);
         if !newest || !matches!(self.goal(), crate::pod::plan::Goal::Run) {
             return;

@@ -21,8 +21,10 @@ use crate::function::settings::{DEFAULT_PORT, Settings};
 use crate::pod::Shared;
 use crate::pod::backoff;
 use crate::pod::crew::{Crew, kept};
+use crate::pod::ephemeral;
 use crate::pod::plan::FunctionPhase;
 use crate::pod::status::{Shown, Trouble, function};
+use crate::pod::unsupported;
 use crate::runtime::types::{Image, PodRef, SandboxId, SandboxStatus};
 use crate::shutdown::owned;
 use crate::telemetry::chain;
@@ -228,6 +230,21 @@ impl Worker {
                 self.shared.events.warning(&self.pod, None, "InvalidFunctionLabel", complaint.to_string());
             }
             function.complaints = reading.complaints;
+        }
+    }
+
+    /// An ephemeral container of a function Pod would be beside its front, which nobody wants to look into; in which
+    /// environment it should be nobody has said.
+    pub(super) fn refuse_ephemeral(&mut self) {
+        if self.function.is_none() {
+            return;
+        }
+        for container in self.pod.spec.iter().flat_map(ephemeral::all) {
+            if !self.memory.waiting.contains_key(&container.name) {
+                let trouble = unsupported::ephemeral(&container.name);
+                self.shared.events.warning(&self.pod, Some(&container.name), &trouble.reason, trouble.message.clone());
+                self.memory.waiting.insert(container.name.clone(), trouble);
+            }
         }
     }
 }

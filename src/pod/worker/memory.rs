@@ -72,7 +72,9 @@ impl Memory {
     /// From what the API server knows: start time, address, and how often containers were started.
     pub(super) fn new(pod: &Pod, now: Timestamp) -> Self {
         let status = pod.status.as_ref();
-        let lists = status.iter().flat_map(|s| [&s.init_container_statuses, &s.container_statuses]);
+        let lists = status
+            .iter()
+            .flat_map(|s| [&s.init_container_statuses, &s.container_statuses, &s.ephemeral_container_statuses]);
         let known = lists.flat_map(|l| l.iter().flatten()).filter(|c| c.container_id.is_some());
         let floors = known.map(|c| (c.name.clone(), u32::try_from(c.restart_count).map_or(0, |n| n + 1))).collect();
         let on_host = pod.spec.as_ref().is_some_and(|s| s.host_network == Some(true));

@@ -100,7 +100,9 @@ impl Worker {
             return Cow::Borrowed(&self.memory.waiting);
         };
         let names = self.pod.spec.iter().flat_map(|spec| &spec.containers).map(|container| container.name.clone());
-        Cow::Owned(names.map(|name| (name, trouble.clone())).collect())
+        let mut waiting = self.memory.waiting.clone();
+        waiting.extend(names.map(|name| (name, trouble.clone())));
+        Cow::Owned(waiting)
     }
 
     /// Whether anything of the Pod runs.

@@ -1,5 +1,6 @@
 //! The steps that bring a Pod up.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,12 +13,13 @@ use crate::failpoint;
 use crate::pod::PodContext;
 use crate::pod::addresses::AddressError;
 use crate::pod::backoff;
+use crate::pod::ephemeral;
 use crate::pod::files;
 use crate::pod::images::{self, Local, Wanted};
 use crate::pod::status::Trouble;
 use crate::pod::translate::{self, Places};
 use crate::pod::watch::GRACE_ANNOTATION;
-use crate::runtime::types::{ContainerConfig, ContainerId, Image, SandboxConfig, SandboxId};
+use crate::runtime::types::{ContainerConfig, ContainerId, Image, NamespaceMode, SandboxConfig, SandboxId};
 use crate::runtime::{Kind, RuntimeError};
 use crate::telemetry::chain;
 
@@ -179,6 +181,12 @@ impl Worker {
     pub(super) async fn start(&mut self, name: &str, attempt: u32) {
         let pod = self.pod.clone();
         let Some(container) = find(&pod, name) else { return };
+        let container = container.as_ref();
+        if ephemeral::find(&pod, name).is_some() && !self.has_volumes_of(container) {
+            // Only what some container mounts is made, and this one was not there then.
+            self.memory.places = None;
+            return self.set_up_volumes().await;
+        }
         if self.memory.places.as_ref().is_some_and(|p| p.files.is_empty())
             && let Err(message) = self.write_files()
         {
@@ -273,11 +281,32 @@ impl Worker {
         let (command, args) = (expand(&container.command), expand(&container.args));
         let grace = crate::pod::plan::grace(pod).as_secs().to_string();
         let annotations = std::collections::BTreeMap::from([(GRACE_ANNOTATION.to_owned(), grace)]);
-        let mut config = ContainerConfig { attempt, env, command, args, annotations, ..config };
+        let pid_target = self.target(pod, &config)?;
+        let mut config = ContainerConfig { attempt, env, command, args, annotations, pid_target, ..config };
         if let Some(seat) = &self.seat {
             seat.place_container(&mut config);
         }
         Ok(config)
+    }
+
+    /// The container whose processes an ephemeral one asked to see. Where the Pod's containers see each other's anyway
+    /// there is none, as with a kubelet.
+    fn target(&self, pod: &Pod, config: &ContainerConfig) -> Result<Option<ContainerId>, Trouble> {
+        let Some(name) = ephemeral::find(pod, &config.name).and_then(ephemeral::target) else { return Ok(None) };
+        let Some(target) = self.observed.latest(name) else {
+            let text = format!("unable to find target container {name}");
+            return Err(Trouble::new("CreateContainerConfigError", text));
+        };
+        Ok(Some(target.id.clone()).filter(|_| config.pid == NamespaceMode::Container))
+    }
+
+    /// Whether every volume that the container mounts and the Pod has was made. (One that the Pod does not have is told
+    /// later.)
+    fn has_volumes_of(&self, container: &Container) -> bool {
+        let Some(places) = &self.memory.places else { return false };
+        let of_pod = |name: &str| self.pod.spec.iter().flat_map(|s| s.volumes.iter().flatten()).any(|v| v.name == name);
+        let mut mounts = container.volume_mounts.iter().flatten();
+        mounts.all(|mount| places.volumes.contains_key(&mount.name) || !of_pod(&mount.name))
     }
 
     /// An empty file that every user of the container may write.
@@ -348,7 +377,11 @@ impl Worker {
 }
 
 /// The container of that name.
-pub(super) fn find<'a>(pod: &'a Pod, name: &str) -> Option<&'a Container> {
+pub(super) fn find<'a>(pod: &'a Pod, name: &str) -> Option<Cow<'a, Container>> {
     let spec = pod.spec.as_ref()?;
-    spec.init_containers.iter().flatten().chain(&spec.containers).find(|c| c.name == name)
+    let lasting = spec.init_containers.iter().flatten().chain(&spec.containers).find(|c| c.name == name);
+    match lasting {
+        Some(container) => Some(Cow::Borrowed(container)),
+        None => ephemeral::find(pod, name).map(|container| Cow::Owned(ephemeral::as_container(container))),
+    }
 }

@@ -51,6 +51,7 @@ pub(super) struct Listed {
 impl DockerRuntime {
     pub(super) async fn create(&self, sandbox: &SandboxId, config: &ContainerConfig) -> Result<ContainerId> {
         self.check_sandbox(sandbox, config).await?;
+        self.check_target(sandbox, config).await?;
         let name = labels::container_name(self.owner(), config);
         let extras = self.extras(config).await?;
         let around = Surroundings {
@@ -91,6 +92,18 @@ impl DockerRuntime {
             Some(_) => Err(RuntimeError::new(Kind::Invalid, format!("{}: sandbox {sandbox} is not ready", tried()))),
             None => Err(RuntimeError::new(Kind::NotFound, format!("{}: there is no sandbox {sandbox}", tried()))),
         }
+    }
+
+    /// Docker would make the container and refuse to start it.
+    async fn check_target(&self, sandbox: &SandboxId, config: &ContainerConfig) -> Result<()> {
+        let Some(target) = &config.pid_target else { return Ok(()) };
+        let seen = self.see(target.as_str()).await?.filter(|seen| seen.facts.sandbox == sandbox.as_str());
+        let (kind, what) = match seen {
+            Some(seen) if seen.running() => return Ok(()),
+            Some(seen) => (Kind::Invalid, format!("its target container {} does not run", seen.facts.container)),
+            None => (Kind::NotFound, format!("there is no target container {target} in its sandbox")),
+        };
+        Err(RuntimeError::new(kind, format!("failed to create container {} of {}: {what}", config.name, config.pod)))
     }
 
     async fn extras(&self, config: &ContainerConfig) -> Result<Extras> {

@@ -4,13 +4,16 @@
 //! create -> start (hijacked) -> resize: answered once it runs or could not be started -> inspect: its process
 //! ```
 //! A keeper per exec does that, waits for the end of the process and fetches its exit code. If the session is dropped
-//! first (a client that vanished), it ends the process, which Docker has no verb for.
+//! first (a client that vanished), it ends the process, which Docker has no verb for. What a process of this node that was
+//! killed leaves behind is ended by the next (see [`left`](super::left)).
 //!
 //! As with `docker exec`, the exit code is there when the process has ended, and its output ends within two seconds of
 //! that, also if something it left in the background still holds its streams.
 
+use std::future::poll_fn;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Context;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -32,6 +35,9 @@ use crate::runtime::{Kind, Result, RuntimeError};
 /// With a terminal the daemon watches its input for keys that mean "let go", and cannot be told not to. So they are
 /// some that nobody types, and the first, which is held back until the next key, is one that few programs know.
 pub(super) const DETACH_KEYS: &str = "ctrl-@,ctrl-^,ctrl-_,ctrl-],ctrl-^,ctrl-_,ctrl-],ctrl-^,ctrl-_,ctrl-]";
+/// The same as the daemon keeps them. Execs without a terminal have them too, where they mean nothing but whose they are
+/// (see [`left`](super::left)).
+pub(super) const DETACH_BYTES: [u8; 10] = [0, 30, 31, 29, 30, 31, 29, 30, 31, 29];
 /// Exit codes that Docker notes for a command that could not be started.
 const CANNOT_START: [i64; 2] = [126, 127];
 /// Most of its words about that.
@@ -48,11 +54,21 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How often a process that cannot be seen from here (a daemon on another host) is asked about.
 const UNSEEN_PAUSE: Duration = Duration::from_millis(200);
 
-/// The tasks that look after running execs, and other work that nobody waits for; they end with the runtime.
-#[derive(Debug, Default)]
-pub(super) struct Keepers(Mutex<JoinSet<()>>);
+/// The tasks that look after running execs, and other work that nobody waits for. Clones share them; they end with the
+/// last.
+#[derive(Clone, Debug, Default)]
+pub struct Keepers(Arc<Mutex<JoinSet<()>>>);
 
 impl Keepers {
+    /// Resolves once none is left: with every session dropped, when the processes of all execs have ended. Cancel-safe.
+    pub async fn idle(&self) {
+        let next = |cx: &mut Context<'_>| {
+            let mut tasks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            tasks.poll_join_next(cx)
+        };
+        while poll_fn(next).await.is_some() {}
+    }
+
     pub(super) fn spawn(&self, keeper: impl Future<Output = ()> + Send + 'static) {
         // A set of tasks is never half changed, so a panic elsewhere does not spoil it.
         let mut tasks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -136,7 +152,7 @@ impl Exec {
             attach_stdin: Some(request.stdin),
             attach_stdout: Some(request.stdout),
             attach_stderr: Some(request.stderr && !request.tty),
-            detach_keys: request.tty.then(|| DETACH_KEYS.to_owned()),
+            detach_keys: Some(DETACH_KEYS.to_owned()),
             ..CreateExecOptions::default()
         };
         match self.docker.create_exec(&self.container, options).await {

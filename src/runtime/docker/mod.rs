@@ -27,6 +27,7 @@ mod http;
 mod image;
 mod io;
 mod labels;
+mod left;
 mod oom;
 mod pause;
 mod plain_registry;
@@ -51,7 +52,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use self::cgroup::Cgroups;
 use self::creates::Creates;
-use self::exec::Keepers;
+pub use self::exec::Keepers;
 use self::failure::failed;
 use self::stats::Statistics;
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
@@ -104,6 +105,8 @@ pub struct DockerOptions {
     pub starts_in_flight: usize,
     /// Kills and removals in flight at once.
     pub removals_in_flight: usize,
+    /// Where the tasks go that look after execs: whoever ends this process waits for them.
+    pub keepers: Keepers,
 }
 
 impl DockerOptions {
@@ -120,6 +123,7 @@ impl DockerOptions {
             insecure_registries: Vec::new(),
             starts_in_flight: 2 * cores,
             removals_in_flight: 2 * cores,
+            keepers: Keepers::default(),
         }
     }
 }
@@ -172,7 +176,8 @@ struct NetworkBook {
 }
 
 impl DockerRuntime {
-    /// Connects to the daemon and learns what it and the host can do.
+    /// Connects to the daemon, learns what it and the host can do, and ends the execs that an earlier process of this
+    /// owner left running.
     ///
     /// # Errors
     /// [`Kind::Unavailable`] if it does not answer.
@@ -186,7 +191,7 @@ impl DockerRuntime {
         let systemd = info.cgroup_driver == Some(SystemInfoCgroupDriverEnum::SYSTEMD);
         let version = docker.client_version();
         let daemon = http::peer_pid(&options.socket).await.unwrap_or_else(std::process::id).cast_signed();
-        Ok(Self {
+        let runtime = Self {
             oom_floor: oom::floor(daemon),
             verdicts: oom::Verdicts::default(),
             restores_newlines: (version.major_version, version.minor_version) < API_WITH_WHOLE_LINES,
@@ -196,13 +201,15 @@ impl DockerRuntime {
             removals: Semaphore::new(options.removals_in_flight.max(1)),
             network: Mutex::default(),
             unstarted: Mutex::default(),
-            keepers: Keepers::default(),
+            keepers: options.keepers.clone(),
             sockets: Sockets::default(),
             statistics: Statistics::new(info.docker_root_dir.unwrap_or_else(|| "/var/lib/docker".to_owned()).into()),
             docker,
             options,
             cable,
-        })
+        };
+        runtime.end_left_execs().await;
+        Ok(runtime)
     }
 
     fn owner(&self) -> &str {

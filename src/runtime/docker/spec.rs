@@ -114,6 +114,7 @@ fn host_config(sandbox: &SandboxId, config: &ContainerConfig, extras: Extras, ar
             NamespaceMode::Container => "private".to_owned(),
         }),
         pid_mode: match config.pid {
+            _ if config.pid_target.is_some() => config.pid_target.as_ref().map(|target| format!("container:{target}")),
             NamespaceMode::Pod => Some(format!("container:{sandbox}")),
             NamespaceMode::Node => Some("host".to_owned()),
             NamespaceMode::Container => None,

@@ -174,6 +174,9 @@ impl Shared {
                 self.tell(&pod, EventKind::OutOfMemory);
             }
             self.tell(&pod, EventKind::Exited);
+            // The kernel ends what is left in a PID namespace whose first process has ended.
+            let joined = locked(&self.state).joined_to(id);
+            joined.iter().for_each(|id| self.end(id, KILLED, false));
         }
     }
 

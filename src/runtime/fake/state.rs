@@ -127,6 +127,7 @@ impl State {
         if !self.images.contains_key(&config.image) {
             return Err(unknown("image", &config.image));
         }
+        self.check_target(sandbox, config)?;
         let same = |container: &&Container| {
             let status = &container.status;
             status.pod.uid == config.pod.uid && status.name == config.name && status.attempt == config.attempt
@@ -156,6 +157,22 @@ impl State {
         };
         self.containers.insert(id.clone(), container);
         Ok(id)
+    }
+
+    fn check_target(&self, sandbox: &SandboxId, config: &ContainerConfig) -> Result<()> {
+        let Some(target) = &config.pid_target else { return Ok(()) };
+        let found = self.containers.get(target).filter(|found| found.status.sandbox == *sandbox);
+        let found = found.ok_or_else(|| unknown("target container", target))?;
+        if found.status.state == ContainerState::Running {
+            return Ok(());
+        }
+        Err(RuntimeError::new(Kind::Invalid, format!("target container {} does not run", found.status.name)))
+    }
+
+    /// Running containers that have joined the processes of this one.
+    pub(super) fn joined_to(&self, id: &ContainerId) -> Vec<ContainerId> {
+        let running = self.containers.values().filter(|c| c.status.state == ContainerState::Running);
+        running.filter(|c| c.config.pid_target.as_ref() == Some(id)).map(|c| c.status.id.clone()).collect()
     }
 
     pub(super) fn container(&mut self, id: &ContainerId) -> Result<&mut Container> {

@@ -270,6 +270,7 @@ mod tests {
             cgroup_parent: String::new(),
             pid: NamespaceMode::Container,
             ipc: NamespaceMode::Pod,
+            pid_target: None,
             stop_signal: None,
             annotations: BTreeMap::new(),
         };

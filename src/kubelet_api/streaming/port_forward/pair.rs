@@ -3,7 +3,7 @@
 use std::io;
 use std::pin::Pin;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
 use tracing::debug;
 
@@ -12,8 +12,10 @@ use crate::kubelet_api::streaming::pipe::{Inbox, Next, Outbox};
 use crate::runtime::session::Duplex;
 use crate::telemetry::chain;
 
-/// Bytes that are read from a port at once.
-const READ: usize = 16 << 10;
+/// Room for one read from a port: little while little comes, since there may be thousands of connections, more for one
+/// that fills it.
+const LEAST_READ: usize = 8 << 10;
+const MOST_READ: usize = 64 << 10;
 
 /// Whether a client can say that it is done sending, and yet wants the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,16 +102,14 @@ enum Broken {
 
 /// From the port to the client.
 async fn down(mut reader: impl AsyncRead + Unpin, data: &Outbox) -> Result<(), Broken> {
-    let mut buffer = vec![0; READ];
+    let (mut buffer, mut room) = (BytesMut::new(), LEAST_READ);
     loop {
-        match reader.read(&mut buffer).await.map_err(Broken::Reading)? {
-            0 => return Ok(()),
-            read => {
-                if data.send(Bytes::copy_from_slice(&buffer[..read])).await.is_err() {
-                    return Ok(());
-                }
-            }
+        buffer.reserve(room);
+        let read = reader.read_buf(&mut buffer).await.map_err(Broken::Reading)?;
+        if read == 0 || data.send(buffer.split().freeze()).await.is_err() {
+            return Ok(());
         }
+        room = if read >= room { room * 2 } else { room / 2 }.clamp(LEAST_READ, MOST_READ);
     }
 }
 

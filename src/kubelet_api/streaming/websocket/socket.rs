@@ -186,8 +186,8 @@ impl Reader {
                 Frame::Binary(message) => self.take(message).await?,
                 Frame::Text(message) => self.take(message.into()).await?,
                 Frame::Close(_) => return Ok(()),
-                // The library answers pings.
-                Frame::Ping(_) | Frame::Pong(_) | Frame::Frame(_) => {}
+                // The library answers pings. That a client is there does not mean that it does anything.
+                Frame::Ping(_) | Frame::Pong(_) | Frame::Frame(_) => continue,
             }
             self.idle.touch();
         }
@@ -241,6 +241,7 @@ impl Writer {
                             Payload::Text(text) => Frame::text(text),
                         };
                         self.sink.feed(frame).await?;
+                        self.idle.touch();
                     }
                     Write::Close => {
                         let frame = CloseFrame { code: CloseCode::Normal, reason: "".into() };
@@ -257,7 +258,6 @@ impl Writer {
                 }
             }
             self.sink.flush().await?;
-            self.idle.touch();
         }
         Ok(())
     }
