@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, PodSpec, Secret, Service, ServiceAccount, Toleration};
 use k8s_openapi::api::node::v1::RuntimeClass;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
@@ -127,6 +128,7 @@ fn lost(document: &Document) -> Vec<String> {
         ("v1", "Service") => document.unknown_fields::<Service>(),
         ("v1", "ServiceAccount") => document.unknown_fields::<ServiceAccount>(),
         ("apps/v1", "Deployment") => document.unknown_fields::<Deployment>(),
+        ("autoscaling/v2", "HorizontalPodAutoscaler") => document.unknown_fields::<HorizontalPodAutoscaler>(),
         ("node.k8s.io/v1", "RuntimeClass") => document.unknown_fields::<RuntimeClass>(),
         ("rbac.authorization.k8s.io/v1", "ClusterRole") => document.unknown_fields::<ClusterRole>(),
         ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding") => document.unknown_fields::<ClusterRoleBinding>(),

@@ -2,7 +2,7 @@
 //! reverse proxy that only forwards, and through the front. Function, proxies and load are processes of their own.
 //!
 //! `cargo run --release --example bench-front` takes half a minute and prints a table; `--soak N` makes N calls through
-//! the front instead, and says how its memory grew.
+//! the front instead, each to a path of its own, and says how its memory grew.
 #![allow(clippy::disallowed_methods, reason = "a benchmark's tasks end with it")]
 
 use std::convert::Infallible;
@@ -212,7 +212,7 @@ fn load(args: &Args) -> anyhow::Result<()> {
 async fn calls(target: SocketAddr, clients: usize, (time, each): (Duration, Option<u64>)) -> anyhow::Result<Figures> {
     let began = Instant::now();
     let until = move |made: u64| each.map_or_else(|| began.elapsed() < time, |each| made < each);
-    let clients: Vec<_> = (0..clients).map(|_| tokio::spawn(client(target, until))).collect();
+    let clients: Vec<_> = (0..clients).map(|_| tokio::spawn(client(target, each.is_some(), until))).collect();
     let mut times = Vec::new();
     for client in clients {
         times.extend(client.await??);
@@ -225,13 +225,14 @@ async fn calls(target: SocketAddr, clients: usize, (time, each): (Duration, Opti
 }
 
 /// Nanoseconds of each call, of the first million.
-async fn client(target: SocketAddr, go_on: impl Fn(u64) -> bool) -> anyhow::Result<Vec<u32>> {
+async fn client(target: SocketAddr, soak: bool, go_on: impl Fn(u64) -> bool) -> anyhow::Result<Vec<u32>> {
     let mut stream = TcpStream::connect(target).await?;
     stream.set_nodelay(true)?;
     let (mut times, mut made, mut buffer) = (Vec::with_capacity(1 << 20), 0, Vec::with_capacity(4096));
     while go_on(made) {
+        let other = soak.then(|| format!("GET /{:x}/{made} HTTP/1.1\r\nHost: function\r\n\r\n", rand::random::<u64>()));
         let began = Instant::now();
-        stream.write_all(REQUEST).await?;
+        stream.write_all(other.as_ref().map_or(REQUEST, String::as_bytes)).await?;
         buffer.clear();
         while !buffer.ends_with(ANSWER) {
             ensure!(stream.read_buf(&mut buffer).await? > 0, "the connection ended");

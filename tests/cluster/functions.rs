@@ -1,12 +1,16 @@
 //! Function Pods: pools of environments behind the Pod's own address, called over HTTP.
 
 mod faults;
+mod host;
 mod limits;
 mod restart;
 mod rollout;
+mod runtimes;
 mod scaling;
+mod two_nodes;
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -28,8 +32,8 @@ const INVOKE: &str = "/2015-03-31/functions/function/invocations";
 /// How long a call may take, a cold start on a busy machine included.
 const CALL: Duration = Duration::from_secs(40);
 
-/// A plain HTTP server. `/id` tells environments apart, `/cgi-bin/hold?NAME` is answered when the test says so, and
-/// `/cgi-bin/exit` ends the environment with code 3.
+/// A plain HTTP server. `/id` tells environments apart, `/cgi-bin/hold?NAME` is answered when the test says so,
+/// `/cgi-bin/nap` after a tenth of a second, and `/cgi-bin/exit` ends the environment with code 3.
 const SERVER: &str = r#"
 mkdir -p /www/cgi-bin
 cat /proc/sys/kernel/random/uuid >/www/id
@@ -40,6 +44,7 @@ until [ -e /gate/open ] || [ -e "/gate/open.$QUERY_STRING" ]; do sleep 0.02; don
 echo
 cat /www/id
 END
+printf '#!/bin/sh\nsleep 0.1\necho\ncat /www/id\n' >/www/cgi-bin/nap
 printf '#!/bin/sh\nkill -USR1 1\nsleep 60\n' >/www/cgi-bin/exit
 chmod +x /www/cgi-bin/*
 trap 'exit 3' USR1
@@ -106,6 +111,8 @@ impl<'a> Function<'a> {
 
     async fn of_spec(t: &'a Case, name: &str, keys: Value, mut spec: Value) -> Self {
         let gate = tempfile::tempdir().unwrap();
+        // Some runtimes are not root.
+        std::fs::set_permissions(gate.path(), PermissionsExt::from_mode(0o777)).unwrap();
         let code = spec["containers"][0]["volumeMounts"].is_array();
         spec["volumes"] = json!([{"name": "gate", "hostPath": {"path": gate.path()}}]);
         if code {

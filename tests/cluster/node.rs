@@ -1,6 +1,5 @@
 //! The Node object, its Lease, and how a node comes and goes.
 
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,10 +10,11 @@ use kube::{Api, ResourceExt as _};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
+use crate::harness::docker::Docker;
 use crate::harness::leaks::Leaks;
 use crate::harness::node::{Node, Options, condition, output};
 use crate::harness::pods::{busybox, identity, is_ready, phase, pod_reason, sleeper, terminated};
-use crate::harness::wait::{SOON, poll, watch_until};
+use crate::harness::wait::{SOON, watch_until};
 use crate::harness::{Case, on_cluster, on_own_node, on_shared_node};
 
 fn reason(node: &NodeObject, type_: &str) -> String {
@@ -344,72 +344,11 @@ fn a_second_signal_aborts_a_drain() {
     });
 }
 
-/// A Docker daemon of the test's own, so that it can be stopped.
-struct Docker {
-    process: Option<Child>,
-    dir: tempfile::TempDir,
-}
-
-impl Docker {
-    async fn start() -> Self {
-        let mut docker = Self { process: None, dir: tempfile::tempdir().unwrap() };
-        docker.run().await;
-        docker
-    }
-
-    async fn run(&mut self) {
-        let place = |name: &str| self.dir.path().join(name).display().to_string();
-        let log = std::fs::File::options().create(true).append(true).open(place("log")).unwrap();
-        let child = Command::new("dockerd")
-            .args(["--data-root", &place("data"), "--exec-root", &place("exec"), "--pidfile", &place("pid")])
-            .args(["-H", &self.endpoint(), "--bridge", "none", "--iptables=false", "--ip-masq=false"])
-            .stdout(log.try_clone().unwrap())
-            .stderr(Stdio::from(log))
-            .spawn()
-            .unwrap();
-        self.process = Some(child);
-        poll("a second Docker daemon", SOON, async || {
-            let answer = output("docker", &["-H", &self.endpoint(), "version", "-f", "{{.Server.Version}}"]);
-            let log = || std::fs::read_to_string(place("log")).unwrap_or_default();
-            if answer.trim().is_empty() { Err(log()) } else { Ok(()) }
-        })
-        .await;
-    }
-
-    fn endpoint(&self) -> String {
-        format!("unix://{}/sock", self.dir.path().display())
-    }
-
-    fn load(&self, image: &str) {
-        let pipe = format!("docker save {image} | docker -H {} load", self.endpoint());
-        output("sh", &["-c", &pipe]);
-    }
-
-    fn stop(&mut self) {
-        let Some(mut child) = self.process.take() else { return };
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id().try_into().unwrap()), Signal::SIGTERM);
-        let _ = child.wait();
-    }
-}
-
-impl Drop for Docker {
-    fn drop(&mut self) {
-        let ids = output("docker", &["-H", &self.endpoint(), "ps", "-aq"]);
-        for id in ids.split_whitespace() {
-            output("docker", &["-H", &self.endpoint(), "rm", "-f", id]);
-        }
-        self.stop();
-        for mount in crate::harness::node::mounts_below(self.dir.path()).iter().rev() {
-            output("umount", &["--lazy", mount]);
-        }
-    }
-}
-
 #[test]
 #[ignore = "needs cluster: run hack/test"]
 fn a_node_without_its_docker_is_not_ready_and_says_why_until_it_is_back() {
     on_cluster(async |cluster, client| {
-        let mut docker = Docker::start().await;
+        let mut docker = Docker::start(&[]).await;
         docker.load(crate::harness::BUSYBOX);
         let flags = ["--docker-endpoint", &docker.endpoint()];
         let node = Arc::new(Node::start(cluster, client, "dockerless", Options::flags(&flags)).await);
@@ -441,7 +380,7 @@ fn a_node_without_its_docker_is_not_ready_and_says_why_until_it_is_back() {
 #[ignore = "needs cluster: run hack/test"]
 fn a_node_that_starts_before_its_docker_registers_and_becomes_ready_later() {
     on_cluster(async |cluster, client| {
-        let mut docker = Docker { process: None, dir: tempfile::tempdir().unwrap() };
+        let mut docker = Docker::stopped(&[]);
         let node = Node::prepare(cluster, "early", &["--docker-endpoint".to_owned(), docker.endpoint()]);
         node.spawn(&[]);
         let down = |n: &NodeObject| condition(n, "Ready") == Some("False");

@@ -8,11 +8,7 @@ if [ $# -lt 1 ]; then
     exit 64
 fi
 export _HANDLER="$1"
-export LAMBDA_TASK_ROOT="${LAMBDA_TASK_ROOT:-/var/task}"
-export LAMBDA_RUNTIME_DIR=/var/runtime
-export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$LAMBDA_TASK_ROOT:/opt/python:$LAMBDA_RUNTIME_DIR"
-cd "$LAMBDA_TASK_ROOT"
 if [ -n "${AWS_LAMBDA_RUNTIME_API:-}" ]; then
-    exec /usr/bin/python3 -m awslambdaric "$1"
+    exec /var/runtime/bootstrap
 fi
-exec /usr/local/bin/aws-lambda-rie /usr/bin/python3 -m awslambdaric "$1"
+exec /usr/local/bin/aws-lambda-rie /var/runtime/bootstrap

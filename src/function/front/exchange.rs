@@ -6,6 +6,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use http::{Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
@@ -14,8 +15,9 @@ use tracing::debug;
 
 use super::answer::Refusal;
 use super::headers;
-use super::lease::{Lease, Outcome};
+use super::lease::{Lease, Outcome, Reason, TryAgain};
 use super::places::State;
+use super::replay::{self, Replay};
 use super::reply::{Begun, Held, ReplyError, Source};
 use super::upload::{Progress, Upload, Watch};
 use super::wire::Wire;
@@ -49,8 +51,11 @@ pub(super) async fn exchange(shared: Arc<Shared>, sending: Sending) -> Exchanged
     let environment = lease.environment().clone();
     let upload = request.body().watch();
     let upgrade = request.headers().contains_key(http::header::UPGRADE);
-    let sent = Instant::now();
-    let mut fresh = false;
+    if lambda && request.body_mut().gather(replay::KEPT).await.is_err() {
+        return failed(&shared, lease, (upload, lambda), String::new()).await;
+    }
+    let mut replay = lambda.then(|| Replay::of(&request));
+    let (mut sent, mut fresh) = (Instant::now(), false);
     let cause = loop {
         let result = tokio::select! {
             biased;
@@ -63,6 +68,16 @@ pub(super) async fn exchange(shared: Arc<Shared>, sending: Sending) -> Exchanged
             }
         };
         match result {
+            Ok(response) if lambda && replay::is_unready(&response) => {
+                drop(response);
+                let again = async { replay.as_mut()?.again(&shared.limits, &client).await };
+                let Some(message) = again.await else { return unready(lease, &client) };
+                (request, fresh, sent) = (message, true, Instant::now());
+                match Wire::connect(environment.address(), shared.limits.connect_timeout).await {
+                    Ok(new) => wire = new,
+                    Err(cause) => return unreachable(lease, &cause),
+                }
+            }
             Ok(response) => {
                 let held = Held { wire, lease, upload, sent, lambda, client };
                 return answered(shared, response, held, upgrade).await;
@@ -87,6 +102,16 @@ fn unreachable(lease: Lease, cause: &std::io::Error) -> Exchanged {
     let reason: Arc<str> = chain(cause).into();
     lease.finish(Outcome::Unreachable(reason.clone()));
     Exchanged::Refused(Refusal::Lost(reason))
+}
+
+/// Its runtime did not ask for another call, so none of this one was begun.
+fn unready(lease: Lease, client: &State) -> Exchanged {
+    lease.finish(Outcome::CutOff { begun: false });
+    if client.has_left() {
+        return Exchanged::ClientGone;
+    }
+    let (reason, retry_after) = (Reason::Unready, Duration::from_secs(1));
+    Exchanged::Refused(Refusal::TryAgain(TryAgain { reason, retry_after }))
 }
 
 /// No answer came.

@@ -36,6 +36,8 @@ pub enum Reason {
     Deadline,
     /// No replica can start, and why. 503.
     CannotStart(String),
+    /// The runtime in the environment did not ask for another call. 503.
+    Unready,
     /// The Pod or the node is ending. 503.
     ShuttingDown,
 }
@@ -114,6 +116,7 @@ impl fmt::Display for Reason {
             Self::QueueFull => f.write_str("too many calls are waiting"),
             Self::Deadline => f.write_str("none became free in time"),
             Self::CannotStart(why) => write!(f, "none can start: {why}"),
+            Self::Unready => f.write_str("its runtime asked for no other call in time"),
             Self::ShuttingDown => f.write_str("the function is shutting down"),
         }
     }
@@ -124,7 +127,7 @@ impl TryAgain {
     pub fn is_busy(&self) -> bool {
         match self.reason {
             Reason::QueueFull | Reason::Deadline => true,
-            Reason::CannotStart(_) | Reason::ShuttingDown => false,
+            Reason::CannotStart(_) | Reason::Unready | Reason::ShuttingDown => false,
         }
     }
 

@@ -25,6 +25,7 @@ mod lease;
 mod listen;
 mod meters;
 mod places;
+mod replay;
 mod reply;
 mod tally;
 mod tunnel;
@@ -99,6 +100,8 @@ pub struct Limits {
     pub keep_environment: Duration,
     /// For the reason of an environment's end to become known after its connection broke. Default 1 s.
     pub exit_wait: Duration,
+    /// For a Lambda runtime with managed concurrency to ask for its next call; then that call is answered 503. Default 5 s.
+    pub ready_wait: Duration,
     /// How long an answer is read on after its client left, where a server can be told to stop by closing. A Lambda's
     /// is read to its end. Default 30 s.
     pub linger: Duration,
@@ -140,6 +143,7 @@ impl Default for Limits {
             connect_timeout: Duration::from_secs(5),
             keep_environment: Duration::from_secs(1),
             exit_wait: Duration::from_secs(1),
+            ready_wait: Duration::from_secs(5),
             linger: Duration::from_secs(30),
         }
     }

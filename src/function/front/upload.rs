@@ -1,5 +1,6 @@
 //! The body of a request on its way to an environment: bounded, kept to a pace, and known to be complete or not.
 
+use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -39,8 +40,8 @@ pub(super) struct Watch(Option<Arc<AtomicU8>>);
 
 /// A request's body.
 pub(super) struct Upload {
-    /// What was read before the environment was asked for.
-    first: Option<Frame<Bytes>>,
+    /// What was read before it was asked for.
+    ahead: VecDeque<Frame<Bytes>>,
     /// None when it was read to its end.
     rest: Option<Incoming>,
     /// Bytes that may still come.
@@ -84,7 +85,7 @@ impl Upload {
         let rest = Some(body).filter(|body| !body.is_end_stream());
         let progress = Watch(rest.as_ref().map(|_| Arc::new(AtomicU8::new(Progress::Going as u8))));
         let pace = pace.filter(|_| rest.is_some()).map(Pace::new);
-        Self { first: None, rest, room: limit.unwrap_or(u64::MAX), discard: DISCARD, pace, progress }
+        Self { ahead: VecDeque::new(), rest, room: limit.unwrap_or(u64::MAX), discard: DISCARD, pace, progress }
     }
 
     pub(super) fn watch(&self) -> Watch {
@@ -112,8 +113,32 @@ impl Upload {
                 Poll::Pending => return Ok(()),
             },
         };
-        self.first = first.transpose().map_err(|CutOff(progress)| progress)?;
+        self.ahead.extend(first.transpose().map_err(|CutOff(progress)| progress)?);
         Ok(())
+    }
+
+    /// Reads on until all of it is here, or `most` bytes are.
+    pub(super) async fn gather(&mut self, most: usize) -> Result<(), CutOff> {
+        while self.rest.is_some() && self.ahead_bytes() < most {
+            let frame = poll_fn(|cx| self.read(cx)).await;
+            self.ahead.extend(frame.transpose()?);
+        }
+        Ok(())
+    }
+
+    /// The same body once more, if all of it is here. Its bytes are shared, not copied.
+    pub(super) fn copy(&self) -> Option<Self> {
+        let copied = |frame: &Frame<Bytes>| match (frame.data_ref(), frame.trailers_ref()) {
+            (Some(data), _) => Some(Frame::data(data.clone())),
+            (None, trailers) => trailers.map(|trailers| Frame::trailers(trailers.clone())),
+        };
+        let ahead = self.ahead.iter().filter_map(copied).collect();
+        let progress = self.progress.clone();
+        self.rest.is_none().then_some(Self { ahead, rest: None, room: 0, discard: 0, pace: None, progress })
+    }
+
+    fn ahead_bytes(&self) -> usize {
+        self.ahead.iter().filter_map(Frame::data_ref).map(Bytes::len).sum()
     }
 
     /// Reads on and throws away, so that the answer reaches a client that only then looks for one.
@@ -188,21 +213,21 @@ impl Body for Upload {
     type Error = CutOff;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, CutOff>>> {
-        match self.first.take() {
-            Some(first) => Poll::Ready(Some(Ok(first))),
+        match self.ahead.pop_front() {
+            Some(frame) => Poll::Ready(Some(Ok(frame))),
             None => self.read(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.first.is_none() && self.rest.is_none()
+        self.ahead.is_empty() && self.rest.is_none()
     }
 
     fn size_hint(&self) -> SizeHint {
-        let first = self.first.as_ref().and_then(Frame::data_ref).map_or(0, |data| data.len() as u64);
+        let ahead = self.ahead_bytes() as u64;
         match self.rest.as_ref().map(Body::size_hint) {
-            None => SizeHint::with_exact(first),
-            Some(rest) => rest.exact().map_or_else(SizeHint::default, |rest| SizeHint::with_exact(first + rest)),
+            None => SizeHint::with_exact(ahead),
+            Some(rest) => rest.exact().map_or_else(SizeHint::default, |rest| SizeHint::with_exact(ahead + rest)),
         }
     }
 }

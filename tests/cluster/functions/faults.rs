@@ -96,7 +96,7 @@ fn a_function_whose_image_is_missing_says_so_and_serves_once_it_is_there() {
 fn a_function_that_never_listens_says_so_and_its_callers_are_not_kept_waiting() {
     on_shared_node(async |t| {
         let keys = json!({
-            "com.openfaas.scale.max": "1", "lambdalet.dev/listen-timeout": "200ms", "lambdalet.dev/queue-timeout": "5s",
+            "com.openfaas.scale.max": "1", "lambdalet.dev/listen-timeout": "200ms", "lambdalet.dev/queue-timeout": "25s",
         });
         let container = busybox("trap 'exit 0' TERM; while true; do sleep 1; done");
         let function = Function::make(t, "mute", keys, container).await.ready().await;

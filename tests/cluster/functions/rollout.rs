@@ -12,6 +12,18 @@ use crate::harness::on_shared_node;
 use crate::harness::pods::busybox_with;
 use crate::harness::wait::watch_until;
 
+/// Whether every replica of the Deployment, and nothing else, is ready and of its latest version.
+pub(super) fn complete(deployment: Option<&Deployment>) -> bool {
+    deployment.is_some_and(|deployment| {
+        let wanted = deployment.spec.replicas;
+        let status = deployment.status.clone().unwrap_or_default();
+        status.observed_generation == deployment.metadata.generation
+            && status.updated_replicas == wanted
+            && status.ready_replicas == wanted
+            && status.replicas == wanted
+    })
+}
+
 /// How many calls a caller made, which Pods answered, and what was lost.
 type Tally = (usize, BTreeSet<String>, Vec<String>);
 
@@ -38,17 +50,12 @@ fn a_rolling_update_behind_a_service_loses_no_call() {
         let ports = json!([{"port": 80, "targetPort": 8080}]);
         let service: Service = t.make("f", json!({"spec": {"selector": {"app": "f"}, "ports": ports}})).await;
         let address = format!("{}:80", service.spec.unwrap().cluster_ip.unwrap());
-        let complete = |deployment: Option<&Deployment>| {
-            deployment.is_some_and(|deployment| {
-                let status = deployment.status.clone().unwrap_or_default();
-                status.observed_generation == deployment.metadata.generation
-                    && status.updated_replicas == Some(2)
-                    && status.ready_replicas == Some(2)
-                    && status.replicas == Some(2)
-            })
-        };
         watch_until(t.api::<Deployment>(), "f", "complete", SOON, complete).await;
-        let ask = async || send(&address, Request::get("/id"), Bytes::new(), CALL).await;
+        // Until kube-proxy knows the Service, its address is anybody's.
+        let ask = async || match send(&address, Request::get("/id"), Bytes::new(), CALL).await? {
+            answer if answer.status == StatusCode::OK => Ok(answer),
+            other => Err(format!("{other:?}")),
+        };
         let first = poll("the Service", SOON, ask).await.text();
 
         let stop = Arc::new(AtomicBool::new(false));

@@ -310,3 +310,13 @@ async fn a_length_beside_chunks_is_not_passed_on() {
     let got = client.receive().await;
     assert!(matches!(got.status, 200 | 400), "{}", got.head);
 }
+
+#[tokio::test]
+async fn who_begins_with_http_2_is_left_and_wakes_nothing() {
+    let front = start(Limits::default()).await;
+    front.environment(mirror().await);
+    let mut client = front.connect().await;
+    client.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
+    assert!(client.rest().await.is_empty(), "no HTTP/1.1 to who would not understand it");
+    assert_eq!(front.pool.leased.load(Ordering::SeqCst), 0);
+}

@@ -1,6 +1,8 @@
 //! The Lambda path: what the RIE needs and what it cannot do.
 
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::super::*;
 use super::support::*;
@@ -143,4 +145,77 @@ async fn a_refusal_has_lambdas_shape() {
         assert!(json["errorType"].is_string() && json["errorMessage"].is_string(), "{json}");
     }
     assert_eq!((front.calls("Busy"), front.calls("Unavailable")), (1, 1));
+}
+
+/// An emulator with managed concurrency whose runtime is not ready for the first `refused` calls it is sent.
+async fn managed(refused: usize) -> (std::net::SocketAddr, Arc<Mutex<Vec<usize>>>) {
+    let sizes = Arc::new(Mutex::new(Vec::new()));
+    let seen = sizes.clone();
+    let address = server(move |mut client| {
+        let seen = seen.clone();
+        async move {
+            while let Ok(head) = next_head(&mut client).await {
+                let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
+                let payload = client.exactly(length.unwrap()).await;
+                let calls = {
+                    let mut seen = seen.lock().unwrap();
+                    seen.push(payload.len());
+                    seen.len()
+                };
+                let answer = if calls <= refused {
+                    "HTTP/1.1 400 Bad Request\r\nError-Type: Runtime.Unavailable\r\nContent-Length: 2\r\n\r\n{}"
+                        .to_owned()
+                } else {
+                    format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{}", payload.len(), "y".repeat(payload.len()))
+                };
+                client.send(answer).await;
+            }
+        }
+    })
+    .await;
+    (address, sizes)
+}
+
+/// The next head, or nothing when the connection ends.
+async fn next_head(client: &mut Client) -> Result<String, ()> {
+    if client.ended().await { Err(()) } else { Ok(client.head().await) }
+}
+
+#[tokio::test]
+async fn a_call_that_a_managed_runtime_is_not_ready_for_is_sent_again_until_it_is() {
+    let front = start(Limits::default()).await;
+    let (address, sizes) = managed(3).await;
+    front.environment(address);
+    let payload = "x".repeat(200 << 10);
+    let got = front.connect().await.invoke(&payload).await;
+    assert_eq!((got.status, got.body.len()), (200, payload.len()));
+    assert_eq!(*sizes.lock().unwrap(), [payload.len(); 4]);
+    assert_eq!(front.pool.outcome().await, Outcome::Answered);
+    assert!(front.pool.is_idle(), "it ended once");
+    assert_eq!(front.calls("Answered"), 1);
+}
+
+#[tokio::test]
+async fn a_managed_runtime_that_does_not_become_ready_costs_the_call_and_not_the_environment() {
+    let front = start(Limits { ready_wait: Duration::from_millis(30), ..Limits::default() }).await;
+    let (address, sizes) = managed(usize::MAX).await;
+    front.environment(address);
+    let got = front.connect().await.invoke("{}").await;
+    assert_eq!((got.status, got.field("retry-after")), (503, Some("1")));
+    assert!(got.text().contains("asked for no other call"), "{}", got.text());
+    assert!(sizes.lock().unwrap().len() > 1);
+    assert_eq!(front.pool.outcome().await, Outcome::CutOff { begun: false });
+    assert_eq!(front.calls("Unavailable"), 1);
+}
+
+#[tokio::test]
+async fn a_payload_too_large_to_be_kept_is_sent_once() {
+    let front = start(Limits::default()).await;
+    let (address, sizes) = managed(1).await;
+    front.environment(address);
+    let large = "x".repeat(1 << 20);
+    let mut client = front.connect().await;
+    assert_eq!(client.invoke(&large).await.status, 503);
+    assert_eq!(client.invoke(&large).await.status, 200);
+    assert_eq!(*sizes.lock().unwrap(), [large.len(); 2]);
 }

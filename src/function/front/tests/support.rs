@@ -260,6 +260,11 @@ impl Client {
         }
     }
 
+    /// Whether the other side closed it with nothing left to read.
+    pub(super) async fn ended(&mut self) -> bool {
+        self.read.is_empty() && self.stream.read_buf(&mut self.read).await.unwrap_or(0) == 0
+    }
+
     pub(super) async fn line(&mut self) -> String {
         loop {
             if let Some(end) = find(&self.read, b"\r\n") {
