@@ -60,7 +60,9 @@ impl Family<'_> {
         }
         self.text.push_str(self.name);
         for (at, (label, value)) in labels.iter().enumerate() {
-            let _ = write!(self.text, "{}{label}=\"", if at == 0 { '{' } else { ',' });
+            self.text.push(if at == 0 { '{' } else { ',' });
+            self.text.push_str(label);
+            self.text.push_str("=\"");
             self.escaped(value);
             self.text.push('"');
         }
@@ -72,6 +74,9 @@ impl Family<'_> {
     }
 
     fn escaped(&mut self, value: &str) {
+        if !value.contains(['\\', '"', '\n']) {
+            return self.text.push_str(value);
+        }
         for c in value.chars() {
             match c {
                 '\\' => self.text.push_str("\\\\"),
