@@ -7,6 +7,7 @@ mod functions;
 mod identity;
 mod invoke;
 mod start;
+mod top;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -38,6 +39,8 @@ enum Command {
     Functions(functions::FunctionsArgs),
     /// Call a function once, through the API server, and print its answer
     Invoke(invoke::InvokeArgs),
+    /// Show what Pods and functions use, as a table that stays up to date
+    Top(top::TopArgs),
     /// Approve the serving certificates that nodes ask for, one replica at a time
     Controller(ControllerArgs),
     /// Print the version
@@ -73,6 +76,7 @@ impl Args {
             Command::Check(args) => check(*args),
             Command::Functions(args) => ask(functions::functions(args)),
             Command::Invoke(args) => ask(invoke::invoke(args)),
+            Command::Top(args) => ask(top::top(args)),
             Command::Controller(args) => controller(args),
             Command::Version { output } => print_version(output),
             Command::Completion { shell } => {

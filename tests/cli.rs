@@ -138,7 +138,7 @@ fn help_lists_every_flag() {
         assert!(stdout.contains(&format!("--{flag}")), "--{flag} is not in the help");
     }
     let (_, stdout, _) = lambdalet(&["--help"]);
-    for command in ["run", "check", "functions", "invoke", "version", "completion"] {
+    for command in ["run", "check", "functions", "invoke", "top", "version", "completion"] {
         assert!(stdout.contains(command), "{command}");
     }
 }
@@ -259,7 +259,7 @@ fn commands_for_functions_say_what_keeps_them_from_asking() {
     for word in ["--all-namespaces", "--watch", "--namespace", "--kubeconfig"] {
         assert!(help.contains(word), "{word} is not in\n{help}");
     }
-    for command in [&["functions"][..], &["invoke", "f"]] {
+    for command in [&["functions"][..], &["invoke", "f"], &["top"], &["top", "--once", "-o", "json"]] {
         let missing = refused(&[command, &["--kubeconfig", "/nowhere/kc"]].concat());
         assert!(missing.contains("there is no kubeconfig /nowhere/kc"), "{missing}");
         let path = files.kubeconfig("https://127.0.0.1:1", &authority("some").pem(), "token: t");
@@ -268,7 +268,13 @@ fn commands_for_functions_say_what_keeps_them_from_asking() {
     }
     assert!(refused(&["invoke"]).contains("<POD>"));
     assert!(refused(&["invoke", "f", "--data", "@/nowhere/data"]).contains("/nowhere/data"));
-    assert!(refused(&["functions", "-A", "-n", "x"]).contains("cannot be used with"));
+    for command in ["functions", "top"] {
+        assert!(refused(&[command, "-A", "-n", "x"]).contains("cannot be used with"));
+    }
+    let (_, help, _) = lambdalet(&["top", "--help"]);
+    for wanted in ["--once", "--node", "--output", "-A, --all-namespaces", "nodes/proxy"] {
+        assert!(help.contains(wanted), "{wanted} in {help}");
+    }
 }
 
 #[test]

@@ -47,6 +47,8 @@ make_server_pki() {
   make_ca
   sign apiserver "/CN=kube-apiserver" serverAuth "$(server_names)"
   sign kubelet-client "/CN=kube-apiserver-kubelet-client" clientAuth
+  # What the API server is to the servers it stands before.
+  sign front-proxy-client "/CN=front-proxy-client" clientAuth
   [ -s "$DIR/pki/service-account.key" ] || {
     openssl genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048 -out "$DIR/pki/service-account.key" 2>/dev/null
     openssl pkey -in "$DIR/pki/service-account.key" -pubout -out "$DIR/pki/service-account.pub"

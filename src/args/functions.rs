@@ -176,7 +176,7 @@ fn line(cells: &[String; COLUMNS.len()]) -> String {
 }
 
 /// An age in its largest unit, or two of them while it is young, as kubectl has it.
-fn age(seconds: i64) -> String {
+pub(super) fn age(seconds: i64) -> String {
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
     match seconds {
         ..120 => format!("{}s", seconds.max(0)),

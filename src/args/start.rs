@@ -101,7 +101,7 @@ async fn start_rooms(
     };
     let node = node::spawn(params, tasks)?;
     identity::keep(&settings, &api, reload, &node.facts, tasks);
-    let directory = Arc::new(Directory::default());
+    let directory = Arc::new(Directory::of_root(&settings.pods.root_dir));
     let parts = Parts { settings, api, owner, metrics, runtime, directory, node, keepers, tasks: tasks.clone() };
     serve_api(&parts).await?;
     tasks.spawn("pods", pods(parts, bridge));
@@ -168,6 +168,7 @@ async fn serve_api(parts: &Parts) -> anyhow::Result<()> {
         client: parts.api.client.clone(),
         targets: parts.directory.clone(),
         runtime: parts.runtime.clone(),
+        images: parts.runtime.clone(),
         metrics: parts.metrics.clone(),
         limits: kubelet_api::Limits { stream_idle: serving.stream_idle, ..kubelet_api::Limits::default() },
         about: kubelet_api::About {

@@ -9,6 +9,7 @@
 mod attributes;
 mod auth;
 mod cache;
+mod health;
 mod identity;
 mod log_files;
 mod log_query;
@@ -17,6 +18,7 @@ mod logs;
 mod meters;
 mod pages;
 mod peer;
+mod profile;
 mod seldom;
 mod self_signed;
 mod server;
@@ -44,6 +46,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 pub use auth::{Access, Authorization};
+use health::Health;
 use meters::Meters;
 pub use pages::{About, flags_of};
 pub use self_signed::SelfSigned;
@@ -56,7 +59,7 @@ use tls::Tls;
 pub use tls::{Serving, TlsError, TlsParams};
 
 use crate::metrics::{CONTENT_TYPE, Metrics};
-use crate::runtime::{Kind, SandboxRuntime};
+use crate::runtime::{ImageStore, Kind, SandboxRuntime};
 use crate::telemetry::chain;
 
 /// Everything the API is made from.
@@ -76,6 +79,8 @@ pub struct Params {
     pub targets: Arc<dyn PodTargets>,
     /// Runs them.
     pub runtime: Arc<dyn SandboxRuntime>,
+    /// Knows where images are.
+    pub images: Arc<dyn ImageStore>,
     /// What `/metrics` shows; the API's own metrics are added.
     pub metrics: Metrics,
     /// Bounds.
@@ -122,11 +127,17 @@ impl KubeletApi {
         let meters = Meters::new(&params.metrics);
         let gate = auth::Gate::new(params.node_name.clone(), params.access, params.client, tls.clone(), meters.clone());
         let app = App {
+            stats: Arc::new(Collector::new(
+                params.runtime.clone(),
+                params.images,
+                params.targets.clone(),
+                params.about.root_dir.clone(),
+            )),
             targets: params.targets,
-            stats: Arc::new(Collector::new(params.runtime.clone(), params.about.root_dir.clone())),
             runtime: params.runtime,
             metrics: params.metrics,
             meters: meters.clone(),
+            health: Health::default(),
             node_name: params.node_name.into(),
             about: Arc::new(params.about),
             room: Room::new(params.limits.streams, params.limits.stream_idle),
@@ -161,6 +172,7 @@ struct App {
     meters: Meters,
     room: Room,
     stats: Arc<Collector>,
+    health: Health,
     node_name: Arc<str>,
     about: Arc<About>,
 }
@@ -168,7 +180,6 @@ struct App {
 /// The whole table.
 fn routes() -> Router<App> {
     let mut router = Router::new()
-        .route("/healthz", get(healthz))
         .route("/metrics", get(metrics))
         .route("/pods", get(pods))
         .route("/pods/", get(pods))
@@ -189,24 +200,7 @@ fn routes() -> Router<App> {
 }
 
 /// What a kubelet answers and this node does not yet.
-const NOT_SERVED: &[&str] = &[
-    "/debug/flags/v",
-    "/debug/pprof",
-    "/debug/pprof/",
-    "/debug/pprof/{*rest}",
-    "/metrics/slis",
-    "/stats",
-    "/stats/",
-    "/stats/{*rest}",
-];
-
-/// GET `/healthz`: `ok`, or 500 with what is stuck.
-async fn healthz(State(app): State<App>) -> Response {
-    match app.targets.healthy() {
-        Ok(()) => "ok".into_response(),
-        Err(reason) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{reason}\n")).into_response(),
-    }
-}
+const NOT_SERVED: &[&str] = &["/debug/flags/v", "/stats", "/stats/", "/stats/{*rest}"];
 
 /// GET `/metrics`: this process's own metrics.
 async fn metrics(State(app): State<App>) -> Response {

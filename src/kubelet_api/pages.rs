@@ -1,4 +1,4 @@
-//! What the node tells of itself: its health by part, configuration, flags, and what runs.
+//! What the node tells of itself: its configuration, flags, and what runs.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use axum::Router;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{any, get, post};
 use http::{StatusCode, header};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, PodStatus};
@@ -14,7 +14,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde_json::{Value, json};
 
 use super::targets::TargetError;
-use super::{App, ListMeta, PodList, healthz, internal, log_files, runtime_status, stats};
+use super::{App, ListMeta, PodList, health, internal, log_files, profile, runtime_status, stats};
 use crate::runtime::stats::{SandboxStats, StatsScope};
 use crate::telemetry::chain;
 
@@ -71,12 +71,16 @@ pub fn flags_of(arguments: impl IntoIterator<Item = String>) -> BTreeMap<String,
     flags
 }
 
-/// The routes of this file, of [`stats`] and of [`log_files`].
+/// The routes of this file, of [`health`], [`stats`], [`log_files`] and [`profile`].
 pub(super) fn routes() -> Router<App> {
     Router::new()
-        .route("/healthz/ping", get(ping))
-        .route("/healthz/log", get(ping))
-        .route("/healthz/syncloop", get(healthz))
+        .route("/healthz", get(health::healthz))
+        .route("/healthz/ping", get(health::ping))
+        .route("/healthz/log", get(health::log))
+        .route("/healthz/syncloop", get(health::syncloop))
+        .route("/debug/pprof", any(profile::pprof))
+        .route("/debug/pprof/", any(profile::pprof))
+        .route("/debug/pprof/{*rest}", any(profile::pprof))
         .route("/configz", get(configz))
         .route("/flagz", get(flagz))
         .route("/statusz", get(statusz))
@@ -90,12 +94,7 @@ pub(super) fn routes() -> Router<App> {
         .route("/metrics/resource", get(stats::resource))
         .route("/metrics/cadvisor", get(stats::cadvisor))
         .route("/metrics/probes", get(stats::probes))
-}
-
-/// GET `/healthz/ping` and `/healthz/log`: that there is an answer is the answer. Log lines are written by whoever has
-/// something to say, so no part of its own could be stuck.
-async fn ping() -> &'static str {
-    "ok"
+        .route("/metrics/slis", get(health::slis))
 }
 
 /// GET `/configz`: the configuration in effect.

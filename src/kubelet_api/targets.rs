@@ -1,5 +1,7 @@
 //! What the API needs to know of Pods, without knowing who keeps them.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -47,11 +49,25 @@ pub trait PodTargets: Send + Sync + 'static {
     /// Every Pod of this node with the status last computed here, for `/pods`.
     fn pods(&self) -> Vec<Arc<Pod>>;
 
+    /// The volumes of this node's Pods by Pod UID, for `/stats/summary`.
+    fn volumes(&self) -> BTreeMap<String, Vec<PodVolume>>;
+
     /// Whether the Pod loop is alive, for `/healthz`.
     ///
     /// # Errors
     /// Which part is stuck and since when.
     fn healthy(&self) -> Result<(), String>;
+}
+
+/// A volume whose use can be told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodVolume {
+    /// Its name in the Pod.
+    pub name: String,
+    /// Its directory on the host, which may not be there yet.
+    pub path: PathBuf,
+    /// Whether what it holds counts as the Pod's ephemeral storage.
+    pub on_disk: bool,
 }
 
 /// Where a log comes from.

@@ -91,7 +91,7 @@ impl Machine {
     /// # Errors
     /// If the kernel does not tell what every node needs: memory, storage, boot id.
     pub fn measure(root_dir: &Path) -> Result<Self, MachineError> {
-        let (storage, _) = file_system(root_dir)?;
+        let storage = Extent::measure(root_dir)?;
         let machine_id = optional("/etc/machine-id");
         let system_uuid = Some(optional("/sys/class/dmi/id/product_uuid")).filter(|uuid| !uuid.is_empty());
         let online = optional("/sys/devices/system/cpu/online");
@@ -118,7 +118,7 @@ impl Load {
     /// # Errors
     /// As [`Machine::measure`].
     pub fn measure(root_dir: &Path) -> Result<Self, MachineError> {
-        let (_, free) = file_system(root_dir)?;
+        let storage = Extent::measure(root_dir)?;
         let number = |path: &'static str| -> Result<u64, MachineError> {
             required(path)?.parse().map_err(|_| MachineError::Missing { path: path.into(), what: "number" })
         };
@@ -127,30 +127,44 @@ impl Load {
             .ok_or_else(|| MachineError::Missing { path: "/proc/loadavg".into(), what: "count of tasks" })?;
         Ok(Self {
             memory_available: meminfo("MemAvailable")?,
-            storage_available: free.bytes,
-            inodes_free: free.inodes,
+            storage_available: storage.bytes_free,
+            inodes_free: storage.inodes_free,
             pids,
             pids_available: pids.saturating_sub(tasks),
         })
     }
 }
 
-/// Bytes and inodes of a file system.
-struct Extent {
-    bytes: u64,
-    inodes: u64,
+/// A file system's size, and what is free for unprivileged users.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extent {
+    /// Bytes of all of it.
+    pub bytes: u64,
+    /// Its inodes; 0 where it has none to count.
+    pub inodes: u64,
+    /// Bytes free.
+    pub bytes_free: u64,
+    /// Inodes free.
+    pub inodes_free: u64,
 }
 
-/// The whole and what is free for unprivileged users.
-fn file_system(path: &Path) -> Result<(Extent, Extent), MachineError> {
-    let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-    let stat = nix::sys::statvfs::statvfs(existing)
-        .map_err(|source| MachineError::FileSystem { path: existing.to_owned(), source })?;
-    let block = stat.fragment_size();
-    Ok((
-        Extent { bytes: stat.blocks() * block, inodes: stat.files() },
-        Extent { bytes: stat.blocks_available() * block, inodes: stat.files_available() },
-    ))
+impl Extent {
+    /// Of the file system that holds `path`, or the nearest parent that exists.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub fn measure(path: &Path) -> Result<Self, MachineError> {
+        let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+        let stat = nix::sys::statvfs::statvfs(existing)
+            .map_err(|source| MachineError::FileSystem { path: existing.to_owned(), source })?;
+        let block = stat.fragment_size();
+        Ok(Self {
+            bytes: stat.blocks() * block,
+            inodes: stat.files(),
+            bytes_free: stat.blocks_available() * block,
+            inodes_free: stat.files_available(),
+        })
+    }
 }
 
 fn required(path: &'static str) -> Result<String, MachineError> {

@@ -1,6 +1,7 @@
 //! Which Pods are here and what is known of them, for whoever asks from outside the Pod loop.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,8 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodSpec, PodStatus};
 use super::crew::pools::Pools;
 use super::ephemeral;
 use super::observed::Observed;
-use crate::kubelet_api::targets::{Entrance, LogTarget, PodTargets, TargetError};
+use super::volumes::places;
+use crate::kubelet_api::targets::{Entrance, LogTarget, PodTargets, PodVolume, TargetError};
 use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus as Attempt, SandboxId};
 
 /// The Pod loop counts as stuck when it has not come round for this long; it comes round at least every
@@ -26,6 +28,8 @@ pub struct Directory {
     /// The environments of function Pods.
     pub(super) pools: Arc<Pools>,
     heartbeat: RwLock<Instant>,
+    /// Where volumes are.
+    root: PathBuf,
 }
 
 #[derive(Clone, Debug)]
@@ -39,11 +43,22 @@ struct Entry {
 
 impl Default for Directory {
     fn default() -> Self {
-        Self { entries: RwLock::default(), pools: Arc::default(), heartbeat: RwLock::new(Instant::now()) }
+        Self {
+            entries: RwLock::default(),
+            pools: Arc::default(),
+            heartbeat: RwLock::new(Instant::now()),
+            root: PathBuf::new(),
+        }
     }
 }
 
 impl Directory {
+    /// An empty one, of a node with this `--root-dir`.
+    pub fn of_root(root: &Path) -> Self {
+        // As the volumes themselves are made.
+        Self { root: std::path::absolute(root).unwrap_or_else(|_| root.to_owned()), ..Self::default() }
+    }
+
     /// Notes what a worker knows now.
     pub(super) fn put(&self, pod: &Arc<Pod>, status: &PodStatus, observed: &Observed) {
         let Some(uid) = pod.metadata.uid.clone() else { return };
@@ -141,6 +156,11 @@ impl PodTargets for Directory {
     fn pods(&self) -> Vec<Arc<Pod>> {
         let with_status = |e: &Entry| Arc::new(Pod { status: Some((*e.status).clone()), ..(*e.pod).clone() });
         self.entries.read().unwrap_or_else(PoisonError::into_inner).values().map(with_status).collect()
+    }
+
+    fn volumes(&self) -> BTreeMap<String, Vec<PodVolume>> {
+        let of_pod = |(uid, entry): (&String, &Entry)| (uid.clone(), places::measured(&self.root, &entry.pod));
+        self.entries.read().unwrap_or_else(PoisonError::into_inner).iter().map(of_pod).collect()
     }
 
     fn healthy(&self) -> Result<(), String> {

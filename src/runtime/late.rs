@@ -10,7 +10,7 @@ use futures::stream::BoxStream;
 use tokio::sync::OnceCell;
 
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
-use super::stats::{SandboxStats, StatsScope};
+use super::stats::{ImageFs, SandboxStats, StatsScope};
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -136,6 +136,10 @@ impl ImageStore for Late {
 
     async fn list_images(&self) -> Result<Vec<Image>> {
         self.get().await?.list_images().await
+    }
+
+    async fn image_fs_info(&self) -> Result<ImageFs> {
+        self.get().await?.image_fs_info().await
     }
 
     async fn remove_image(&self, id: &ImageId) -> Result<()> {

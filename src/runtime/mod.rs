@@ -9,6 +9,7 @@
 //! The runtime is the memory of the node: after a restart everything is found again by listing. So each verb is
 //! idempotent (see its text), and a driver keeps [`types::PodRef`], container name and attempt with the object itself.
 
+pub mod disk;
 pub mod docker;
 pub mod error;
 pub mod fake;
@@ -28,7 +29,7 @@ use futures::stream::BoxStream;
 
 pub use error::{Kind, Result, RuntimeError};
 use session::{AttachRequest, Duplex, ExecRequest, Session};
-use stats::{SandboxStats, StatsScope};
+use stats::{ImageFs, SandboxStats, StatsScope};
 use types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -167,6 +168,12 @@ pub trait ImageStore: Send + Sync + 'static {
 
     /// Every image present.
     async fn list_images(&self) -> Result<Vec<Image>>;
+
+    /// Where images are and what they take there; CRI's ImageFsInfo.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`] if they are not on a file system of this host.
+    async fn image_fs_info(&self) -> Result<ImageFs>;
 
     /// Removes an image. Removing an unknown one is Ok.
     ///

@@ -1,6 +1,8 @@
 //! What sandboxes and containers use, in CRI's terms (`ListPodSandboxStats`): counters since the start, and levels now.
 //! What the host does not tell is `None`, never zero.
 
+use std::path::PathBuf;
+
 use jiff::Timestamp;
 
 use super::types::{ContainerId, PodRef, SandboxId};
@@ -117,6 +119,15 @@ pub struct DiskUsage {
     pub bytes: u64,
     /// Files and directories.
     pub inodes: u64,
+}
+
+/// Where images are kept.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ImageFs {
+    /// A directory on that file system.
+    pub path: PathBuf,
+    /// Bytes of all image layers, each counted once; `None` where the engine does not keep that figure.
+    pub used: Option<u64>,
 }
 
 /// One running container.

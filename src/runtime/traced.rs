@@ -15,7 +15,7 @@ use prometheus_client::registry::{Registry, Unit};
 use tracing::Instrument;
 
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
-use super::stats::{SandboxStats, StatsScope};
+use super::stats::{ImageFs, SandboxStats, StatsScope};
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -39,7 +39,7 @@ fn is_question(verb: Verb) -> bool {
     use Verb::*;
     match verb {
         Version | Ready | PodSandboxStatus | ListPodSandboxes | ListContainers | ContainerStatus | ImageStatus
-        | ListImages | ListPodSandboxStats | Events => true,
+        | ListImages | ImageFsInfo | ListPodSandboxStats | Events => true,
         RunPodSandbox | StopPodSandbox | RemovePodSandbox | CreateContainer | StartContainer | StopContainer
         | RemoveContainer | Logs | Exec | Attach | PortForward | PauseContainer | UnpauseContainer | PullImage
         | RemoveImage => false,
@@ -269,6 +269,10 @@ impl<R: ImageStore> ImageStore for Traced<R> {
         self.observe(Verb::ListImages, "", self.inner.list_images()).await
     }
 
+    async fn image_fs_info(&self) -> Result<ImageFs> {
+        self.observe(Verb::ImageFsInfo, "", self.inner.image_fs_info()).await
+    }
+
     async fn remove_image(&self, id: &ImageId) -> Result<()> {
         self.observe(Verb::RemoveImage, id, self.inner.remove_image(id)).await
     }
@@ -375,6 +379,10 @@ impl<R: ImageStore + ?Sized> ImageStore for Arc<R> {
 
     async fn list_images(&self) -> Result<Vec<Image>> {
         (**self).list_images().await
+    }
+
+    async fn image_fs_info(&self) -> Result<ImageFs> {
+        (**self).image_fs_info().await
     }
 
     async fn remove_image(&self, id: &ImageId) -> Result<()> {

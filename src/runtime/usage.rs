@@ -3,9 +3,11 @@
 //! A file that is missing or says something else makes its figure `None`; a cgroup that is gone has none at all. The
 //! kernel documents them in `cgroup-v1/memory.rst`, `cgroup-v1/cpuacct.rst` and `cgroup-v2.rst`.
 
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use jiff::Timestamp;
 
@@ -18,6 +20,9 @@ const NO_LIMIT: u64 = 1 << 62;
 /// Bytes of a cgroup file read at once; `memory.stat`, the longest, has about two thousand.
 const LARGEST: usize = 8 << 10;
 const NANOSECONDS_PER_MICROSECOND: u64 = 1_000;
+/// Threads that read at once, and the cgroups from which on one is worth starting.
+const MOST_READERS: usize = 4;
+const WORTH_A_THREAD: usize = 32;
 
 /// The host's cgroup trees.
 #[derive(Clone, Debug)]
@@ -44,6 +49,55 @@ impl Trees {
     /// What the cgroup uses, `path` being relative to the trees' roots (empty for the root itself, which stands for the
     /// whole host). `None` if there is no such cgroup.
     pub fn usage(&self, path: &Path, scope: StatsScope) -> Option<Usage> {
+        self.reader().usage(path, scope)
+    }
+
+    /// What each of these cgroups uses; those that are gone are left out. Opening a file of a cgroup takes the kernel
+    /// longer than anything done here, so cores share the work where there is enough of it.
+    pub fn usages<'p>(&self, paths: &BTreeSet<&'p Path>, scope: StatsScope) -> HashMap<&'p Path, Usage> {
+        let paths: Vec<&Path> = paths.iter().copied().collect();
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let readers = cores.min(MOST_READERS).min(paths.len() / WORTH_A_THREAD).max(1);
+        let read = |part: &[&'p Path]| -> Vec<_> {
+            let mut reader = self.reader();
+            part.iter().filter_map(|path| Some((*path, reader.usage(path, scope)?))).collect()
+        };
+        thread::scope(|scope| {
+            let (own, others) = paths.split_at(paths.len().div_ceil(readers));
+            let others = others.chunks(own.len().max(1)).map(|part| scope.spawn(move || read(part)));
+            let others: Vec<_> = others.collect();
+            let mut usages: HashMap<_, _> = read(own).into_iter().collect();
+            for other in others {
+                usages.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            }
+            usages
+        })
+    }
+
+    fn reader(&self) -> Reader<'_> {
+        Reader { trees: self, text: vec![0; LARGEST], file: PathBuf::new() }
+    }
+
+    /// Whether there is such a cgroup.
+    pub fn exists(&self, path: &Path) -> bool {
+        self.directory("cpuacct", path).is_dir()
+    }
+
+    fn directory(&self, controller: &str, path: &Path) -> PathBuf {
+        if self.unified { self.root.join(path) } else { self.root.join(controller).join(path) }
+    }
+}
+
+/// Reads cgroups' files into one buffer.
+#[derive(Debug)]
+struct Reader<'t> {
+    trees: &'t Trees,
+    text: Vec<u8>,
+    file: PathBuf,
+}
+
+impl Reader<'_> {
+    fn usage(&mut self, path: &Path, scope: StatsScope) -> Option<Usage> {
         let (cpu, memory) = (self.cpu(path, scope), self.memory(path, scope));
         if cpu.is_none() && memory.is_none() {
             return None;
@@ -58,65 +112,63 @@ impl Trees {
         })
     }
 
-    /// Whether there is such a cgroup.
-    pub fn exists(&self, path: &Path) -> bool {
-        self.directory("cpuacct", path).is_dir()
-    }
-
-    fn directory(&self, controller: &str, path: &Path) -> PathBuf {
-        if self.unified { self.root.join(path) } else { self.root.join(controller).join(path) }
-    }
-
-    fn read(&self, controller: &str, path: &Path, file: &str) -> Option<String> {
-        // These files tell no size, and the kernel writes one anew for each read: so a single large one.
-        let mut text = vec![0; LARGEST];
-        let mut opened = File::open(self.directory(controller, path).join(file)).ok()?;
-        let mut length = opened.read(&mut text).ok()?;
-        if length == LARGEST {
-            length += opened.read_to_end(&mut text).ok()?;
+    fn read(&mut self, controller: &str, path: &Path, file: &str) -> Option<&str> {
+        self.file.clear();
+        self.file.push(&self.trees.root);
+        if !self.trees.unified {
+            self.file.push(controller);
         }
-        text.truncate(length);
-        String::from_utf8(text).ok()
+        self.file.push(path);
+        self.file.push(file);
+        // These files tell no size, and the kernel writes one anew for each read: so a single large one.
+        let mut opened = File::open(&self.file).ok()?;
+        let mut length = opened.read(&mut self.text[..LARGEST]).ok()?;
+        if length == LARGEST {
+            self.text.truncate(LARGEST);
+            length += opened.read_to_end(&mut self.text).ok()?;
+        }
+        std::str::from_utf8(&self.text[..length]).ok()
     }
 
-    fn number(&self, controller: &str, path: &Path, file: &str) -> Option<u64> {
+    fn number(&mut self, controller: &str, path: &Path, file: &str) -> Option<u64> {
         self.read(controller, path, file)?.trim().parse().ok()
     }
 
-    fn cpu(&self, path: &Path, scope: StatsScope) -> Option<CpuUsage> {
-        if self.unified {
+    fn cpu(&mut self, path: &Path, scope: StatsScope) -> Option<CpuUsage> {
+        if self.trees.unified {
             let stat = self.read("", path, "cpu.stat")?;
-            let nanoseconds = |name| field(&stat, name).map(|micros| micros * NANOSECONDS_PER_MICROSECOND);
+            let nanoseconds = |name| field(stat, name).map(|micros| micros * NANOSECONDS_PER_MICROSECOND);
             return Some(CpuUsage {
                 total: nanoseconds("usage_usec")?,
                 user: nanoseconds("user_usec").unwrap_or(0),
                 system: nanoseconds("system_usec").unwrap_or(0),
-                periods: field(&stat, "nr_periods").unwrap_or(0),
-                throttled_periods: field(&stat, "nr_throttled").unwrap_or(0),
+                periods: field(stat, "nr_periods").unwrap_or(0),
+                throttled_periods: field(stat, "nr_throttled").unwrap_or(0),
                 throttled: nanoseconds("throttled_usec").unwrap_or(0),
             });
         }
         let mut usage = CpuUsage { total: self.number("cpuacct", path, "cpuacct.usage")?, ..CpuUsage::default() };
         if scope == StatsScope::All {
+            let tick = self.trees.tick;
             let stat = self.read("cpuacct", path, "cpuacct.stat").unwrap_or_default();
-            usage.user = field(&stat, "user").unwrap_or(0) * self.tick;
-            usage.system = field(&stat, "system").unwrap_or(0) * self.tick;
+            usage.user = field(stat, "user").unwrap_or(0) * tick;
+            usage.system = field(stat, "system").unwrap_or(0) * tick;
             let stat = self.read("cpu", path, "cpu.stat").unwrap_or_default();
-            usage.periods = field(&stat, "nr_periods").unwrap_or(0);
-            usage.throttled_periods = field(&stat, "nr_throttled").unwrap_or(0);
-            usage.throttled = field(&stat, "throttled_time").unwrap_or(0);
+            usage.periods = field(stat, "nr_periods").unwrap_or(0);
+            usage.throttled_periods = field(stat, "nr_throttled").unwrap_or(0);
+            usage.throttled = field(stat, "throttled_time").unwrap_or(0);
         }
         Some(usage)
     }
 
-    fn memory(&self, path: &Path, scope: StatsScope) -> Option<MemoryUsage> {
-        let stat = self.read("memory", path, "memory.stat")?;
-        let mut usage = if self.unified { self.memory_v2(path, &stat)? } else { self.memory_v1(path, &stat)? };
+    fn memory(&mut self, path: &Path, scope: StatsScope) -> Option<MemoryUsage> {
+        let unified = self.trees.unified;
+        let mut usage = if unified { self.memory_v2(path)? } else { self.memory_v1(path)? };
         if scope == StatsScope::All {
-            let number = |v1, v2| self.number("memory", path, if self.unified { v2 } else { v1 });
-            usage.max_usage = number("memory.max_usage_in_bytes", "memory.peak").unwrap_or(0);
-            usage.failures = if self.unified {
-                field(&self.read("", path, "memory.events").unwrap_or_default(), "max").unwrap_or(0)
+            let most = if unified { "memory.peak" } else { "memory.max_usage_in_bytes" };
+            usage.max_usage = self.number("memory", path, most).unwrap_or(0);
+            usage.failures = if unified {
+                field(self.read("", path, "memory.events").unwrap_or_default(), "max").unwrap_or(0)
             } else {
                 self.number("memory", path, "memory.failcnt").unwrap_or(0)
             };
@@ -124,11 +176,12 @@ impl Trees {
         Some(usage)
     }
 
-    fn memory_v1(&self, path: &Path, stat: &str) -> Option<MemoryUsage> {
+    fn memory_v1(&mut self, path: &Path) -> Option<MemoryUsage> {
         let total = self.number("memory", path, "memory.usage_in_bytes")?;
         let mut usage = MemoryUsage { usage: total, working_set: total, ..MemoryUsage::default() };
         // What lies below is included in the figures that begin so, as it is in the usage.
-        for (name, value) in fields(stat).filter_map(|(name, value)| Some((name.strip_prefix("total_")?, value))) {
+        let stat = fields(self.read("memory", path, "memory.stat")?);
+        for (name, value) in stat.filter_map(|(name, value)| Some((name.strip_prefix("total_")?, value))) {
             match name {
                 "inactive_file" => usage.working_set = total.saturating_sub(value),
                 "rss" => usage.rss = value,
@@ -143,12 +196,12 @@ impl Trees {
         Some(usage)
     }
 
-    fn memory_v2(&self, path: &Path, stat: &str) -> Option<MemoryUsage> {
+    fn memory_v2(&mut self, path: &Path) -> Option<MemoryUsage> {
         // The root has no such file: there it is what is not free.
         let total = self.number("", path, "memory.current").or_else(|| host_memory(path))?;
         let swap = self.number("", path, "memory.swap.current").unwrap_or(0);
         let mut usage = MemoryUsage { usage: total, working_set: total, swap, ..MemoryUsage::default() };
-        for (name, value) in fields(stat) {
+        for (name, value) in fields(self.read("memory", path, "memory.stat")?) {
             match name {
                 "inactive_file" => usage.working_set = total.saturating_sub(value),
                 "anon" => usage.rss = value,
@@ -162,16 +215,17 @@ impl Trees {
         Some(usage)
     }
 
-    fn limits(&self, path: &Path) -> Limits {
-        if self.unified {
+    fn limits(&mut self, path: &Path) -> Limits {
+        if self.trees.unified {
             let bandwidth = self.read("", path, "cpu.max").unwrap_or_default();
             let mut bandwidth = bandwidth.split_ascii_whitespace().map(|word| word.parse().ok());
+            let (cpu_quota, cpu_period) = (bandwidth.next().flatten(), bandwidth.next().flatten());
             let weight = self.number("", path, "cpu.weight");
             return Limits {
                 // The inverse of how runc turns shares into a weight.
                 cpu_shares: weight.map(|weight| 2 + weight.saturating_sub(1) * 262_142 / 9_999),
-                cpu_quota: bandwidth.next().flatten(),
-                cpu_period: bandwidth.next().flatten(),
+                cpu_quota,
+                cpu_period,
                 memory: self.number("", path, "memory.max"),
             };
         }
@@ -309,6 +363,23 @@ mod tests {
         let limits = usage.limits.unwrap();
         assert_eq!((limits.cpu_quota, limits.cpu_period, limits.memory), (Some(50_000), Some(100_000), None));
         assert!((990..=1_030).contains(&limits.cpu_shares.unwrap()), "{limits:?}");
+    }
+
+    #[test]
+    fn many_are_read_as_one_is() {
+        let files: Vec<_> = (0..301).map(|n| (format!("cpuacct/l/pod{n}/cpuacct.usage"), n.to_string())).collect();
+        let files: Vec<_> = files.iter().map(|(path, content)| (path.as_str(), content.as_str())).collect();
+        let root = tree(&files);
+        let trees = Trees::at(root.path());
+        let names: Vec<_> = (0..400).map(|n| PathBuf::from(format!("l/pod{n}"))).collect();
+        for count in [0, 1, 31, 64, 129, 400] {
+            let paths = names[..count].iter().map(PathBuf::as_path).collect();
+            let usages = trees.usages(&paths, StatsScope::CpuAndMemory);
+            assert_eq!(usages.len(), count.min(301));
+            for (n, name) in names[..count.min(301)].iter().enumerate() {
+                assert_eq!(usages[name.as_path()].cpu.unwrap().total, n as u64);
+            }
+        }
     }
 
     #[test]

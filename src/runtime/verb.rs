@@ -49,6 +49,7 @@ verbs! {
     PullImage => "pull_image",
     ImageStatus => "image_status",
     ListImages => "list_images",
+    ImageFsInfo => "image_fs_info",
     RemoveImage => "remove_image",
 }
 

@@ -12,6 +12,8 @@
 #![allow(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
 
 mod harness;
+#[path = "../queries/mod.rs"]
+mod queries;
 
 mod bad_input;
 mod debug;
@@ -31,4 +33,5 @@ mod node;
 mod outage;
 mod resources;
 mod restart;
+mod statistics;
 mod volumes;

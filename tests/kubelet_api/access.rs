@@ -129,6 +129,42 @@ async fn proxy_is_enough_where_the_finer_right_is_missing() {
 }
 
 #[tokio::test]
+async fn each_path_opens_with_its_own_rights_and_with_no_other() {
+    const RIGHTS: [&str; 9] =
+        ["proxy", "stats", "metrics", "log", "checkpoint", "pods", "healthz", "configz", "statusz"];
+    let with_rights = async |path: &str, rights: Vec<&'static str>| {
+        let node = Node::start(Setup::default()).await;
+        *node.cluster.granted.lock().unwrap() = rights;
+        node.get(path).await
+    };
+    for (path, enough) in [
+        ("/stats/summary", &["stats"][..]),
+        ("/metrics", &["metrics"]),
+        ("/metrics/resource", &["metrics"]),
+        ("/metrics/slis", &["metrics"]),
+        ("/logs/", &["log"]),
+        ("/checkpoint/ns/p/c", &["checkpoint"]),
+        ("/pods", &["pods", "proxy"]),
+        ("/runningpods/", &["pods", "proxy"]),
+        ("/healthz/syncloop", &["healthz", "proxy"]),
+        ("/configz", &["configz", "proxy"]),
+        ("/statusz", &["statusz"]),
+        ("/flagz", &["configz"]),
+        ("/containerLogs/ns/none/c", &["proxy"]),
+        ("/debug/pprof/profile", &["proxy"]),
+    ] {
+        for right in enough {
+            let (status, body) = with_rights(path, vec![right]).await;
+            assert!(status != 403 && status != 401, "{path} with {right}: {status} {body}");
+        }
+        let others = RIGHTS.into_iter().filter(|right| !enough.contains(right)).collect();
+        let (status, body) = with_rights(path, others).await;
+        assert_eq!(status, 403, "{path}");
+        assert!(body.contains(&format!("subresource(s)=[{}]", enough.join(" "))), "{path}: {body}");
+    }
+}
+
+#[tokio::test]
 async fn a_refusal_is_forgotten_before_a_grant() {
     let access = Access { unauthorized_ttl: Duration::from_millis(50), ..Access::default() };
     let node = Node::start(with(access)).await;

@@ -55,8 +55,10 @@ async fn what_is_not_served_says_so() {
     node.cluster.granted.lock().unwrap().extend(["stats", "log", "checkpoint", "configz", "statusz"]);
     let mut client = node.api_server().await;
     for (method, path, status, named) in [
-        (Method::GET, "/metrics/slis", 501, "/metrics/slis"),
-        (Method::GET, "/debug/pprof/profile", 501, "/debug"),
+        (Method::GET, "/debug/pprof/profile?seconds=5", 501, "perf record -F 99 -g -p "),
+        (Method::POST, "/debug/pprof/heap", 501, "not a Go program"),
+        (Method::PUT, "/debug/flags/v", 501, "/debug"),
+        (Method::GET, "/stats/container", 501, "/stats"),
         (Method::GET, "/no/such", 404, "/no/such"),
         (Method::GET, "/", 404, "/"),
         (Method::GET, "/containerLogs/ns/p", 404, "/containerLogs"),

@@ -1,5 +1,6 @@
 //! A node's API on a free port, with an API server that answers reviews and a runtime that has logs and processes.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -16,16 +17,16 @@ use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::Pod;
-use lambdalet::kubelet_api::targets::{Entrance, LogTarget, PodTargets, TargetError};
+use lambdalet::kubelet_api::targets::{Entrance, LogTarget, PodTargets, PodVolume, TargetError};
 use lambdalet::kubelet_api::{About, Access, KubeletApi, Limits, Params, Serving, TlsParams};
 use lambdalet::metrics::Metrics;
 use lambdalet::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
-use lambdalet::runtime::stats::{SandboxStats, StatsScope};
+use lambdalet::runtime::stats::{ImageFs, SandboxStats, StatsScope};
 use lambdalet::runtime::types::{
-    ContainerConfig, ContainerId, ContainerStatus, Grace, LogChunk, LogOptions, RuntimeEvent, RuntimeVersion,
-    SandboxConfig, SandboxId, SandboxStatus,
+    ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
+    RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
-use lambdalet::runtime::{Kind, Result as RuntimeResult, RuntimeError, SandboxRuntime};
+use lambdalet::runtime::{ImageStore, Kind, Result as RuntimeResult, RuntimeError, SandboxRuntime};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::ring;
@@ -185,6 +186,10 @@ pub(crate) struct World {
     pub(crate) processes: Processes,
     /// What runs; `None` fails.
     pub(crate) stats: Mutex<Option<Vec<SandboxStats>>>,
+    /// The Pods' volumes.
+    pub(crate) volumes: Mutex<BTreeMap<String, Vec<PodVolume>>>,
+    /// A directory of images, and what they take.
+    pub(crate) images: Mutex<Option<ImageFs>>,
     /// What `logs` was last asked.
     pub(crate) asked: Mutex<Option<(ContainerId, LogOptions)>>,
 }
@@ -239,6 +244,10 @@ impl PodTargets for World {
     fn pods(&self) -> Vec<Arc<Pod>> {
         let pod = json!({"metadata": {"name": "p", "namespace": "ns"}, "status": {"phase": "Running"}});
         vec![Arc::new(serde_json::from_value(pod).unwrap())]
+    }
+
+    fn volumes(&self) -> BTreeMap<String, Vec<PodVolume>> {
+        self.volumes.lock().unwrap().clone()
     }
 
     fn healthy(&self) -> Result<(), String> {
@@ -327,6 +336,25 @@ impl SandboxRuntime for World {
     }
 }
 
+#[async_trait]
+impl ImageStore for World {
+    async fn pull_image(&self, _: &str, _: &[RegistryAuth]) -> RuntimeResult<ImageId> {
+        unsupported()
+    }
+    async fn image_status(&self, _: &str) -> RuntimeResult<Option<Image>> {
+        unsupported()
+    }
+    async fn list_images(&self) -> RuntimeResult<Vec<Image>> {
+        unsupported()
+    }
+    async fn image_fs_info(&self) -> RuntimeResult<ImageFs> {
+        self.images.lock().unwrap().clone().map_or_else(unsupported, Ok)
+    }
+    async fn remove_image(&self, _: &ImageId) -> RuntimeResult<()> {
+        unsupported()
+    }
+}
+
 /// What a test may change before the start.
 #[derive(Default)]
 pub(crate) struct Setup {
@@ -376,6 +404,7 @@ impl Node {
             client: cluster.client(),
             targets: world.clone(),
             runtime: world.clone(),
+            images: world.clone(),
             metrics: Metrics::new(),
             limits: setup.limits,
             about: setup.about,

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 use lambdalet::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
-use lambdalet::runtime::stats::{SandboxStats, StatsScope};
+use lambdalet::runtime::stats::{ImageFs, SandboxStats, StatsScope};
 use lambdalet::runtime::types::*;
 use lambdalet::runtime::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime};
 
@@ -88,6 +88,9 @@ impl ImageStore for Silent {
         unsupported()
     }
     async fn image_status(&self, _: &str) -> Result<Option<Image>> {
+        unsupported()
+    }
+    async fn image_fs_info(&self) -> Result<ImageFs> {
         unsupported()
     }
     async fn list_images(&self) -> Result<Vec<Image>> {

@@ -20,7 +20,12 @@ fn told_as(verb: Verb) -> Option<Option<&'static str>> {
         // Tried again at once or by the next turn: nothing a user could act on.
         Verb::StopPodSandbox | Verb::PodSandboxStatus | Verb::ListPodSandboxes | Verb::RemoveContainer => Some(None),
         Verb::ListContainers | Verb::ContainerStatus | Verb::Logs | Verb::Events => Some(None),
-        Verb::Version | Verb::Ready | Verb::ListImages | Verb::RemoveImage | Verb::ListPodSandboxStats => None,
+        Verb::Version
+        | Verb::Ready
+        | Verb::ListImages
+        | Verb::ImageFsInfo
+        | Verb::RemoveImage
+        | Verb::ListPodSandboxStats => None,
         Verb::Exec | Verb::Attach | Verb::PortForward | Verb::PauseContainer | Verb::UnpauseContainer => None,
     }
 }

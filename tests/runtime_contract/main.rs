@@ -164,9 +164,3 @@ on_docker! {
 async fn gigabyte() {
     bench::run(bench::Bench::docker().await, execs::a_gigabyte_goes_through_an_exec_both_ways).await;
 }
-
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "a measurement"]
-async fn hundred_pods() {
-    bench::run(bench::Bench::docker().await, stats::statistics_of_a_hundred_pods).await;
-}

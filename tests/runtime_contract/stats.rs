@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use futures::{StreamExt, stream};
 use lambdalet::runtime::stats::{SandboxStats, StatsScope};
 use lambdalet::runtime::types::{ContainerConfig, LogOptions, Resources, SandboxConfig, SandboxNetwork};
 
@@ -97,23 +96,4 @@ pub(crate) async fn the_kernels_figures_are_told(bench: &Bench) {
     assert!(container.usage.tasks.unwrap() >= 1);
     let again = bench.again().await.list_pod_sandbox_stats(StatsScope::CpuAndMemory).await.unwrap();
     assert_eq!(again[0].containers[0].id, id, "after a restart of the process too");
-}
-
-/// Run by `LAMBDALET_TEST_DOCKER=1 cargo test --test runtime_contract hundred -- --ignored --nocapture`.
-pub(crate) async fn statistics_of_a_hundred_pods(bench: &Bench) {
-    let pod = async |number: usize| {
-        let name = format!("p{number}");
-        let sandbox = bench.sandbox(&name).await;
-        let config = bench.container_config(&name, "c", bench.script("exec busybox sleep 1000"));
-        let id = bench.runtime.create_container(&sandbox, &config).await.unwrap();
-        bench.runtime.start_container(&id).await.unwrap();
-    };
-    stream::iter(0..100).map(pod).buffer_unordered(4).collect::<Vec<_>>().await;
-    for scope in [StatsScope::CpuAndMemory, StatsScope::All] {
-        for _ in 0..5 {
-            let begun = Instant::now();
-            let all = stats(bench, scope).await;
-            println!("{scope:?}: {} sandboxes in {:?}", all.len(), begun.elapsed());
-        }
-    }
 }

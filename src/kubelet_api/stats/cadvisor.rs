@@ -4,10 +4,13 @@
 //! The host is `id="/"` and nothing else; a Pod's own series have its namespace and name, and no container; a
 //! container's have all. Network counters are the Pod's.
 
+use std::collections::HashSet;
+
 use jiff::Timestamp;
 
 use super::Snapshot;
 use super::exposition::{Exposition, Family, Kind};
+use super::fold::pod_uid;
 use crate::node::machine::Machine;
 use crate::runtime::stats::{CpuUsage, DiskUsage, Interface, Limits, MemoryUsage, Usage};
 
@@ -186,15 +189,20 @@ fn subjects(snapshot: &Snapshot) -> Vec<Subject<'_>> {
         disk: None,
     };
     let mut subjects = vec![node];
-    for pod in &snapshot.pods {
+    // Environments of one replica share its cgroup, which is told once; and what passes the Pod's own interface.
+    let mut cgroups = HashSet::new();
+    for pod in &snapshot.sandboxes {
         let (namespace, name) = (pod.pod.namespace.as_str(), pod.pod.name.as_str());
-        subjects.push(Subject {
-            labels: labels(["", &pod.cgroup, "", "", namespace, name]),
-            usage: pod.usage,
-            started_at: pod.started_at,
-            network: pod.network.as_deref().unwrap_or_default(),
-            disk: None,
-        });
+        let own = pod.pod.uid == pod_uid(pod);
+        if pod.cgroup.is_empty() || cgroups.insert(pod.cgroup.as_str()) {
+            subjects.push(Subject {
+                labels: labels(["", &pod.cgroup, "", "", namespace, name]),
+                usage: pod.usage,
+                started_at: pod.started_at,
+                network: pod.network.as_deref().filter(|_| own).unwrap_or_default(),
+                disk: None,
+            });
+        }
         for container in &pod.containers {
             let (image, id) = (container.image_ref.as_str(), container.id.as_str());
             subjects.push(Subject {

@@ -2,25 +2,27 @@
 
 use std::fmt::Write;
 
+use axum::response::{IntoResponse, Response};
+use http::header;
 use jiff::Timestamp;
 
 /// Its media type.
-pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What a value is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(in crate::kubelet_api) enum Kind {
     Counter,
     Gauge,
 }
 
 /// A text in the making.
 #[derive(Debug, Default)]
-pub(super) struct Exposition(String);
+pub(in crate::kubelet_api) struct Exposition(String);
 
 /// Samples of one name; nothing is written of a family that has none.
 #[derive(Debug)]
-pub(super) struct Family<'a> {
+pub(in crate::kubelet_api) struct Family<'a> {
     text: &'a mut String,
     name: &'a str,
     help: &'a str,
@@ -28,20 +30,25 @@ pub(super) struct Family<'a> {
     begun: bool,
 }
 
+/// The answer that carries a text.
+pub(in crate::kubelet_api) fn answer(text: String) -> Response {
+    ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response()
+}
+
 impl Exposition {
     /// Begins a family; one name must not be begun twice.
-    pub(super) fn family<'a>(&'a mut self, name: &'a str, kind: Kind, help: &'a str) -> Family<'a> {
+    pub(in crate::kubelet_api) fn family<'a>(&'a mut self, name: &'a str, kind: Kind, help: &'a str) -> Family<'a> {
         Family { text: &mut self.0, name, help, kind, begun: false }
     }
 
-    pub(super) fn finish(self) -> String {
+    pub(in crate::kubelet_api) fn finish(self) -> String {
         self.0
     }
 }
 
 impl Family<'_> {
     /// Adds a value; without a time it is that of the scrape.
-    pub(super) fn sample(&mut self, labels: &[(&str, &str)], value: f64, time: Option<Timestamp>) {
+    pub(in crate::kubelet_api) fn sample(&mut self, labels: &[(&str, &str)], value: f64, time: Option<Timestamp>) {
         if !self.begun {
             self.begun = true;
             let kind = match self.kind {
@@ -53,7 +60,9 @@ impl Family<'_> {
         }
         self.text.push_str(self.name);
         for (at, (label, value)) in labels.iter().enumerate() {
-            let _ = write!(self.text, "{}{label}=\"", if at == 0 { '{' } else { ',' });
+            self.text.push(if at == 0 { '{' } else { ',' });
+            self.text.push_str(label);
+            self.text.push_str("=\"");
             self.escaped(value);
             self.text.push('"');
         }
@@ -65,6 +74,9 @@ impl Family<'_> {
     }
 
     fn escaped(&mut self, value: &str) {
+        if !value.contains(['\\', '"', '\n']) {
+            return self.text.push_str(value);
+        }
         for c in value.chars() {
             match c {
                 '\\' => self.text.push_str("\\\\"),

@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! SandboxRuntime::list_pod_sandbox_stats --+
-//! the host's root cgroup, /proc -----------+--> Snapshot --> resource | cadvisor | summary
+//! the host's root cgroup, /proc -----------+--> Snapshot --> resource | cadvisor | summary <-- space
 //! ```
 
 mod cadvisor;
-mod exposition;
+pub(super) mod exposition;
+mod fold;
 mod resource;
+mod space;
 mod summary;
 
 use std::collections::HashMap;
@@ -20,11 +22,15 @@ use axum::response::{IntoResponse, Response};
 use http::header;
 use jiff::Timestamp;
 
+use fold::Fold;
+use space::Surveyor;
+
+use super::targets::PodTargets;
 use super::{App, internal, runtime_status};
 use crate::node::machine::{Load, Machine};
 use crate::runtime::stats::{CpuUsage, Interface, SandboxStats, StatsScope, Usage};
 use crate::runtime::usage::{Trees, interfaces};
-use crate::runtime::{self, SandboxRuntime};
+use crate::runtime::{self, ImageStore, SandboxRuntime};
 use crate::telemetry::chain;
 
 /// How old figures may be that are told again: a flood of questions reads the host's files only so often.
@@ -42,8 +48,10 @@ struct Snapshot {
     /// The whole host.
     node: Usage,
     network: Vec<Interface>,
-    /// By namespace and name.
+    /// By namespace and name, each once.
     pods: Vec<SandboxStats>,
+    /// As the runtime knows them, for [`StatsScope::All`]: of a function Pod there are several.
+    sandboxes: Vec<SandboxStats>,
     /// CPU use in billionths of a core, by cgroup path; `/` is the host. Not of what is new.
     rates: HashMap<String, u64>,
 }
@@ -52,10 +60,12 @@ struct Snapshot {
 pub(super) struct Collector {
     runtime: Arc<dyn SandboxRuntime>,
     trees: Trees,
+    surveyor: Surveyor,
     root_dir: PathBuf,
     machine: Option<Machine>,
     last: tokio::sync::Mutex<Option<(Instant, Arc<Snapshot>)>>,
     samples: Mutex<HashMap<String, Sample>>,
+    fold: Mutex<Fold>,
 }
 
 /// CPU time of a cgroup at two moments, the later being the last read.
@@ -67,7 +77,12 @@ struct Sample {
 
 impl Collector {
     /// `root_dir` names the file system that is the node's.
-    pub(super) fn new(runtime: Arc<dyn SandboxRuntime>, root_dir: PathBuf) -> Self {
+    pub(super) fn new(
+        runtime: Arc<dyn SandboxRuntime>,
+        images: Arc<dyn ImageStore>,
+        targets: Arc<dyn PodTargets>,
+        root_dir: PathBuf,
+    ) -> Self {
         let machine = Machine::measure(&root_dir);
         let machine = machine.inspect_err(|error| {
             tracing::warn!(error = chain(error), "statistics will not tell what the host has");
@@ -75,10 +90,12 @@ impl Collector {
         Self {
             runtime,
             trees: Trees::of_host(),
+            surveyor: Surveyor::new(targets, images, root_dir.clone()),
             root_dir,
             machine: machine.ok(),
             last: tokio::sync::Mutex::default(),
             samples: Mutex::default(),
+            fold: Mutex::default(),
         }
     }
 
@@ -91,15 +108,18 @@ impl Collector {
         {
             return Ok(Arc::clone(snapshot));
         }
-        let mut pods = self.runtime.list_pod_sandbox_stats(scope).await?;
-        pods.sort_by(|a, b| {
+        let mut sandboxes = self.runtime.list_pod_sandbox_stats(scope).await?;
+        sandboxes.sort_by(|a, b| {
             (&a.pod.namespace, &a.pod.name, &a.pod.uid).cmp(&(&b.pod.namespace, &b.pod.name, &b.pod.uid))
         });
+        let kept = if scope == StatsScope::All { sandboxes.clone() } else { Vec::new() };
+        let pods = self.fold.lock().unwrap_or_else(PoisonError::into_inner).pods(sandboxes);
         let node = self.trees.usage(Path::new(""), scope).unwrap_or_default();
         let mut network = if scope == StatsScope::All { own_interfaces() } else { Vec::new() };
         network.sort_by(|a, b| a.name.cmp(&b.name));
         let rates = self.rates(&node, &pods);
-        let snapshot = Arc::new(Snapshot { scope, time: Timestamp::now(), node, network, pods, rates });
+        let snapshot =
+            Arc::new(Snapshot { scope, time: Timestamp::now(), node, network, pods, sandboxes: kept, rates });
         *last = Some((Instant::now(), Arc::clone(&snapshot)));
         Ok(snapshot)
     }
@@ -144,19 +164,15 @@ fn own_interfaces() -> Vec<Interface> {
         .collect()
 }
 
-fn text(exposition: String) -> Response {
-    ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], exposition).into_response()
-}
-
 /// GET `/metrics/resource`: what metrics-server scrapes. A runtime that does not answer is told as a metric too, as a
 /// kubelet does, so that the node's own figures still come.
 pub(super) async fn resource(State(app): State<App>) -> Response {
     match app.stats.snapshot(StatsScope::CpuAndMemory).await {
-        Ok(snapshot) => text(resource::render(&snapshot.node, Some(&snapshot.pods))),
+        Ok(snapshot) => exposition::answer(resource::render(&snapshot.node, Some(&snapshot.pods))),
         Err(error) => {
             tracing::warn!(error = chain(&error), "failed to read the Pods' statistics");
             let node = app.stats.trees.usage(Path::new(""), StatsScope::CpuAndMemory).unwrap_or_default();
-            text(resource::render(&node, None))
+            exposition::answer(resource::render(&node, None))
         }
     }
 }
@@ -164,14 +180,16 @@ pub(super) async fn resource(State(app): State<App>) -> Response {
 /// GET `/metrics/cadvisor`: the names that dashboards query.
 pub(super) async fn cadvisor(State(app): State<App>) -> Response {
     match app.stats.snapshot(StatsScope::All).await {
-        Ok(snapshot) => text(cadvisor::render(&snapshot, app.stats.machine.as_ref())),
+        Ok(snapshot) => exposition::answer(cadvisor::render(&snapshot, app.stats.machine.as_ref())),
         Err(error) => failed(&error),
     }
 }
 
 /// GET `/metrics/probes`: results of probes, of which this node has none yet. An empty exposition is a valid one.
 pub(super) async fn probes() -> Response {
-    text("# HELP prober_probe_total Probes of containers, by result.\n# TYPE prober_probe_total counter\n".to_owned())
+    exposition::answer(
+        "# HELP prober_probe_total Probes of containers, by result.\n# TYPE prober_probe_total counter\n".to_owned(),
+    )
 }
 
 /// GET `/stats/summary[?only_cpu_and_memory=true]`.
@@ -183,7 +201,8 @@ pub(super) async fn summary(State(app): State<App>, RawQuery(query): RawQuery) -
         Err(error) => return failed(&error),
     };
     let load = Load::measure(&app.stats.root_dir).ok();
-    let host = summary::Host { name: &app.node_name, machine: app.stats.machine.as_ref(), load, brief };
+    let space = if brief { None } else { Some(app.stats.surveyor.survey().await) };
+    let host = summary::Host { name: &app.node_name, load, space: space.as_ref() };
     match serde_json::to_vec(&summary::summary(&snapshot, &host)) {
         Ok(json) => ([(header::CONTENT_TYPE, "application/json")], json).into_response(),
         Err(cause) => internal("failed to write the summary", &cause),

@@ -4,16 +4,16 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::Snapshot;
-use crate::node::machine::{Load, Machine};
+use super::space::{Space, VolumeSpace};
+use crate::node::machine::{Extent, Load};
 use crate::runtime::stats::{ContainerStats, DiskUsage, Interface, SandboxStats, Usage};
 
 /// The node, besides what it uses.
 pub(super) struct Host<'a> {
     pub(super) name: &'a str,
-    pub(super) machine: Option<&'a Machine>,
     pub(super) load: Option<Load>,
-    /// CPU and memory only.
-    pub(super) brief: bool,
+    /// `None` where only CPU and memory are asked for.
+    pub(super) space: Option<&'a Space>,
 }
 
 #[derive(Debug, Serialize)]
@@ -35,7 +35,17 @@ struct Node<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     fs: Option<FileSystem>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    runtime: Option<Runtime>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     rlimit: Option<ProcessLimit>,
+}
+
+/// Where images are, and where containers write.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Runtime {
+    image_fs: FileSystem,
+    container_fs: FileSystem,
 }
 
 #[derive(Debug, Serialize)]
@@ -51,10 +61,19 @@ struct Pod<'a> {
     memory: Option<Memory>,
     #[serde(skip_serializing_if = "Option::is_none")]
     network: Option<Network<'a>>,
+    #[serde(rename = "volume", skip_serializing_if = "Vec::is_empty")]
+    volumes: Vec<Volume<'a>>,
     #[serde(rename = "ephemeral-storage", skip_serializing_if = "Option::is_none")]
     ephemeral_storage: Option<FileSystem>,
     #[serde(rename = "process_stats", skip_serializing_if = "Option::is_none")]
     processes: Option<Processes>,
+}
+
+#[derive(Debug, Serialize)]
+struct Volume<'a> {
+    name: &'a str,
+    #[serde(flatten)]
+    fs: FileSystem,
 }
 
 #[derive(Debug, Serialize)]
@@ -129,12 +148,14 @@ struct FileSystem {
     available_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     capacity_bytes: Option<u64>,
-    used_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    used_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     inodes_free: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     inodes: Option<u64>,
-    inodes_used: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    inodes_used: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -156,40 +177,54 @@ pub(super) fn summary<'a>(snapshot: &'a Snapshot, host: &Host<'a>) -> Summary<'a
         node_name: host.name,
         cpu: cpu(snapshot, "/", &snapshot.node),
         memory: memory(&snapshot.node, available),
-        network: (!host.brief).then(|| network(snapshot.time, &snapshot.network)),
-        fs: host.load.filter(|_| !host.brief).zip(host.machine).map(|(load, machine)| node_fs(snapshot, load, machine)),
-        rlimit: host.load.filter(|_| !host.brief).map(|load| ProcessLimit {
+        network: host.space.map(|_| network(snapshot.time, &snapshot.network)),
+        fs: host.space.and_then(|space| Some(node_fs(snapshot, space.node?))),
+        runtime: host.space.and_then(|space| runtime(snapshot, space)),
+        rlimit: host.load.filter(|_| host.space.is_some()).map(|load| ProcessLimit {
             time: second(snapshot.time),
             maxpid: load.pids,
             curproc: load.pids.saturating_sub(load.pids_available),
         }),
     };
-    Summary { node, pods: snapshot.pods.iter().map(|pod| pod_summary(snapshot, pod)).collect() }
+    Summary { node, pods: snapshot.pods.iter().map(|pod| pod_summary(snapshot, host.space, pod)).collect() }
 }
 
-fn pod_summary<'a>(snapshot: &'a Snapshot, pod: &'a SandboxStats) -> Pod<'a> {
-    let disks = pod.containers.iter().flat_map(|container| [container.writable_layer, container.log]).flatten();
-    let sum = disks.reduce(|a, b| DiskUsage { bytes: a.bytes + b.bytes, inodes: a.inodes + b.inodes, ..b });
+fn pod_summary<'a>(snapshot: &'a Snapshot, space: Option<&'a Space>, pod: &'a SandboxStats) -> Pod<'a> {
+    let volumes = space.and_then(|space| space.volumes.get(&pod.pod.uid)).map(Vec::as_slice).unwrap_or_default();
+    let written = pod.containers.iter().flat_map(|container| [container.writable_layer, container.log]).flatten();
+    let local = volumes.iter().filter(|volume| volume.on_disk).map(|volume| volume.usage);
+    let ephemeral = sum(written.chain(local));
+    let (node, images) = (space.and_then(|space| space.node), space.and_then(|space| space.images));
     Pod {
         pod_ref: PodReference { name: &pod.pod.name, namespace: &pod.pod.namespace, uid: &pod.pod.uid },
         start_time: pod.started_at.map(second),
-        containers: pod.containers.iter().map(|container| container_summary(snapshot, container)).collect(),
+        containers: pod.containers.iter().map(|container| container_summary(snapshot, images, container)).collect(),
         cpu: cpu(snapshot, &pod.cgroup, &pod.usage),
         memory: memory(&pod.usage, left_to(&pod.usage)),
         network: pod.network.as_deref().map(|interfaces| network(pod.usage.time, interfaces)),
-        ephemeral_storage: sum.map(disk),
+        volumes: volumes.iter().map(volume).collect(),
+        ephemeral_storage: ephemeral.map(|usage| disk(usage, node)),
         processes: pod.usage.tasks.map(|process_count| Processes { process_count }),
     }
 }
 
-fn container_summary<'a>(snapshot: &Snapshot, container: &'a ContainerStats) -> Container<'a> {
+fn volume(volume: &VolumeSpace) -> Volume<'_> {
+    Volume { name: &volume.name, fs: disk(volume.usage, Some(volume.around)) }
+}
+
+fn sum(usages: impl Iterator<Item = DiskUsage>) -> Option<DiskUsage> {
+    // As old as its oldest part.
+    usages.reduce(|a, b| DiskUsage { time: a.time.min(b.time), bytes: a.bytes + b.bytes, inodes: a.inodes + b.inodes })
+}
+
+fn container_summary<'a>(snapshot: &Snapshot, images: Option<Extent>, container: &'a ContainerStats) -> Container<'a> {
     Container {
         name: &container.name,
         start_time: container.started_at.map(second),
         cpu: cpu(snapshot, &container.cgroup, &container.usage),
         memory: memory(&container.usage, left_to(&container.usage)),
-        rootfs: container.writable_layer.map(disk),
-        logs: container.log.map(disk),
+        rootfs: container.writable_layer.map(|usage| disk(usage, images)),
+        logs: container.log.map(|usage| disk(usage, images)),
     }
 }
 
@@ -245,18 +280,37 @@ impl<'a> Counters<'a> {
     }
 }
 
-fn disk(usage: DiskUsage) -> FileSystem {
-    FileSystem { time: second(usage.time), used_bytes: usage.bytes, inodes_used: usage.inodes, ..FileSystem::default() }
+/// What files take, on the file system they are on.
+fn disk(usage: DiskUsage, around: Option<Extent>) -> FileSystem {
+    FileSystem { used_bytes: Some(usage.bytes), inodes_used: Some(usage.inodes), ..file_system(usage.time, around) }
 }
 
-fn node_fs(snapshot: &Snapshot, load: Load, machine: &Machine) -> FileSystem {
+fn file_system(time: Timestamp, extent: Option<Extent>) -> FileSystem {
     FileSystem {
-        time: second(snapshot.time),
-        available_bytes: Some(load.storage_available),
-        capacity_bytes: Some(machine.storage),
-        used_bytes: machine.storage.saturating_sub(load.storage_available),
-        inodes_free: Some(load.inodes_free),
-        inodes: Some(machine.inodes),
-        inodes_used: machine.inodes.saturating_sub(load.inodes_free),
+        time: second(time),
+        available_bytes: extent.map(|extent| extent.bytes_free),
+        capacity_bytes: extent.map(|extent| extent.bytes),
+        inodes_free: extent.map(|extent| extent.inodes_free),
+        inodes: extent.map(|extent| extent.inodes),
+        ..FileSystem::default()
     }
+}
+
+fn node_fs(snapshot: &Snapshot, extent: Extent) -> FileSystem {
+    FileSystem {
+        used_bytes: Some(extent.bytes.saturating_sub(extent.bytes_free)),
+        inodes_used: Some(extent.inodes.saturating_sub(extent.inodes_free)),
+        ..file_system(snapshot.time, Some(extent))
+    }
+}
+
+/// Images and what containers write are on one file system.
+fn runtime(snapshot: &Snapshot, space: &Space) -> Option<Runtime> {
+    let around = Some(space.images?);
+    let containers = snapshot.pods.iter().flat_map(|pod| &pod.containers);
+    let written = sum(containers.filter_map(|container| container.writable_layer));
+    Some(Runtime {
+        image_fs: FileSystem { used_bytes: space.image_bytes, ..file_system(snapshot.time, around) },
+        container_fs: written.map_or_else(|| file_system(snapshot.time, around), |usage| disk(usage, around)),
+    })
 }

@@ -13,6 +13,7 @@ mod atomic;
 mod host;
 mod mounts;
 mod payload;
+pub mod places;
 mod token;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -226,11 +227,11 @@ impl VolumeManager {
     }
 
     fn pods(&self) -> PathBuf {
-        self.root.join("pods")
+        places::pods(&self.root)
     }
 
     fn secrets(&self) -> PathBuf {
-        self.root.join("secrets")
+        places::secrets(&self.root)
     }
 
     async fn set_up_one(
@@ -269,7 +270,7 @@ impl VolumeManager {
         }
         let memory = downward::memory_limit(&ctx).map_err(|message| refused(volume, message))?;
         let group = group(ctx.pod);
-        let dir = self.pods().join(uid).join("volumes/kubernetes.io~empty-dir").join(&volume.name);
+        let dir = places::empty_dir(&self.root, uid, &volume.name);
         blocking(move || {
             host::empty_dir(&dir, &source, memory, group)
                 .map_err(|source| host_error("make emptyDir", &dir, source))
@@ -286,7 +287,7 @@ impl VolumeManager {
         volume: &Volume,
         files: &Files,
     ) -> Result<(PathBuf, Option<Duration>), VolumeError> {
-        let dir = self.secrets().join(uid).join(format!("kubernetes.io~{}", files.kind)).join(component(&volume.name)?);
+        let dir = places::files(&self.root, uid, files.kind, component(&volume.name)?);
         let mut payload = Payload::new();
         let mut next: Option<Duration> = None;
         for projection in files.projected.sources.iter().flatten() {

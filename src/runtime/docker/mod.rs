@@ -7,7 +7,7 @@
 //! cable      from the sandbox's empty network namespace to the node's bridge              (trait Cable)
 //! streams    hijacked connections to the daemon, their frames read here                   (exec, attach, wire, process)
 //! ports      sockets made inside the sandbox's network namespace                          (forward)
-//! figures    the kernel's files, not the daemon                                           (stats, disk)
+//! figures    the kernel's files, not the daemon                                           (stats)
 //! memory     Docker's labels; nothing else survives a restart of this process             (labels)
 //! ```
 //! A Docker container id is the id of the sandbox or container. Names are deterministic, so what a verb left half done
@@ -17,7 +17,6 @@ mod attach;
 mod cgroup;
 mod container;
 mod creates;
-mod disk;
 mod events;
 mod exec;
 mod failure;
@@ -56,7 +55,7 @@ pub use self::exec::Keepers;
 use self::failure::failed;
 use self::stats::Statistics;
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
-use super::stats::{SandboxStats, StatsScope};
+use super::stats::{ImageFs, SandboxStats, StatsScope};
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
     RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -328,6 +327,10 @@ impl ImageStore for DockerRuntime {
 
     async fn image_status(&self, reference: &str) -> Result<Option<Image>> {
         self.image(reference).await
+    }
+
+    async fn image_fs_info(&self) -> Result<ImageFs> {
+        self.statistics.image_fs().await
     }
 
     async fn list_images(&self) -> Result<Vec<Image>> {

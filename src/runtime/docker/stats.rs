@@ -5,6 +5,7 @@
 //! changes no question goes to the daemon; a container that has ended is known by its cgroup being gone.
 
 use std::collections::HashMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,11 +15,11 @@ use jiff::Timestamp;
 
 use super::DockerRuntime;
 use super::container::{INSPECTS_IN_FLIGHT, pid, timestamp};
-use super::disk::Disk;
 use super::labels::{self, Facts};
 use super::sandbox::{Seen, blocking};
 use crate::runtime::Result;
-use crate::runtime::stats::{ContainerStats, SandboxStats, StatsScope, Usage};
+use crate::runtime::disk::Disk;
+use crate::runtime::stats::{ContainerStats, ImageFs, SandboxStats, StatsScope, Usage};
 use crate::runtime::types::{ContainerId, SandboxId};
 use crate::runtime::usage::{Trees, interfaces};
 
@@ -75,6 +76,16 @@ impl Statistics {
     /// To be called after each start and removal.
     pub(super) fn changed(&self) {
         self.changes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Docker keeps the size of each layer in a file, so nothing has to be walked or asked. Where it keeps none (as
+    /// with the snapshots of containerd), only the place is told.
+    pub(super) async fn image_fs(&self) -> Result<ImageFs> {
+        let path = self.docker_root.clone();
+        blocking("failed to read the sizes of image layers".to_owned(), move || {
+            Ok(ImageFs { used: layer_bytes(&path.join("image")), path })
+        })
+        .await
     }
 
     fn current(&self) -> (Members, bool) {
@@ -158,11 +169,30 @@ impl DockerRuntime {
     }
 }
 
+/// Below `images` each storage driver has `layerdb/sha256/<chain id>/size`.
+fn layer_bytes(images: &Path) -> Option<u64> {
+    let mut sum = None;
+    for driver in fs::read_dir(images).ok()?.flatten() {
+        for layer in fs::read_dir(driver.path().join("layerdb/sha256")).into_iter().flatten().flatten() {
+            let size = fs::read_to_string(layer.path().join("size")).ok();
+            if let Some(size) = size.and_then(|text| text.trim().parse::<u64>().ok()) {
+                sum = Some(sum.unwrap_or(0) + size);
+            }
+        }
+    }
+    sum
+}
+
 fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: StatsScope) -> Vec<SandboxStats> {
     let mut containers: HashMap<&str, Vec<ContainerStats>> = HashMap::new();
+    let own = members.values().filter(|member| !member.facts.sandbox_itself).map(|member| &member.cgroup);
+    // Sandboxes may share one: then it is read once.
+    let shared =
+        members.values().filter_map(|member| member.pod_cgroup.as_ref().filter(|_| member.facts.sandbox_itself));
+    let usages = trees.usages(&own.chain(shared).map(PathBuf::as_path).collect(), scope);
     let everything = scope == StatsScope::All;
     for member in members.values().filter(|member| !member.facts.sandbox_itself) {
-        let Some(usage) = trees.usage(&member.cgroup, scope) else { continue };
+        let Some(usage) = usages.get(member.cgroup.as_path()).copied() else { continue };
         let facts = &member.facts;
         containers.entry(&facts.sandbox).or_default().push(ContainerStats {
             id: ContainerId::from(member.id.as_str()),
@@ -181,7 +211,8 @@ fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: StatsScope) -> 
             return None;
         }
         let nothing = || Usage { time: Timestamp::now(), ..Usage::default() };
-        let usage = member.pod_cgroup.as_ref().map_or_else(|| Some(nothing()), |path| trees.usage(path, scope))?;
+        let usage =
+            member.pod_cgroup.as_ref().map_or_else(|| Some(nothing()), |path| usages.get(path.as_path()).copied())?;
         let own_network = everything && member.facts.address.is_some();
         Some(SandboxStats {
             id: SandboxId::from(member.id.as_str()),
@@ -198,4 +229,22 @@ fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: StatsScope) -> 
 
 fn shown(cgroup: &Path) -> String {
     Path::new("/").join(cgroup).to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_are_added_up_from_what_docker_notes_of_each() {
+        let root = tempfile::tempdir().unwrap();
+        assert_eq!(layer_bytes(root.path()), None);
+        for (layer, size) in [("a", "4096"), ("b", "100\n"), ("half-made", "")] {
+            let directory = root.path().join("overlay2/layerdb/sha256").join(layer);
+            fs::create_dir_all(&directory).unwrap();
+            fs::write(directory.join("size"), size).unwrap();
+        }
+        assert_eq!(layer_bytes(root.path()), Some(4196));
+        assert_eq!(layer_bytes(&root.path().join("none")), None);
+    }
 }

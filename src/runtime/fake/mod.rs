@@ -29,7 +29,7 @@ use self::process::Process;
 use self::program::Program;
 use self::state::{KILLED, State};
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
-use super::stats::{SandboxStats, StatsScope, Usage};
+use super::stats::{ImageFs, SandboxStats, StatsScope, Usage};
 use super::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, EventKind, Grace, Image, ImageId, LogChunk,
     LogOptions, LogSource, RegistryAuth, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -437,6 +437,11 @@ impl ImageStore for FakeRuntime {
     async fn list_images(&self) -> Result<Vec<Image>> {
         self.enter(Verb::ListImages).await?;
         Ok(locked(&self.shared.state).images.values().cloned().collect())
+    }
+
+    async fn image_fs_info(&self) -> Result<ImageFs> {
+        self.enter(Verb::ImageFsInfo).await?;
+        Err(RuntimeError::new(Kind::Unsupported, "images are kept in memory"))
     }
 
     async fn remove_image(&self, id: &ImageId) -> Result<()> {

@@ -19,7 +19,7 @@ const BLOCK: u64 = 512;
 
 /// Figures by directory.
 #[derive(Debug, Default)]
-pub(super) struct Disk {
+pub struct Disk {
     measured: Mutex<HashMap<PathBuf, DiskUsage>>,
     walking: AtomicBool,
 }
@@ -31,13 +31,13 @@ impl Disk {
     }
 
     /// What the directory took when it was last measured.
-    pub(super) fn usage(&self, directory: &Path) -> Option<DiskUsage> {
+    pub fn usage(&self, directory: &Path) -> Option<DiskUsage> {
         self.measured().get(directory).copied()
     }
 
     /// The work of measuring those of `directories` whose figures are old, and of forgetting all others; `None` if there
     /// is none, or another walk is under way.
-    pub(super) fn walk(disk: &Arc<Self>, directories: HashSet<PathBuf>) -> Option<impl FnOnce() + Send + 'static> {
+    pub fn walk(disk: &Arc<Self>, directories: HashSet<PathBuf>) -> Option<impl FnOnce() + Send + 'static> {
         let now = Timestamp::now();
         let fresh = |usage: &DiskUsage| now.duration_since(usage.time).unsigned_abs() < FRESH;
         let old: Vec<PathBuf> = {
