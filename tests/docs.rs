@@ -4,16 +4,17 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const DOCUMENTS: [&str; 6] = [
+const DOCUMENTS: [&str; 7] = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/fakecloud.md",
+    "docs/functions.md",
     "docs/metrics.md",
     "manifests/fakecloud/README.md",
 ];
 /// Metrics that a collector makes at each scrape.
-const COLLECTED: [&str; 11] = [
+const COLLECTED: [&str; 13] = [
     "process_cpu_seconds",
     "process_resident_memory_bytes",
     "process_open_fds",
@@ -25,6 +26,8 @@ const COLLECTED: [&str; 11] = [
     "function_running",
     "function_cold_starts",
     "function_start_seconds",
+    "function_start_node_seconds",
+    "function_prepared_starts",
 ];
 
 fn root() -> &'static Path {

@@ -165,7 +165,9 @@ impl Worker {
         }
         let status = self.status(goal);
         let urgent = match step {
-            Step::SetUpVolumes | Step::RunSandbox { .. } | Step::Start { .. } | Step::Serve => false,
+            Step::SetUpVolumes | Step::RunSandbox { .. } | Step::Create { .. } | Step::Start { .. } | Step::Serve => {
+                false
+            }
             // The last words of a Pod that is being deleted say all of it.
             Step::Stop { .. } | Step::Release => !self.is_deleted(),
             Step::Drain(_) => false,
@@ -196,6 +198,7 @@ impl Worker {
             container_holds: &self.memory.holds,
             pod_hold: self.memory.pod_hold,
             function: self.function.as_ref().map(Function::phase),
+            held: self.seat.as_ref().is_some_and(Seat::is_held),
             now: Timestamp::now(),
         })
     }
@@ -298,9 +301,17 @@ impl Worker {
                 None => std::future::pending().await,
             }
         };
+        let seat = async {
+            match &mut self.seat {
+                Some(seat) => seat.let_go().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             // Cancel-safe: a change not taken stays unseen.
             _ = self.desired.changed() => return,
+            // Cancel-safe: likewise.
+            () = seat => return,
             // Cancel-safe: likewise.
             () = function => return,
             // Cancel-safe: likewise.
@@ -382,6 +393,7 @@ impl Worker {
             Step::SetUpVolumes => self.set_up_volumes().await,
             Step::StopSandbox(id) => self.stop_sandbox(&id).await,
             Step::RunSandbox { attempt } => self.run_sandbox(attempt).await,
+            Step::Create { name, attempt } => self.create(&name, attempt).await,
             Step::Start { name, attempt } => self.start(&name, attempt).await,
             Step::Stop { containers, grace } => self.stop(&containers, grace).await,
             Step::Prune(id) => self.prune(&id).await,

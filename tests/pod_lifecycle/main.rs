@@ -8,6 +8,7 @@ mod api;
 mod drain;
 mod ending;
 mod faults;
+mod functions;
 mod interrupted;
 mod pods;
 mod restart;
