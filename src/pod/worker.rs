@@ -9,6 +9,7 @@
 //! A step is interrupted the moment the Pod is to end (or to end sooner): every runtime verb may be dropped, and what
 //! it left is found by listing. So an image that takes minutes to pull does not hold up a deletion.
 
+mod clock;
 mod finish;
 mod function;
 mod memory;
@@ -24,6 +25,7 @@ use k8s_openapi::api::core::v1::{Pod, PodSpec, PodStatus};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::clock::{at, spread};
 use self::function::{Function, NUMBERS};
 use self::memory::Memory;
 pub(super) use self::seat::Seat;
@@ -480,21 +482,6 @@ async fn once<T>(mut channel: watch::Receiver<T>, holds: impl FnMut(&T) -> bool)
     if channel.wait_for(holds).await.is_err() {
         std::future::pending::<()>().await;
     }
-}
-
-/// The moment on the timers' clock; one that has passed is now.
-fn at(moment: Timestamp) -> Instant {
-    Instant::now() + Duration::try_from(moment.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO)
-}
-
-/// Without its fraction of a second.
-fn whole_second(moment: Timestamp) -> Timestamp {
-    Timestamp::from_second(moment.as_second()).unwrap_or(moment)
-}
-
-/// The period and up to half as much again, so that many Pods do not act at once.
-fn spread(period: Duration) -> Duration {
-    period + period.mul_f64(rand::random_range(0.0..0.5))
 }
 
 /// A trouble from an error.
