@@ -176,9 +176,9 @@ mod tests {
         let same = json!({ "limits": limits, "requests": limits });
         assert_eq!(class(&[json!({})]), "BestEffort");
         assert_eq!(class(&[json!({ "requests": { "cpu": "0" } })]), "BestEffort");
-        assert_eq!(class(&[same.clone()]), "Guaranteed");
+        assert_eq!(class(std::slice::from_ref(&same)), "Guaranteed");
         assert_eq!(class(&[json!({ "limits": limits })]), "Guaranteed");
-        assert_eq!(class(&[same.clone(), json!({})]), "Burstable");
+        assert_eq!(class(&[same, json!({})]), "Burstable");
         let none = json!({ "limits": limits, "requests": { "cpu": "0", "memory": "0" } });
         assert_eq!(class(&[none]), "Burstable", "a request of nothing is not the limit");
     }
