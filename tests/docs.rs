@@ -14,7 +14,7 @@ const DOCUMENTS: [&str; 7] = [
     "manifests/fakecloud/README.md",
 ];
 /// Metrics that a collector makes at each scrape.
-const COLLECTED: [&str; 11] = [
+const COLLECTED: [&str; 13] = [
     "process_cpu_seconds",
     "process_resident_memory_bytes",
     "process_open_fds",
@@ -26,6 +26,8 @@ const COLLECTED: [&str; 11] = [
     "function_running",
     "function_cold_starts",
     "function_start_seconds",
+    "function_start_node_seconds",
+    "function_prepared_starts",
 ];
 
 fn root() -> &'static Path {

@@ -5,6 +5,9 @@
 //! the front instead, each to a path of its own, and says how its memory grew.
 #![allow(clippy::disallowed_methods, reason = "a benchmark's tasks end with it")]
 
+#[path = "resident.rs"]
+mod resident;
+
 use std::convert::Infallible;
 use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
@@ -23,6 +26,7 @@ use hyper::{client, server};
 use hyper_util::rt::TokioIo;
 use lambdalet::function::front;
 use lambdalet::metrics::Metrics;
+use resident::resident_kib;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -155,18 +159,12 @@ fn soak(args: &Args, front: &Server, calls: u64) -> anyhow::Result<()> {
     let part = (calls / 10).max(1);
     run(args, front.1, args.clients, Some(part.min(100_000)))?;
     println!("{:>12}{:>12}", "calls", "RSS KiB");
-    println!("{:>12}{:>12}", 0, resident(front)?);
+    println!("{:>12}{:>12}", 0, resident_kib(front.0.id())?);
     for step in 1..=10 {
         run(args, front.1, args.clients, Some(part))?;
-        println!("{:>12}{:>12}", step * part, resident(front)?);
+        println!("{:>12}{:>12}", step * part, resident_kib(front.0.id())?);
     }
     Ok(())
-}
-
-fn resident(server: &Server) -> anyhow::Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", server.0.id()))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("it has memory")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
 fn run(args: &Args, target: SocketAddr, clients: usize, calls: Option<u64>) -> anyhow::Result<Figures> {

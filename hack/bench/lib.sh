@@ -29,16 +29,17 @@ start_cluster() {
   mkdir -p "$RESULTS"
 }
 
-# start_node NAME: lambdalet, Ready; its API listens on port $NODE_PORT.
+# start_node NAME [FLAGS...]: lambdalet, Ready; its API listens on port $NODE_PORT.
 start_node() {
-  local kubeconfig
-  kubeconfig=$("$HACK_DIR/cluster" --dir "$DIR" node-kubeconfig "$1")
+  local name=$1 kubeconfig
+  shift
+  kubeconfig=$("$HACK_DIR/cluster" --dir "$DIR" node-kubeconfig "$name")
   NODE_PORT=$(free_ports 1)
   mkdir -p "$DIR/run"
-  proc_start "$DIR/run" lambdalet "$(built lambdalet)" run --kubeconfig "$kubeconfig" --node-name "$1" \
+  proc_start "$DIR/run" lambdalet "$(built lambdalet)" run --kubeconfig "$kubeconfig" --node-name "$name" \
     --node-ip "$(host_address)" --port "$NODE_PORT" --root-dir "$DIR/root" --max-pods 150 --client-ca-file "$DIR/ca.crt" \
-    --drain-on-exit
-  proc_ready "$DIR/run" lambdalet 60 node_ready "$1" || fail "lambdalet does not become Ready" "read $DIR/run/lambdalet.log"
+    --drain-on-exit "$@"
+  proc_ready "$DIR/run" lambdalet 60 node_ready "$name" || fail "lambdalet does not become Ready" "read $DIR/run/lambdalet.log"
 }
 
 # stop_node NAME

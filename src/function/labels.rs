@@ -19,6 +19,7 @@
 //! | `lambdalet.dev/queue-timeout` | `100ms`-`15m`: how long a call waits at most | 30s |
 //! | `lambdalet.dev/listen-timeout` | `100ms`-`15m`: an environment that does not listen after so long is given up | 30s |
 //! | `lambdalet.dev/warm-up` | `true` or `false`: send a no-op to an environment that starts without a call | false |
+//! | `lambdalet.dev/reserve` | 0-100: environments made in advance and not started | 1 |
 //!
 //! Durations are written as Go writes them, which is what Kubernetes users know. RIE takes one call at a time, unless
 //! the container sets `AWS_LAMBDA_MAX_CONCURRENCY`, which makes RIE take that many (its managed concurrency).
@@ -63,6 +64,8 @@ pub const QUEUE_TIMEOUT: &str = "lambdalet.dev/queue-timeout";
 pub const LISTEN_TIMEOUT: &str = "lambdalet.dev/listen-timeout";
 /// Whether environments are warmed by a no-op.
 pub const WARM_UP: &str = "lambdalet.dev/warm-up";
+/// Environments that are prepared in advance.
+pub const RESERVE: &str = "lambdalet.dev/reserve";
 /// The variable that turns on RIE's managed concurrency.
 pub const MAX_CONCURRENCY: &str = "AWS_LAMBDA_MAX_CONCURRENCY";
 
@@ -157,6 +160,7 @@ impl Reader<'_> {
             queue_timeout: self.duration(QUEUE_TIMEOUT, default.queue_timeout, [100, 900_000]),
             listen_timeout: self.duration(LISTEN_TIMEOUT, default.listen_timeout, [100, 900_000]),
             warm_up: self.value(WARM_UP, false, "true or false", |text| text.parse().ok()),
+            reserve: self.number(RESERVE, default.reserve, 0, 100),
             size: self.size(),
         }
     }

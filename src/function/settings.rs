@@ -31,6 +31,9 @@ pub const DEFAULT_QUEUE_TIMEOUT: Duration = Duration::from_secs(30);
 /// its first call.
 pub const DEFAULT_LISTEN_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Environments that are prepared before they are asked for.
+pub const DEFAULT_RESERVE: u32 = 1;
+
 /// How a pool behaves. Every field may change while the pool lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -59,6 +62,8 @@ pub struct Settings {
     pub listen_timeout: Duration,
     /// Whether an environment that starts without a call is sent a no-op, so that its code is loaded.
     pub warm_up: bool,
+    /// Environments that are prepared before they are asked for, as many as there may be: made, and not started.
+    pub reserve: u32,
     /// What one replica may use.
     pub size: Size,
 }
@@ -92,6 +97,7 @@ impl Settings {
             queue_timeout: DEFAULT_QUEUE_TIMEOUT,
             listen_timeout: DEFAULT_LISTEN_TIMEOUT,
             warm_up: false,
+            reserve: DEFAULT_RESERVE,
             size: Size { cpu_millis: u64::from(DEFAULT_CPU) * 1000, memory_bytes: u64::from(DEFAULT_MEMORY_MIB) << 20 },
         }
     }

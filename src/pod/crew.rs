@@ -10,9 +10,11 @@
 mod adopt;
 pub(super) mod kept;
 pub(super) mod pools;
+mod prepare;
+mod verdict;
 
-use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,10 +23,12 @@ use async_trait::async_trait;
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, join_all, try_join_all};
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodStatus};
-use tokio::sync::watch;
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use tokio::sync::{OnceCell, Semaphore, watch};
 use tokio_util::task::AbortOnDropHandle;
 
+use self::prepare::Reserve;
+use self::verdict::verdict;
 use super::volumes::MountedVolume;
 use super::worker::{Desired, Past, Seat, Signal, Worker};
 use super::{PodContext, Shared, qos, translate};
@@ -48,11 +52,12 @@ pub(super) struct Crew {
     uid: String,
     pod: watch::Receiver<Desired>,
     settings: watch::Receiver<Settings>,
-    replicas: Mutex<HashMap<ReplicaId, Replica>>,
+    replicas: Mutex<HashMap<ReplicaId, Arc<OnceCell<Replica>>>>,
     members: Mutex<HashMap<EnvironmentId, Member>>,
+    reserve: Reserve,
 }
 
-/// A replica that has started.
+/// A replica whose volumes are there.
 struct Replica {
     volumes: BTreeMap<String, (PathBuf, bool)>,
     size: Size,
@@ -63,13 +68,34 @@ struct Replica {
 /// An environment and its owner.
 struct Member {
     desired: watch::Sender<Desired>,
+    statuses: watch::Receiver<Option<PodStatus>>,
+    go: watch::Sender<bool>,
     worker: AbortOnDropHandle<()>,
 }
 
+/// What the owner of an environment is hired for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Errand {
+    Start,
+    /// To have it ready, and to start it when told.
+    Prepare,
+    /// To take over one that runs.
+    Adopt,
+    /// Only to remove what there is of it.
+    Remove,
+}
+
 /// The environments of this node that runtime events are for.
-#[derive(Default)]
 pub struct Environments {
     signals: Mutex<HashMap<String, watch::Sender<Signal>>>,
+    /// So many more may be prepared on this node.
+    prepared: Arc<Semaphore>,
+}
+
+impl Default for Environments {
+    fn default() -> Self {
+        Self { signals: Mutex::default(), prepared: Arc::new(Semaphore::new(prepare::MOST)) }
+    }
 }
 
 impl Environments {
@@ -103,6 +129,9 @@ fn environment_key(uid: &str, id: EnvironmentId) -> String {
     format!("{uid}.{}.{}", id.replica, id.ordinal)
 }
 
+/// How the owner of an environment is told to start it, and says how it is.
+type Lines = (watch::Receiver<bool>, watch::Sender<Option<PodStatus>>);
+
 /// What a key means, after its Pod's UID.
 enum Part {
     Replica(ReplicaId),
@@ -128,8 +157,8 @@ impl Crew {
         pod: watch::Receiver<Desired>,
         settings: watch::Receiver<Settings>,
     ) -> Arc<Self> {
-        let (replicas, members) = (Mutex::default(), Mutex::default());
-        Arc::new(Self { shared, uid: uid.to_owned(), pod, settings, replicas, members })
+        let (replicas, members, reserve) = (Mutex::default(), Mutex::default(), Reserve::default());
+        Arc::new(Self { shared, uid: uid.to_owned(), pod, settings, replicas, members, reserve })
     }
 
     /// The Pod that an environment runs: the function's, but it ends when a process of it ends, and the pool decides
@@ -161,14 +190,19 @@ impl Crew {
         pod
     }
 
-    /// Hires the owner of an environment. `gone`: only to remove what there is of it.
-    fn hire(&self, id: EnvironmentId, past: Past, gone: bool) -> watch::Receiver<Option<PodStatus>> {
+    /// Hires the owner of an environment.
+    fn hire(&self, id: EnvironmentId, errand: Errand) -> watch::Receiver<Option<PodStatus>> {
         let key = environment_key(&self.uid, id);
         let pod = self.derived();
         let (status, statuses) = watch::channel(None);
-        let seat = self.seat(&pod, id, key.clone(), status);
-        let (desired, wanted) = watch::channel(Desired { pod, gone });
+        let (go, goes) = watch::channel(errand != Errand::Prepare);
+        let seat = self.seat(&pod, id, key.clone(), (goes, status));
+        let (desired, wanted) = watch::channel(Desired { pod, gone: errand == Errand::Remove });
         let (signal, signals) = watch::channel(Signal::default());
+        let past = match errand {
+            Errand::Start | Errand::Prepare => Past::None,
+            Errand::Adopt | Errand::Remove => Past::Unknown,
+        };
         let worker = Worker::of_environment(Arc::clone(&self.shared), seat, wanted, signals, past);
         self.shared.environments.signals().insert(key.clone(), signal);
         let shared = Arc::clone(&self.shared);
@@ -176,14 +210,14 @@ impl Crew {
             worker.run().await;
             shared.environments.signals().remove(&key);
         };
-        let worker = owned(work);
-        self.members().insert(id, Member { desired, worker });
+        let member = Member { desired, statuses: statuses.clone(), go, worker: owned(work) };
+        self.members().insert(id, member);
         statuses
     }
 
-    fn seat(&self, pod: &Pod, id: EnvironmentId, key: String, status: watch::Sender<Option<PodStatus>>) -> Seat {
+    fn seat(&self, pod: &Pod, id: EnvironmentId, key: String, (go, status): Lines) -> Seat {
         let replicas = self.replicas();
-        let replica = replicas.get(&id.replica);
+        let replica = replicas.get(&id.replica).and_then(|replica| replica.get());
         let spec = pod.spec.clone().unwrap_or_default();
         let host = &self.shared.host;
         let mut resources = qos::pod_resources(&spec, host.cpu_quota);
@@ -198,33 +232,39 @@ impl Crew {
             cgroup: translate::cgroup_parent(host, &replica_key(&self.uid, id.replica), &spec),
             resources,
             volumes: replica.map(|replica| replica.volumes.clone()).unwrap_or_default(),
+            go,
             status,
         }
     }
 
-    /// Makes a replica's volumes and keeps them fresh.
+    /// Makes a replica's volumes and keeps them fresh, unless they are there.
     async fn furnish(&self, id: ReplicaId) -> Result<(), Exit> {
+        let replica = Arc::clone(self.replicas().entry(id).or_default());
+        replica.get_or_try_init(|| self.furnished(id)).await.map(drop)
+    }
+
+    async fn furnished(&self, id: ReplicaId) -> Result<Replica, Exit> {
         let key = replica_key(&self.uid, id);
         let (pod, facts) = (self.derived(), self.shared.facts.borrow().clone());
         let context = PodContext { pod: &pod, key: &key, node: &facts, addresses: &[] };
         let made = self.shared.volumes.set_up(context).await.map_err(|error| failed("FailedMount", chain(&error)))?;
         let paths = |(name, volume): (String, MountedVolume)| (name, (volume.host_path, volume.read_only));
         let refresh = refresh(Arc::clone(&self.shared), self.pod.clone(), key);
-        let replica = Replica {
+        Ok(Replica {
             volumes: made.into_iter().map(paths).collect(),
             size: self.settings.borrow().size,
             _refresh: owned(refresh),
-        };
-        self.replicas().insert(id, replica);
-        Ok(())
+        })
     }
 
     /// How an environment ends, once it does.
     fn end(statuses: &watch::Receiver<Option<PodStatus>>) -> BoxFuture<'static, Exit> {
         let mut statuses = statuses.clone();
         async move {
-            let ended = statuses.wait_for(|status| status.as_ref().is_some_and(|status| ended(status).is_some())).await;
-            let exit = ended.ok().and_then(|status| status.as_ref().and_then(self::ended));
+            let ended = statuses
+                .wait_for(|status| status.as_ref().is_some_and(|status| verdict::ended(status).is_some()))
+                .await;
+            let exit = ended.ok().and_then(|status| status.as_ref().and_then(verdict::ended));
             exit.unwrap_or_else(|| failed("Lost", "its owner is gone".to_owned()))
         }
         .boxed()
@@ -241,7 +281,7 @@ impl Crew {
         }
     }
 
-    fn replicas(&self) -> MutexGuard<'_, HashMap<ReplicaId, Replica>> {
+    fn replicas(&self) -> MutexGuard<'_, HashMap<ReplicaId, Arc<OnceCell<Replica>>>> {
         self.replicas.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -257,17 +297,22 @@ impl Replicas for Crew {
         if !self.shared.capacity.lend(&self.uid, replica, size) {
             return Err(NotStarted::Denied);
         }
+        self.claim_replica(replica).await;
         self.furnish(replica).await.map_err(NotStarted::Failed)
     }
 
     async fn stop_replica(&self, replica: ReplicaId) {
+        self.dismiss_replica(replica).await;
         drop(self.replicas().remove(&replica));
         self.tear_down(&replica_key(&self.uid, replica)).await;
         self.shared.capacity.give_back(&self.uid, replica);
     }
 
     async fn start_environment(&self, environment: EnvironmentId) -> Result<Started, Exit> {
-        let mut statuses = self.hire(environment, Past::None, false);
+        let (mut statuses, prepared) = match self.claim(environment).await {
+            Some(statuses) => (statuses, true),
+            None => (self.hire(environment, Errand::Start), false),
+        };
         let decided = statuses.wait_for(|status| status.as_ref().is_some_and(|status| verdict(status).is_some()));
         let status = match tokio::time::timeout(START_PATIENCE, decided).await {
             Ok(Ok(status)) => status.clone(),
@@ -277,11 +322,11 @@ impl Replicas for Crew {
         let verdict = status.as_ref().and_then(verdict);
         let address = verdict.unwrap_or_else(|| Err(failed("Lost", "its owner is gone".to_owned())))?;
         let address = SocketAddr::new(address, self.settings.borrow().port);
-        Ok(Started { address, ended: Self::end(&statuses) })
+        Ok(Started { address, ended: Self::end(&statuses), prepared })
     }
 
     async fn stop_environment(&self, environment: EnvironmentId) {
-        let Some(Member { desired, mut worker }) = self.members().remove(&environment) else { return };
+        let Some(Member { desired, mut worker, .. }) = self.members().remove(&environment) else { return };
         let mut pod = self.pod.clone();
         let ended = loop {
             pod.mark_unchanged();
@@ -301,7 +346,7 @@ impl Replicas for Crew {
         if let Err(error) = ended {
             tracing::error!(%environment, uid = self.uid, error = chain(&error), "an environment's owner was lost");
             // What it left is removed by another.
-            self.hire(environment, Past::Unknown, true);
+            self.hire(environment, Errand::Remove);
             let again = self.members().remove(&environment);
             if let Some(member) = again {
                 let _ = member.worker.await;
@@ -322,6 +367,14 @@ impl Replicas for Crew {
         let running = self.running(environment);
         let thawed = try_join_all(running.iter().map(|id| self.shared.runtime.unpause_container(id))).await;
         thawed.map(drop).map_err(|error| failed("FailedThaw", chain(&error)))
+    }
+
+    async fn prepare(&self, environment: EnvironmentId) {
+        self.prepare_one(environment).await;
+    }
+
+    async fn dismiss_all_but(&self, kept: &BTreeSet<EnvironmentId>) {
+        self.dismiss_others(kept).await;
     }
 
     fn set_idle(&self, replica: ReplicaId, since: Option<Instant>) {
@@ -359,42 +412,6 @@ fn limit(resources: &mut Resources, size: Size, cpu_quota: bool) {
 
 fn failed(reason: &str, message: String) -> Exit {
     Exit { code: None, reason: reason.to_owned(), message }
-}
-
-/// Whether an environment runs, or will not; `None` while that is open.
-fn verdict(status: &PodStatus) -> Option<Result<IpAddr, Exit>> {
-    if let Some(exit) = ended(status) {
-        return Some(Err(exit));
-    }
-    let each = || status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
-    let stuck = each().find_map(|container| {
-        let waiting = container.state.as_ref()?.waiting.as_ref()?;
-        let reason = waiting.reason.as_deref().filter(|r| !matches!(*r, "ContainerCreating" | "PodInitializing"))?;
-        Some(failed(reason, waiting.message.clone().unwrap_or_default()))
-    });
-    if let Some(exit) = stuck {
-        return Some(Err(exit));
-    }
-    let runs = |container: &ContainerStatus| container.state.as_ref().is_some_and(|state| state.running.is_some());
-    let main = status.container_statuses.as_ref()?;
-    (!main.is_empty() && main.iter().all(runs)).then(|| {
-        let address = status.pod_ip.as_ref().and_then(|ip| ip.parse().ok());
-        address.ok_or_else(|| failed("NoAddress", "it has no address".to_owned()))
-    })
-}
-
-/// How it ended: with its first container that did, or with a failed init container.
-fn ended(status: &PodStatus) -> Option<Exit> {
-    let end = |container: &ContainerStatus, init: bool| {
-        let ended = container.state.as_ref()?.terminated.as_ref()?;
-        if init && ended.exit_code == 0 {
-            return None;
-        }
-        let reason = ended.reason.clone().unwrap_or_else(|| "Error".to_owned());
-        Some(Exit { code: Some(ended.exit_code), reason, message: ended.message.clone().unwrap_or_default() })
-    };
-    let init = status.init_container_statuses.iter().flatten().find_map(|container| end(container, true));
-    init.or_else(|| status.container_statuses.iter().flatten().find_map(|container| end(container, false)))
 }
 
 #[cfg(test)]

@@ -49,6 +49,13 @@ pub enum Step {
         /// Which attempt.
         attempt: u32,
     },
+    /// Make one attempt of a container, and do not start it.
+    Create {
+        /// The container's name.
+        name: String,
+        /// Which attempt.
+        attempt: u32,
+    },
     /// Stop these, all at once.
     Stop {
         /// The running containers.
@@ -101,6 +108,8 @@ pub struct View<'a> {
     pub pod_hold: Option<Timestamp>,
     /// How far it is, if it is a function Pod.
     pub function: Option<FunctionPhase<'a>>,
+    /// Containers are made and not started until this ends.
+    pub held: bool,
     /// Now.
     pub now: Timestamp,
 }
@@ -246,6 +255,10 @@ fn plan_lasting(view: &View<'_>) -> Step {
 fn start(view: &View<'_>, name: &str, attempt: u32) -> Result<Step, Option<Timestamp>> {
     match view.container_holds.get(name) {
         Some(until) if *until > view.now => Err(Some(*until)),
+        _ if view.held => match view.observed.current(name) {
+            Some(current) if current.state == ContainerState::Created => Err(None),
+            _ => Ok(Step::Create { name: name.to_owned(), attempt }),
+        },
         _ => Ok(Step::Start { name: name.to_owned(), attempt }),
     }
 }

@@ -93,13 +93,14 @@ pub fn qos_class(spec: &PodSpec) -> &'static str {
     let compute = |list: ResourceList| -> ResourceList {
         list.into_iter().filter(|(name, amount)| (name == "cpu" || name == "memory") && *amount > zero).collect()
     };
-    let pairs: Vec<_> = parts.iter().map(|r| (compute(requests(*r)), compute(limits(*r)))).collect();
-    if pairs.iter().all(|(requests, limits)| requests.is_empty() && limits.is_empty()) {
+    let pairs: Vec<_> = parts.iter().map(|r| (requests(*r), compute(limits(*r)))).collect();
+    if pairs.iter().all(|(requests, limits)| compute(requests.clone()).is_empty() && limits.is_empty()) {
         return "BestEffort";
     }
     let guaranteed = pairs.iter().all(|(requests, limits)| {
-        limits.len() == 2
-            && (requests.is_empty() || requests.iter().all(|(name, amount)| limits.get(name) == Some(amount)))
+        // A request that is not there is the limit; one of zero is a request of nothing.
+        let same = |(name, amount): (&String, &Quantity)| requests.get(name).is_none_or(|request| request == amount);
+        limits.len() == 2 && limits.iter().all(same)
     });
     if guaranteed { "Guaranteed" } else { "Burstable" }
 }
@@ -155,5 +156,30 @@ fn oom_score(class: &str, request: Option<&Quantity>, node_memory: i64) -> i64 {
             // Stays above every Guaranteed Pod and below every BestEffort one.
             i64::try_from(1000 - share).unwrap_or(0).clamp(1000 + GUARANTEED_OOM_SCORE, BEST_EFFORT_OOM_SCORE - 1)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn class(resources: &[Value]) -> &'static str {
+        let containers: Vec<_> = resources.iter().map(|r| json!({ "name": "c", "resources": r })).collect();
+        qos_class(&serde_json::from_value(json!({ "containers": containers })).unwrap())
+    }
+
+    #[test]
+    fn the_class_is_the_api_servers() {
+        let limits = json!({ "cpu": "1", "memory": "1Gi" });
+        let same = json!({ "limits": limits, "requests": limits });
+        assert_eq!(class(&[json!({})]), "BestEffort");
+        assert_eq!(class(&[json!({ "requests": { "cpu": "0" } })]), "BestEffort");
+        assert_eq!(class(std::slice::from_ref(&same)), "Guaranteed");
+        assert_eq!(class(&[json!({ "limits": limits })]), "Guaranteed");
+        assert_eq!(class(&[same, json!({})]), "Burstable");
+        let none = json!({ "limits": limits, "requests": { "cpu": "0", "memory": "0" } });
+        assert_eq!(class(&[none]), "Burstable", "a request of nothing is not the limit");
     }
 }

@@ -9,6 +9,7 @@
 //! A step is interrupted the moment the Pod is to end (or to end sooner): every runtime verb may be dropped, and what
 //! it left is found by listing. So an image that takes minutes to pull does not hold up a deletion.
 
+mod clock;
 mod finish;
 mod function;
 mod memory;
@@ -24,6 +25,7 @@ use k8s_openapi::api::core::v1::{Pod, PodSpec, PodStatus};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::clock::{at, spread};
 use self::function::{Function, NUMBERS};
 use self::memory::Memory;
 pub(super) use self::seat::Seat;
@@ -166,7 +168,9 @@ impl Worker {
         }
         let status = self.status(goal);
         let urgent = match step {
-            Step::SetUpVolumes | Step::RunSandbox { .. } | Step::Start { .. } | Step::Serve => false,
+            Step::SetUpVolumes | Step::RunSandbox { .. } | Step::Create { .. } | Step::Start { .. } | Step::Serve => {
+                false
+            }
             // The last words of a Pod that is being deleted say all of it.
             Step::Stop { .. } | Step::Release => !self.is_deleted(),
             Step::Drain(_) => false,
@@ -198,6 +202,7 @@ impl Worker {
             container_holds: &self.memory.holds,
             pod_hold: self.memory.pod_hold,
             function: self.function.as_ref().map(Function::phase),
+            held: self.seat.as_ref().is_some_and(Seat::is_held),
             now: Timestamp::now(),
         })
     }
@@ -300,9 +305,17 @@ impl Worker {
                 None => std::future::pending().await,
             }
         };
+        let seat = async {
+            match &mut self.seat {
+                Some(seat) => seat.let_go().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             // Cancel-safe: a change not taken stays unseen.
             _ = self.desired.changed() => return,
+            // Cancel-safe: likewise.
+            () = seat => return,
             // Cancel-safe: likewise.
             () = function => return,
             // Cancel-safe: likewise.
@@ -384,6 +397,7 @@ impl Worker {
             Step::SetUpVolumes => self.set_up_volumes().await,
             Step::StopSandbox(id) => self.stop_sandbox(&id).await,
             Step::RunSandbox { attempt } => self.run_sandbox(attempt).await,
+            Step::Create { name, attempt } => self.create(&name, attempt).await,
             Step::Start { name, attempt } => self.start(&name, attempt).await,
             Step::Stop { containers, grace } => self.stop(&containers, grace).await,
             Step::Prune(id) => self.prune(&id).await,
@@ -470,21 +484,6 @@ async fn once<T>(mut channel: watch::Receiver<T>, holds: impl FnMut(&T) -> bool)
     if channel.wait_for(holds).await.is_err() {
         std::future::pending::<()>().await;
     }
-}
-
-/// The moment on the timers' clock; one that has passed is now.
-fn at(moment: Timestamp) -> Instant {
-    Instant::now() + Duration::try_from(moment.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO)
-}
-
-/// Without its fraction of a second.
-fn whole_second(moment: Timestamp) -> Timestamp {
-    Timestamp::from_second(moment.as_second()).unwrap_or(moment)
-}
-
-/// The period and up to half as much again, so that many Pods do not act at once.
-fn spread(period: Duration) -> Duration {
-    period + period.mul_f64(rand::random_range(0.0..0.5))
 }
 
 /// A trouble from an error.

@@ -115,7 +115,7 @@ pub struct SandboxConfig {
 }
 
 /// What one attempt of a container is made from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ContainerConfig {
     /// The Pod it belongs to.
     pub pod: PodRef,

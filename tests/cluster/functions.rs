@@ -3,6 +3,7 @@
 mod faults;
 mod host;
 mod limits;
+mod prepared;
 mod restart;
 mod rollout;
 mod runtimes;
@@ -195,9 +196,15 @@ impl<'a> Function<'a> {
 
     /// Its main containers on the host: key of the environment and container id.
     fn environments(&self) -> BTreeSet<(String, String)> {
+        self.containers(&[])
+    }
+
+    /// The same of those that `docker ps` shows with these flags.
+    fn containers(&self, flags: &[&str]) -> BTreeSet<(String, String)> {
         let label = format!("label=lambdalet.dev/pod-namespace={}", self.t.namespace);
         let format = "{{.Label \"lambdalet.dev/kind\"}} {{.Label \"lambdalet.dev/pod-uid\"}} {{.ID}}";
-        let listed = output("docker", &["ps", "--no-trunc", "--filter", &label, "--format", format]);
+        let list = ["ps", "--no-trunc", "--filter", &label, "--format", format];
+        let listed = output("docker", &[&list, flags].concat());
         let words = listed.lines().map(|line| line.split(' ').collect::<Vec<_>>());
         let ours = words.filter(|w| w[0] == "container" && w[1].starts_with(&format!("{}.", self.uid)));
         ours.map(|w| (w[1][self.uid.len() + 1..].to_owned(), w[2].to_owned())).collect()
@@ -207,6 +214,15 @@ impl<'a> Function<'a> {
     async fn has(&self, count: usize) -> BTreeSet<(String, String)> {
         poll(&format!("{count} environments of {}", self.name), SOON, async || {
             let found = self.environments();
+            if found.len() == count { Ok(found) } else { Err(format!("{found:?}")) }
+        })
+        .await
+    }
+
+    /// Waits until so many environments are prepared, and gives them.
+    async fn prepared(&self, count: usize) -> BTreeSet<(String, String)> {
+        poll(&format!("{count} prepared environments of {}", self.name), SOON, async || {
+            let found = self.containers(&["--all", "--filter", "status=created"]);
             if found.len() == count { Ok(found) } else { Err(format!("{found:?}")) }
         })
         .await

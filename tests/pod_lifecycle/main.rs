@@ -9,6 +9,7 @@ mod drain;
 mod ending;
 mod ephemeral;
 mod faults;
+mod functions;
 mod interrupted;
 mod pods;
 mod restart;

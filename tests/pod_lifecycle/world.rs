@@ -46,11 +46,13 @@ pub(crate) struct Setup {
     pub(crate) max_restart_backoff: Duration,
     /// Room for Pods: cpu, and their number.
     pub(crate) room: (i64, i64),
+    /// The Pods' addresses.
+    pub(crate) range: &'static str,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { max_restart_backoff: Duration::from_secs(300), room: (8, 110) }
+        Self { max_restart_backoff: Duration::from_secs(300), room: (8, 110), range: "10.77.0.0/24" }
     }
 }
 
@@ -115,7 +117,7 @@ impl World {
         let publisher = Publisher::new(client.clone(), PublishCounters::default());
         let (events, event_writer) = events::events(client.clone(), NODE, Default::default());
         let objects = Arc::new(Objects::new(client.clone(), Duration::from_millis(1)));
-        let range = "10.77.0.0/24".parse().unwrap();
+        let range = self.setup.range.parse().unwrap();
         let ipam = Ipam::open(&self.root.path().join("addresses"), range, Duration::ZERO).unwrap();
         let shared = Arc::new(Shared {
             runtime: Arc::new(self.runtime.clone()),

@@ -65,6 +65,7 @@ fn good_values_are_taken_from_labels_and_annotations_and_a_label_wins() {
         "lambdalet.dev/invocation-port": "9000", "lambdalet.dev/requests-per-environment": "8",
         "lambdalet.dev/idle-timeout": "1m30s", "lambdalet.dev/freeze-after": "50ms", "lambdalet.dev/queue-length": "7",
         "lambdalet.dev/queue-timeout": "2s", "lambdalet.dev/listen-timeout": "1m", "lambdalet.dev/warm-up": "true", "lambdalet.dev/protocol": "http",
+        "lambdalet.dev/reserve": "3",
     });
     let reading = read(&pod(labels, annotations, json!({})), None).unwrap();
     assert_eq!(reading.complaints, []);
@@ -81,6 +82,7 @@ fn good_values_are_taken_from_labels_and_annotations_and_a_label_wins() {
         queue_timeout: Duration::from_secs(2),
         listen_timeout: Duration::from_secs(60),
         warm_up: true,
+        reserve: 3,
         size: Size { cpu_millis: 2000, memory_bytes: 128 << 20 },
     };
     assert_eq!(reading.settings, expected);

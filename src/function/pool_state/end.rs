@@ -96,6 +96,9 @@ impl Pool {
             again(Reason::CrashLoop, at_least_a_second(until - now))
         } else if self.denied.is_some_and(|until| until > now) {
             again(Reason::NoCapacity, CAPACITY_RETRY)
+        } else if self.crash.is_some() {
+            // Another is on its way, but what became of the last one says more than that it is late.
+            again(Reason::CrashLoop, RETRY_SOON)
         } else {
             again(Reason::Starting, RETRY_SOON)
         }

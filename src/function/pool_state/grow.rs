@@ -44,7 +44,7 @@ impl Pool {
         self.owed > 0 && self.owed > self.coming() + self.replicas.values().map(spare).sum::<usize>()
     }
 
-    fn coming(&self) -> usize {
+    pub(super) fn coming(&self) -> usize {
         self.replicas.values().map(Replica::coming).sum()
     }
 

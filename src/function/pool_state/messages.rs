@@ -130,6 +130,18 @@ pub enum Event {
     Tick,
 }
 
+/// What a pool would start next: whoever has it ready when it is asked for saves a call the waiting.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reserve {
+    /// In the order in which they would be started; also of replicas that do not exist yet. No more than
+    /// [`Settings::reserve`], and none beyond the maximum.
+    pub environments: Vec<EnvironmentId>,
+    /// What it has asked for, and what has not taken a call yet: whatever of this is ready is about to be used.
+    pub starting: Vec<EnvironmentId>,
+    /// Nothing starts and nothing has crashed: what is missing may be made. Otherwise only what is there is kept.
+    pub calm: bool,
+}
+
 /// How an adopted environment was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
@@ -276,11 +288,11 @@ pub enum Reason {
     QueueFull,
     /// It waited as long as it may; every replica there may be is busy.
     Busy,
-    /// It waited as long as it may; what was starting has not become ready.
+    /// It waited as long as it may; what was starting has not become ready, and nothing crashed before.
     Starting,
     /// It waited as long as it may; the node has no capacity for a replica.
     NoCapacity,
-    /// Environments of this function crash; none will be started in time.
+    /// Environments of this function crash; none was ready in time, or none will be.
     CrashLoop,
     /// The Pod is being deleted.
     ShuttingDown,
@@ -303,7 +315,7 @@ impl fmt::Display for Reason {
             Self::Busy => "all its replicas were busy for too long",
             Self::Starting => "it did not start in time",
             Self::NoCapacity => "the node has no capacity for a replica",
-            Self::CrashLoop => "it crashes, and waits before it is started again",
+            Self::CrashLoop => "it crashes, and did not or would not start in time",
             Self::ShuttingDown => "its Pod is being deleted",
         })
     }

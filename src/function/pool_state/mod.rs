@@ -13,7 +13,8 @@
 //! 3. waiting calls are handed out (`grant`);
 //! 4. what calls and the minimum still lack is thawed or started (`grow`);
 //! 5. replicas that are idle too long, empty or drained stop (`shrink`);
-//! 6. idle environments are frozen (`shrink`).
+//! 6. idle environments are frozen (`shrink`);
+//! 7. what would be started next is told, for whoever can have it ready (`reserve`).
 //!
 //! The rules:
 //!
@@ -35,15 +36,17 @@ mod grow;
 mod messages;
 mod plain;
 mod replica;
+mod reserve;
 mod shrink;
 mod summary;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::backoff::Backoff;
 pub use self::messages::{
-    Action, CallId, EnvironmentId, Event, Exit, Found, Reason, ReplicaId, TryAgain, VisitId, Why,
+    Action, CallId, EnvironmentId, Event, Exit, Found, Reason, ReplicaId, Reserve, TryAgain, VisitId, Why,
 };
 use self::replica::{Environment, Phase, Replica, State};
 pub use self::summary::{Crash, Summary};
@@ -77,6 +80,8 @@ pub struct Pool {
     owed: usize,
     /// The pool drains, and is to be empty by then.
     drain: Option<Instant>,
+    /// What would be started next.
+    reserve: Arc<Reserve>,
     /// Everything has been looked at since the pool was made, and time alone changes nothing before `due`.
     settled: bool,
     due: Option<Instant>,
@@ -110,6 +115,7 @@ impl Pool {
             denied: None,
             owed: 0,
             drain: None,
+            reserve: Arc::default(),
             settled: false,
             due: None,
         }
@@ -159,6 +165,7 @@ impl Pool {
         self.refuse_the_hopeless(now, actions);
         self.retire(now, actions);
         self.freeze(now, actions);
+        self.plan_reserve(now);
         self.due = self.deadline(now);
         self.settled = true;
     }

@@ -86,6 +86,11 @@ impl Replica {
         self.environments.insert(ordinal, environment);
     }
 
+    /// The number that the next environment gets.
+    pub(super) fn next_ordinal(&self) -> u32 {
+        self.next_ordinal
+    }
+
     /// Marks an environment for removal; one that was never started goes at once. True if there is something to stop.
     pub(super) fn stop_environment(&mut self, ordinal: u32) -> bool {
         match self.environments.get_mut(&ordinal) {

@@ -249,6 +249,64 @@ fn starts_that_fail_wait_as_a_container_does_and_hopeless_calls_are_told_when_to
 }
 
 #[test]
+fn who_waited_for_what_had_crashed_before_is_told_of_the_crash() {
+    let mut hand = Hand::new(|s| (s.max, s.queue_timeout) = (1, Duration::from_secs(5)));
+    assert_eq!(hand.call(0, 1), [start(0)]);
+    hand.started(100, 0);
+    let again = [Action::StopEnvironment { environment: env(0, 0) }, start_environment(env(0, 1))];
+    assert_eq!(hand.died(3_000, env(0, 0)), again, "the first restart is immediate");
+    // The second start takes so long that the call's time is up before that has failed, too.
+    assert_eq!(hand.deadline(3_000), Some(5_000));
+    assert_eq!(hand.at(5_000, Event::Tick), [refuse(1, Reason::CrashLoop, 1)]);
+    assert_eq!(hand.pool.last_crash(), Some(&exit()));
+}
+
+#[test]
+fn who_waited_for_a_slow_start_is_told_so() {
+    let mut hand = Hand::new(|s| s.queue_timeout = Duration::from_secs(5));
+    hand.call(0, 1);
+    hand.started(100, 0);
+    assert_eq!(hand.at(5_000, Event::Tick), [refuse(1, Reason::Starting, 1)]);
+}
+
+#[test]
+fn what_is_next_in_line_is_what_starts_next() {
+    let mut hand = Hand::new(|s| (s.max, s.environments, s.reserve) = (2, 2, 3));
+    let line = |hand: &Hand| (hand.pool.reserve().environments.clone(), hand.pool.reserve().calm);
+    assert_eq!(line(&hand), (vec![], false), "nobody has looked at it yet");
+    hand.at(0, Event::Tick);
+    assert_eq!(line(&hand), (vec![env(0, 0), env(0, 1), env(1, 0)], true));
+    assert_eq!(hand.call(1, 1), [start(0)]);
+    assert_eq!(line(&hand), (vec![env(0, 1), env(1, 0), env(1, 1)], false), "something starts");
+    assert_eq!(hand.pool.reserve().starting, [env(0, 0)], "and is not let go");
+    hand.started(2, 0);
+    hand.ready(3, env(0, 0));
+    assert_eq!(line(&hand), (vec![env(0, 1), env(1, 0), env(1, 1)], true));
+    assert_eq!(hand.call(4, 2), [start_environment(env(0, 1))]);
+    assert_eq!(line(&hand), (vec![env(1, 0), env(1, 1)], false), "no more than the maximum");
+    hand.ready(5, env(0, 1));
+    assert_eq!(hand.call(6, 3), [start(1)]);
+    hand.at(7, Event::ReplicaDenied { replica: ReplicaId(1) });
+    assert_eq!(line(&hand).0, vec![], "the node has nothing to spare");
+    hand.at(8, Event::CapacityFreed);
+    assert_eq!(line(&hand).0, vec![env(2, 1)]);
+    hand.at(9, Event::Drain { until: hand.start + Duration::from_secs(9) });
+    assert_eq!(line(&hand).0, vec![], "nothing is started any more");
+}
+
+#[test]
+fn nothing_is_prepared_after_a_crash_until_a_call_is_served() {
+    let mut hand = Hand::new(|_| {});
+    hand.call(0, 1);
+    hand.started(1, 0);
+    hand.died(2, env(0, 0));
+    hand.ready(3, env(0, 1));
+    assert_eq!((&hand.pool.reserve().environments, hand.pool.reserve().calm), (&vec![env(1, 0)], false));
+    hand.ended(4, 1);
+    assert!(hand.pool.reserve().calm);
+}
+
+#[test]
 fn a_client_that_goes_leaves_the_queue_or_taints_the_environment_until_its_call_ends() {
     let mut hand = Hand::new(|s| s.max = 1).with_idle(1);
     hand.call(0, 1);

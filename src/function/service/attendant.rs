@@ -114,8 +114,8 @@ impl Desk {
                 // Dropped half-way, the stop that came removes what it made.
                 started = self.start(id, warm_up, patience) => {
                     match started {
-                        Ok(started) => {
-                            self.count_start(begun);
+                        Ok((started, ran)) => {
+                            self.count_start(begun, ran, started.prepared);
                             self.ready(id, started.address);
                             life = Some(started.ended);
                         }
@@ -211,9 +211,10 @@ impl Desk {
         }
     }
 
-    fn count_start(&self, begun: Instant) {
+    /// `ran`: since when its processes run.
+    fn count_start(&self, begun: Instant, ran: Instant, prepared: bool) {
         if let Some(service) = self.service.upgrade() {
-            service.counts.started(begun.elapsed());
+            service.counts.started(begun.elapsed(), ran - begun, prepared);
         }
     }
 
@@ -223,8 +224,9 @@ impl Desk {
         }
     }
 
-    async fn start(&self, id: EnvironmentId, warm_up: bool, patience: Duration) -> Result<Started, Exit> {
-        let Started { address, mut ended } = self.replicas.start_environment(id).await?;
+    async fn start(&self, id: EnvironmentId, warm_up: bool, patience: Duration) -> Result<(Started, Instant), Exit> {
+        let Started { address, mut ended, prepared } = self.replicas.start_environment(id).await?;
+        let ran = Instant::now();
         tokio::select! {
             // Cancel-safe: it only looks.
             listens = listening(address, patience) => listens?,
@@ -237,7 +239,7 @@ impl Desk {
                 exit = &mut ended => return Err(exit),
             }
         }
-        Ok(Started { address, ended })
+        Ok((Started { address, ended, prepared }, ran))
     }
 }
 

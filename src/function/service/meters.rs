@@ -25,11 +25,19 @@ const START_BUCKETS: [f64; 10] = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.
 pub(super) struct Counts {
     cold_starts: Counter,
     starts: Histogram,
+    node_starts: Histogram,
+    pub(super) prepared: Counter,
 }
 
 impl Default for Counts {
     fn default() -> Self {
-        Self { cold_starts: Counter::default(), starts: Histogram::new(START_BUCKETS) }
+        let histogram = || Histogram::new(START_BUCKETS);
+        Self {
+            cold_starts: Counter::default(),
+            starts: histogram(),
+            node_starts: histogram(),
+            prepared: Counter::default(),
+        }
     }
 }
 
@@ -42,9 +50,13 @@ impl Counts {
         }
     }
 
-    /// An environment took so long to start.
-    pub(super) fn started(&self, took: Duration) {
+    /// An environment took so long to start, and of that so long until its processes ran; it had been prepared, or not.
+    pub(super) fn started(&self, took: Duration, node: Duration, prepared: bool) {
         self.starts.observe(took.as_secs_f64());
+        self.node_starts.observe(node.as_secs_f64());
+        if prepared {
+            self.prepared.inc();
+        }
     }
 }
 
@@ -92,6 +104,10 @@ impl Meters {
 type States = fn(&Summary) -> Vec<(&'static str, usize)>;
 /// A gauge of a function.
 type Number = fn(&Summary) -> usize;
+/// Something that a pool counts.
+type Count = fn(&Counts) -> &Counter;
+/// Something that a pool times.
+type Times = fn(&Counts) -> &Histogram;
 
 const STATES: [(&str, &str, States); 2] = [
     ("function_replicas", "Replicas of the function by state", |summary| {
@@ -109,6 +125,18 @@ const NUMBERS: [(&str, &str, Number); 3] = [
     ("function_replicas_max", "Replicas that the function may have", |summary| summary.max),
     ("function_queued", "Calls that wait for an environment", |summary| summary.queued),
     ("function_running", "Calls that run", |summary| summary.running),
+];
+const COUNTERS: [(&str, &str, Count); 2] = [
+    ("function_cold_starts", "Calls that waited for an environment to start", |counts| &counts.cold_starts),
+    ("function_prepared_starts", "Environments that were prepared when they were started", |counts| &counts.prepared),
+];
+const HISTOGRAMS: [(&str, &str, Times); 2] = [
+    ("function_start_seconds", "Time that environments took to start, until they listened", |counts| &counts.starts),
+    (
+        "function_start_node_seconds",
+        "Of that, the time until their processes ran: the rest is the function's own",
+        |counts| &counts.node_starts,
+    ),
 ];
 
 impl Collector for Meters {
@@ -134,17 +162,18 @@ impl Collector for Meters {
                 gauge(number(summary)).encode(family.encode_family(*labels)?)?;
             }
         }
-        let help = "Calls that waited for an environment to start";
-        let kind = Counter::<u64>::default().metric_type();
-        let mut family = encoder.encode_descriptor("function_cold_starts", help, None, kind)?;
-        for (labels, service) in &pools {
-            service.counts.cold_starts.encode(family.encode_family(labels)?)?;
+        for (name, help, counter) in COUNTERS {
+            let mut family = encoder.encode_descriptor(name, help, None, Counter::<u64>::default().metric_type())?;
+            for (labels, service) in &pools {
+                counter(&service.counts).encode(family.encode_family(labels)?)?;
+            }
         }
-        let help = "Time that environments took to start, until they listened";
-        let kind = Histogram::new(START_BUCKETS).metric_type();
-        let mut family = encoder.encode_descriptor("function_start_seconds", help, None, kind)?;
-        for (labels, service) in &pools {
-            service.counts.starts.encode(family.encode_family(labels)?)?;
+        for (name, help, histogram) in HISTOGRAMS {
+            let kind = Histogram::new(START_BUCKETS).metric_type();
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+            for (labels, service) in &pools {
+                histogram(&service.counts).encode(family.encode_family(labels)?)?;
+            }
         }
         Ok(())
     }
@@ -177,6 +206,8 @@ mod tests {
             std::future::pending().await
         }
         async fn stop_environment(&self, _: EnvironmentId) {}
+        async fn prepare(&self, _: EnvironmentId) {}
+        async fn dismiss_all_but(&self, _: &std::collections::BTreeSet<EnvironmentId>) {}
         async fn freeze(&self, _: EnvironmentId) {}
         async fn thaw(&self, _: EnvironmentId) -> Result<(), Exit> {
             Ok(())
@@ -194,7 +225,7 @@ mod tests {
         let before = Instant::now();
         service.counts.granted(before, Some(before));
         service.counts.granted(before, Some(before + Duration::from_millis(1)));
-        service.counts.started(Duration::from_millis(300));
+        service.counts.started(Duration::from_millis(300), Duration::from_millis(90), true);
         let text = metrics.encode().unwrap();
         for line in [
             r#"lambdalet_function_replicas{namespace="ns",pod="p",uid="u",state="ready"} 0"#,
@@ -205,6 +236,8 @@ mod tests {
             r#"lambdalet_function_cold_starts_total{namespace="ns",pod="p",uid="u"} 1"#,
             r#"lambdalet_function_start_seconds_count{namespace="ns",pod="p",uid="u"} 1"#,
             r#"lambdalet_function_start_seconds_bucket{le="0.5",namespace="ns",pod="p",uid="u"} 1"#,
+            r#"lambdalet_function_start_node_seconds_bucket{le="0.1",namespace="ns",pod="p",uid="u"} 1"#,
+            r#"lambdalet_function_prepared_starts_total{namespace="ns",pod="p",uid="u"} 1"#,
         ] {
             assert!(text.lines().any(|shown| shown == line), "{line} is not in\n{text}");
         }

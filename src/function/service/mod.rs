@@ -11,24 +11,25 @@
 
 mod alarm;
 mod attendant;
+mod keeper;
 mod lease;
 mod meters;
+mod replicas;
 mod visit;
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
-use async_trait::async_trait;
-use futures::future::BoxFuture;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use super::front::{Environment, TryAgain};
-use super::pool_state::{Action, CallId, EnvironmentId, Event, Exit, Found, Pool, ReplicaId, Summary, VisitId, Why};
+use super::pool_state::{
+    Action, CallId, EnvironmentId, Event, Exit, Found, Pool, ReplicaId, Reserve, Summary, VisitId, Why,
+};
 use super::protocol::Protocol;
 use super::settings::Settings;
 use crate::shutdown::owned;
@@ -37,6 +38,7 @@ pub use lease::Door;
 use lease::{Caller, Granted};
 use meters::Counts;
 pub use meters::Meters;
+pub use replicas::{Adopted, NotStarted, Replicas, Started};
 pub use visit::Visit;
 use visit::Visitor;
 
@@ -44,76 +46,6 @@ use visit::Visitor;
 const ORDERS: usize = 8;
 /// Changes of scale that may wait to be told; more are only logged.
 const NEWS: usize = 256;
-
-/// Makes and removes what a pool asks for.
-///
-/// Calls for one replica or environment never overlap, except that the future of a start is dropped when its stop is
-/// asked for: what it had made is then the stop's to remove.
-#[async_trait]
-pub trait Replicas: Send + Sync + 'static {
-    /// Makes a replica without environments.
-    ///
-    /// # Errors
-    /// [`NotStarted::Denied`] if the node has no capacity to lend, [`NotStarted::Failed`] for anything else; nothing is
-    /// left behind then.
-    async fn start_replica(&self, replica: ReplicaId) -> Result<(), NotStarted>;
-
-    /// Removes a replica, or what there is of it; tries until that is done. Its environments are gone before.
-    async fn stop_replica(&self, replica: ReplicaId);
-
-    /// Starts an environment of a replica that has started; returns when its processes run.
-    ///
-    /// # Errors
-    /// Why it does not.
-    async fn start_environment(&self, environment: EnvironmentId) -> Result<Started, Exit>;
-
-    /// Ends an environment's processes and removes what there is of it; tries until that is done.
-    async fn stop_environment(&self, environment: EnvironmentId);
-
-    /// Stops the processes of an idle environment from running, without ending them. Where that is not possible they
-    /// go on; a call thaws it all the same.
-    async fn freeze(&self, environment: EnvironmentId);
-
-    /// Lets them run again.
-    ///
-    /// # Errors
-    /// What has become of it.
-    async fn thaw(&self, environment: EnvironmentId) -> Result<(), Exit>;
-
-    /// Whether a replica has been idle, and since when, for the node's ledger.
-    fn set_idle(&self, replica: ReplicaId, since: Option<Instant>);
-}
-
-/// An environment whose processes run.
-pub struct Started {
-    /// Where it is, or will be, listening.
-    pub address: SocketAddr,
-    /// How it ends, when it does.
-    pub ended: BoxFuture<'static, Exit>,
-}
-
-/// Why there is no replica.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NotStarted {
-    /// The node has no capacity to lend.
-    Denied,
-    /// It could not be made.
-    Failed(Exit),
-}
-
-/// An environment found running after a restart of this process.
-pub struct Adopted {
-    /// Which.
-    pub environment: EnvironmentId,
-    /// Where it listens.
-    pub address: SocketAddr,
-    /// How it ends, when it does.
-    pub ended: BoxFuture<'static, Exit>,
-    /// How it was found.
-    pub found: Found,
-    /// Resolves when it is known to serve nothing; not asked of a frozen one.
-    pub idle: BoxFuture<'static, ()>,
-}
 
 /// The pool of one function, at work. Dropped, it stops working: what runs is left running.
 pub struct Service {
@@ -126,6 +58,8 @@ pub struct Service {
     summary: watch::Sender<Summary>,
     counts: Counts,
     scaled: mpsc::Sender<Scaled>,
+    /// What is to be prepared; `None`: nothing any more.
+    reserve: watch::Sender<Option<Arc<Reserve>>>,
     ring: OnceLock<AbortOnDropHandle<()>>,
     tasks: TaskTracker,
 }
@@ -208,10 +142,13 @@ impl Service {
             summary: watch::Sender::new(Summary::default()),
             counts: Counts::default(),
             scaled,
+            reserve: watch::Sender::new(Some(Arc::default())),
             ring: OnceLock::new(),
             tasks: TaskTracker::new(),
         });
         service.adopt(found);
+        let keeper = keeper::keep(Arc::clone(&service.replicas), service.reserve.subscribe());
+        service.tasks.spawn(keeper);
         let alarm = owned(alarm::ring(Arc::downgrade(&service), Arc::clone(&service.alarm)));
         // Set once, here.
         let _ = service.ring.set(alarm);
@@ -231,6 +168,11 @@ impl Service {
     /// The Pod's labels have changed.
     pub fn set(self: &Arc<Self>, settings: Settings) {
         self.feed(Event::SettingsChanged(settings));
+    }
+
+    /// What environments are made from has changed, perhaps: those prepared are looked at again.
+    pub fn renew(&self) {
+        self.reserve.send_modify(|_| {});
     }
 
     /// The node may have capacity again.
@@ -253,6 +195,7 @@ impl Service {
                 return;
             }
         }
+        self.reserve.send_replace(None);
         self.tasks.close();
         self.tasks.wait().await;
     }
@@ -311,6 +254,13 @@ impl Service {
             self.alarm.notify_one();
         }
         let summary = inner.pool.summary(now);
+        self.reserve.send_if_modified(|before| match before {
+            Some(reserve) if !Arc::ptr_eq(reserve, inner.pool.reserve()) => {
+                *reserve = Arc::clone(inner.pool.reserve());
+                true
+            }
+            _ => false,
+        });
         drop(inner);
         if let Some((replica, since)) = idle {
             self.replicas.set_idle(replica, since);

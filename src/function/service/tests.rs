@@ -3,9 +3,10 @@
 #![allow(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use futures::FutureExt as _;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
@@ -19,6 +20,8 @@ use crate::function::front::{Lease, Leases as _, Outcome, Reason};
 /// Replicas that exist in a table only. Their environments listen all on one socket, each at an address of its own.
 struct Stage {
     port: u16,
+    /// Something was prepared or dismissed.
+    changed: Notify,
     inner: Mutex<Table>,
 }
 
@@ -32,6 +35,9 @@ struct Table {
     alive: BTreeSet<ReplicaId>,
     running: BTreeMap<EnvironmentId, Option<oneshot::Sender<Exit>>>,
     at_work: BTreeSet<String>,
+    /// So many starts of environments without a script never end by themselves.
+    stuck: usize,
+    prepared: BTreeSet<EnvironmentId>,
     /// Chance decides how long things take, and how they go.
     chance: Option<StdRng>,
 }
@@ -51,7 +57,7 @@ impl Stage {
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         tokio::spawn(async move { while listener.accept().await.is_ok() {} });
-        Arc::new(Self { port, inner: Mutex::default() })
+        Arc::new(Self { port, changed: Notify::new(), inner: Mutex::default() })
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -78,18 +84,33 @@ impl Stage {
                 Err(_) => std::future::pending().await,
             }
         };
-        Started { address: (place(id), self.port).into(), ended: ended.boxed() }
+        let prepared = false;
+        Started { address: (place(id), self.port).into(), ended: ended.boxed(), prepared }
     }
 
     fn adopted(&self, id: EnvironmentId, idle: impl Future<Output = ()> + Send + 'static) -> Adopted {
         self.table().alive.insert(id.replica);
-        let Started { address, ended } = self.run(id);
+        let Started { address, ended, .. } = self.run(id);
         Adopted { environment: id, address, ended, found: Found::Unknown, idle: idle.boxed() }
     }
 
     fn nothing_is_left(&self) {
         let table = self.table();
         assert!(table.alive.is_empty() && table.running.is_empty(), "{:?} {:?}", table.alive, table.running.keys());
+        assert!(table.prepared.is_empty(), "{:?}", table.prepared);
+    }
+
+    /// Waits until exactly these are prepared.
+    async fn has_ready(&self, wanted: &[(u64, u32)]) {
+        let wanted =
+            wanted.iter().map(|(replica, ordinal)| EnvironmentId { replica: ReplicaId(*replica), ordinal: *ordinal });
+        let wanted: BTreeSet<_> = wanted.collect();
+        let ready = async {
+            while self.table().prepared != wanted {
+                self.changed.notified().await;
+            }
+        };
+        timeout(Duration::from_secs(60), ready).await.unwrap_or_else(|_| panic!("{:?}", self.table().prepared));
     }
 
     async fn takes_a_while(&self) {
@@ -148,8 +169,13 @@ impl Replicas for Stage {
         let _work = AtWork::on(self, environment.to_string());
         assert!(self.table().alive.contains(&environment.replica), "its replica comes first");
         let scripted = self.table().environments.pop_front();
+        let stuck = scripted.is_none() && std::mem::take(&mut self.table().stuck) > 0;
+        if stuck {
+            std::future::pending::<()>().await;
+        }
         scripted.unwrap_or(Ok(()))?;
-        let started = self.run(environment);
+        let mut started = self.run(environment);
+        started.prepared = self.table().prepared.remove(&environment);
         self.takes_a_while().await;
         Ok(started)
     }
@@ -158,6 +184,17 @@ impl Replicas for Stage {
         let _work = AtWork::on(self, environment.to_string());
         self.takes_a_while().await;
         self.table().running.remove(&environment);
+    }
+
+    async fn prepare(&self, environment: EnvironmentId) {
+        self.takes_a_while().await;
+        self.table().prepared.insert(environment);
+        self.changed.notify_one();
+    }
+
+    async fn dismiss_all_but(&self, kept: &BTreeSet<EnvironmentId>) {
+        self.table().prepared.retain(|id| kept.contains(id));
+        self.changed.notify_one();
     }
 
     async fn freeze(&self, _environment: EnvironmentId) {}
@@ -380,6 +417,44 @@ async fn chance_decides(seed: u64) {
     drained(&door, &stage, GRACE).await;
     let summary = door.0.summary_now();
     assert_eq!((summary.running, summary.queued), (0, 0), "seed {seed}");
+}
+
+#[tokio::test]
+async fn what_is_ready_is_what_a_call_gets_and_the_next_is_made_ready_after_it() {
+    let stage = Stage::new().await;
+    let settings = Settings { reserve: 1, idle_timeout: Duration::from_secs(60), ..settings(0, 2, 1) };
+    let (door, _news) = door(&stage, settings, vec![]).await;
+    stage.has_ready(&[(0, 0)]).await;
+    let first = door.lease().await.unwrap();
+    assert_eq!(door.0.counts.prepared.get(), 1);
+    stage.has_ready(&[(1, 0)]).await;
+    let second = door.lease().await.unwrap();
+    assert_eq!(second.environment().address().ip(), place(EnvironmentId { replica: ReplicaId(1), ordinal: 0 }));
+    assert_eq!(door.0.counts.prepared.get(), 2);
+    stage.has_ready(&[]).await;
+    first.finish(Outcome::Answered);
+    second.finish(Outcome::Answered);
+    door.0.set(Settings { reserve: 2, max: 5, ..settings });
+    stage.has_ready(&[(2, 0), (3, 0)]).await;
+    door.0.set(Settings { reserve: 0, max: 5, ..settings });
+    stage.has_ready(&[]).await;
+    door.0.set(Settings { reserve: 2, max: 5, ..settings });
+    stage.has_ready(&[(2, 0), (3, 0)]).await;
+    drained(&door, &stage, GRACE).await;
+}
+
+#[tokio::test]
+async fn a_caller_who_waited_in_vain_is_told_of_the_crash_before() {
+    let stage = Stage::new().await;
+    let patience = Duration::from_millis(200);
+    let (door, _news) = door(&stage, Settings { queue_timeout: patience, ..settings(0, 1, 1) }, vec![]).await;
+    // The first start fails; the second takes longer than the call may wait.
+    stage.table().environments.push_back(Err(exit("NotListening")));
+    stage.table().stuck = 1;
+    let refused = door.lease().await.unwrap_err();
+    let Reason::CannotStart(why) = &refused.reason else { panic!("{refused}") };
+    assert!(why.contains("its environments crash: NotListening"), "{why}");
+    drained(&door, &stage, GRACE).await;
 }
 
 #[tokio::test]

@@ -7,11 +7,10 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, join_all};
 
-use super::{Crew, Part, part};
+use super::{Crew, Errand, Part, part};
 use crate::function::pool_state::{EnvironmentId, Found, ReplicaId};
 use crate::function::service::{Adopted, Replicas as _};
 use crate::pod::volumes::VolumeError;
-use crate::pod::worker::Past;
 use crate::runtime::RuntimeError;
 use crate::runtime::types::{ContainerState, SandboxState, SandboxStatus};
 use crate::telemetry::chain;
@@ -50,7 +49,8 @@ impl Crew {
             else {
                 continue;
             };
-            let statuses = self.hire(id, Past::Unknown, false);
+            self.claim_replica(id.replica).await;
+            let statuses = self.hire(id, Errand::Adopt);
             let address = SocketAddr::new(address, self.settings.borrow().port);
             let (ended, idle) = (Self::end(&statuses), idle(pid, address.port()));
             found.push(Adopted { environment: id, address, ended, found: found_as, idle });
@@ -100,7 +100,7 @@ impl Crew {
             }
         }
         join_all(loose.into_iter().map(|id| async move {
-            self.hire(id, Past::Unknown, true);
+            self.hire(id, Errand::Remove);
             self.stop_environment(id).await;
         }))
         .await;

@@ -187,3 +187,111 @@ async fn read_kept(logs: PathBuf, container: String) -> Vec<(String, Vec<LogChun
         Err(_) => Vec::new(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::runtime::types::{ImageId, PodRef};
+
+    const UID: &str = "u-1";
+
+    fn container(id: &str, name: &str, state: ContainerState) -> ContainerStatus {
+        ContainerStatus {
+            id: id.into(),
+            sandbox: "sandbox".into(),
+            pod: PodRef { uid: UID.to_owned(), namespace: "default".to_owned(), name: "f".to_owned() },
+            name: name.to_owned(),
+            attempt: 0,
+            state,
+            created_at: jiff::Timestamp::UNIX_EPOCH,
+            started_at: None,
+            finished_at: None,
+            frozen: false,
+            exit_code: 0,
+            oom_killed: false,
+            message: String::new(),
+            image: ImageId::from(""),
+            image_ref: String::new(),
+            pid: None,
+            annotations: BTreeMap::new(),
+        }
+    }
+
+    /// A pool at work, with these environments.
+    fn pools(place: &Path) -> Arc<Pools> {
+        let pools = Arc::new(Pools::default());
+        pools.pools().entry(UID.to_owned()).or_default().logs = Some(place.to_owned());
+        pools
+    }
+
+    fn note(pools: &Pools, environment: &str, containers: Vec<ContainerStatus>) {
+        pools.note(&format!("{UID}.{environment}"), &Observed::new(Vec::new(), containers));
+    }
+
+    fn keep(place: &Path, environment: &str, text: &str) {
+        let folder = place.join("main");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join(environment), format!("2026-11-21T10:00:00.000000000Z stdout F {text}\n")).unwrap();
+    }
+
+    async fn span(pools: &Arc<Pools>, previous: bool) -> LogSpan {
+        pools.log_span(UID, "main", previous).await.expect("a pool").expect("logs")
+    }
+
+    fn texts(span: &LogSpan) -> Vec<&str> {
+        span.kept.iter().flatten().map(|chunk| std::str::from_utf8(&chunk.bytes).unwrap().trim_end()).collect()
+    }
+
+    #[tokio::test]
+    async fn what_was_kept_comes_with_what_runs_and_nothing_twice() {
+        let place = tempfile::tempdir().unwrap();
+        let pools = pools(place.path());
+        keep(place.path(), "0.0", "gone");
+        keep(place.path(), "1.0", "being removed");
+        let main = |id, state| vec![container(id, "main", state), container("other", "side", ContainerState::Running)];
+        note(&pools, "1.0", main("one", ContainerState::Exited));
+        note(&pools, "2.0", main("two", ContainerState::Running));
+        note(&pools, "3.0", main("three", ContainerState::Created));
+        let found = span(&pools, false).await;
+        assert_eq!(texts(&found), ["gone", "being removed"]);
+        assert_eq!(found.present, ["two".into()], "what is prepared has written nothing");
+    }
+
+    #[tokio::test]
+    async fn the_previous_ones_are_those_that_are_gone() {
+        let place = tempfile::tempdir().unwrap();
+        let pools = pools(place.path());
+        note(&pools, "1.0", vec![container("one", "main", ContainerState::Running)]);
+        assert!(pools.log_span(UID, "main", true).await.expect("a pool").is_none(), "nothing is gone");
+        keep(place.path(), "0.0", "gone");
+        let mut found = span(&pools, true).await;
+        assert_eq!((texts(&found), found.present.len()), (vec!["gone"], 0));
+        assert_eq!(found.later.next().await, None);
+    }
+
+    #[tokio::test]
+    async fn who_follows_is_told_of_what_starts_later_until_the_pod_is_gone() {
+        let place = tempfile::tempdir().unwrap();
+        let pools = pools(place.path());
+        note(&pools, "0.0", vec![container("zero", "main", ContainerState::Running)]);
+        let mut found = span(&pools, false).await;
+        note(&pools, "1.0", vec![container("one", "main", ContainerState::Created)]);
+        note(&pools, "2.0", vec![container("two", "main", ContainerState::Running)]);
+        assert_eq!(found.later.next().await, Some("two".into()));
+        note(&pools, "1.0", vec![container("one", "main", ContainerState::Running)]);
+        assert_eq!(found.later.next().await, Some("one".into()), "once it is started");
+        pools.remove(&format!("{UID}.0.0"));
+        pools.remove(UID);
+        assert_eq!(found.later.next().await, None);
+    }
+
+    #[tokio::test]
+    async fn there_are_no_logs_of_what_is_no_function_or_not_at_work() {
+        let pools = Arc::new(Pools::default());
+        assert!(pools.log_span(UID, "main", false).await.is_none());
+        note(&pools, "0.0", Vec::new());
+        assert!(pools.log_span(UID, "main", false).await.is_none(), "its pool is not at work yet");
+    }
+}

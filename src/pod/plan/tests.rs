@@ -87,6 +87,7 @@ impl World {
             container_holds: &BTreeMap::new(),
             pod_hold: None,
             function: None,
+            held: false,
             now: now(),
         })
     }
@@ -112,7 +113,7 @@ impl World {
             Step::Prune(id) => self.observed.drop_container(id),
             Step::RemoveSandbox(id) => self.observed.drop_sandbox(id),
             Step::Release => self.released = true,
-            Step::Serve | Step::Drain(_) => panic!("{step:?} for a Pod that is no function"),
+            Step::Create { .. } | Step::Serve | Step::Drain(_) => panic!("{step:?} for a Pod that is no function"),
         }
     }
 
@@ -252,6 +253,7 @@ fn an_ephemeral_container_on_hold_does_not_hold_the_others() {
             container_holds: holds,
             pod_hold: None,
             function: None,
+            held: false,
             now: now(),
         })
     };
@@ -298,6 +300,7 @@ fn a_hold_keeps_a_container_back_but_not_its_neighbour() {
         container_holds: &holds,
         pod_hold: None,
         function: None,
+        held: false,
         now: now(),
     };
     assert_eq!(plan(&view), Step::Start { name: "b".into(), attempt: 0 });
@@ -305,6 +308,63 @@ fn a_hold_keeps_a_container_back_but_not_its_neighbour() {
     both.put_container(container("b", 0, 0, ContainerState::Running, 0));
     view.observed = &both;
     assert_eq!(plan(&view), Step::Wait(Some(later)));
+}
+
+#[test]
+fn what_is_held_is_made_and_not_started_until_it_is_let_go() {
+    let world = World::new(spec("Never", &[], &["a", "b"]));
+    let mut observed = Observed::default();
+    observed.put_sandbox(sandbox(0, SandboxState::Ready));
+    let step = |observed: &Observed, held| {
+        plan(&View {
+            spec: &world.spec,
+            goal: Goal::Run,
+            observed,
+            volumes_ready: true,
+            released: false,
+            floors: &BTreeMap::new(),
+            container_holds: &BTreeMap::new(),
+            pod_hold: None,
+            function: None,
+            held,
+            now: now(),
+        })
+    };
+    for name in ["a", "b"] {
+        assert_eq!(step(&observed, true), Step::Create { name: name.into(), attempt: 0 });
+        observed.put_container(container(name, 0, 0, ContainerState::Created, 0));
+    }
+    assert_eq!(step(&observed, true), Step::Wait(None));
+    assert_eq!(step(&observed, false), Step::Start { name: "a".into(), attempt: 0 });
+    // Its sandbox may die meanwhile: then everything is made anew.
+    observed.put_sandbox(sandbox(0, SandboxState::NotReady));
+    assert_eq!(step(&observed, true), Step::RunSandbox { attempt: 1 });
+    observed.put_sandbox(sandbox(1, SandboxState::Ready));
+    assert_eq!(step(&observed, true), Step::Create { name: "a".into(), attempt: 1 });
+}
+
+#[test]
+fn an_init_container_that_is_held_is_made_and_nothing_after_it() {
+    let mut observed = Observed::default();
+    observed.put_sandbox(sandbox(0, SandboxState::Ready));
+    observed.put_container(container("i", 0, 0, ContainerState::Created, 0));
+    let world = World::new(spec("Never", &["i"], &["a"]));
+    let mut view = View {
+        spec: &world.spec,
+        goal: Goal::Run,
+        observed: &observed,
+        volumes_ready: true,
+        released: false,
+        floors: &BTreeMap::new(),
+        container_holds: &BTreeMap::new(),
+        pod_hold: None,
+        function: None,
+        held: true,
+        now: now(),
+    };
+    assert_eq!(plan(&view), Step::Wait(None));
+    view.held = false;
+    assert_eq!(plan(&view), Step::Start { name: "i".into(), attempt: 0 });
 }
 
 #[test]
@@ -323,6 +383,7 @@ fn a_container_removed_behind_our_back_never_reuses_an_attempt_number() {
         container_holds: &BTreeMap::new(),
         pod_hold: None,
         function: None,
+        held: false,
         now: now(),
     };
     assert_eq!(plan(&view), Step::Start { name: "a".into(), attempt: 4 });

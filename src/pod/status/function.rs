@@ -25,6 +25,14 @@ pub(in crate::pod) struct Shown {
     pub(in crate::pod) replicas: Option<(bool, String)>,
 }
 
+/// Since when the Pod's own status says that it runs: the front was down with the node agent, and its environments were
+/// not.
+pub(in crate::pod) fn running_since(pod: &Pod) -> Option<Timestamp> {
+    let statuses = pod.status.as_ref()?.container_statuses.iter().flatten();
+    let running = statuses.filter_map(|container| container.state.as_ref()?.running.as_ref()?.started_at.as_ref());
+    running.map(|time| time.0).min()
+}
+
 /// What the Pod shows whose front listens since `since`.
 pub(in crate::pod) fn shown(
     pod: &Pod,
@@ -90,5 +98,33 @@ fn stand_in(
         image_ref: String::new(),
         pid: None,
         annotations: std::collections::BTreeMap::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(statuses: serde_json::Value) -> Pod {
+        serde_json::from_value(serde_json::json!({ "status": { "containerStatuses": statuses } })).unwrap()
+    }
+
+    #[test]
+    fn a_function_runs_since_the_api_server_was_told_so() {
+        let running = |at: &str| {
+            serde_json::json!({
+                "name": at, "image": "i", "imageID": "", "ready": true, "restartCount": 0,
+                "state": { "running": { "startedAt": at } },
+            })
+        };
+        let waiting = serde_json::json!({
+            "name": "w", "image": "i", "imageID": "", "ready": false, "restartCount": 0,
+            "state": { "waiting": { "reason": "CrashLoopBackOff" } },
+        });
+        let (early, late) = ("2026-11-21T10:00:00Z", "2026-11-21T11:00:00Z");
+        let both = pod(serde_json::json!([running(late), waiting, running(early)]));
+        assert_eq!(running_since(&both), Some(early.parse().unwrap()));
+        assert_eq!(running_since(&pod(serde_json::json!([waiting]))), None);
+        assert_eq!(running_since(&Pod::default()), None, "it is new");
     }
 }

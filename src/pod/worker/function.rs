@@ -45,6 +45,8 @@ pub(super) struct Function {
     pool: Option<Pool>,
     front: Option<Listening>,
     drained: bool,
+    /// Since when it has run, as the API server was told before a restart of the node agent; until it listens again.
+    since: Option<Timestamp>,
 }
 
 /// The pool, at work.
@@ -73,6 +75,7 @@ impl Function {
             pool: None,
             front: None,
             drained: false,
+            since: function::running_since(pod),
         })
     }
 
@@ -184,7 +187,7 @@ impl Worker {
                 }
             }
         });
-        let since = Timestamp::now();
+        let since = function.since.take().unwrap_or_else(Timestamp::now);
         function.front = Some(Listening { sandbox: sandbox.id.clone(), since, drain, _task: task });
         Ok(())
     }
@@ -218,6 +221,9 @@ impl Worker {
     pub(super) fn retune(&mut self) {
         let Some(function) = &mut self.function else { return };
         let Some(reading) = labels::read(&self.pod, function.image.as_ref()) else { return };
+        if let Some(pool) = &function.pool {
+            pool.service.renew();
+        }
         let changed = *function.settings.borrow() != reading.settings;
         if changed {
             function.settings.send_replace(reading.settings);

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::pod::backoff::Backoff;
 use crate::pod::status::Trouble;
 use crate::pod::translate::Places;
-use crate::runtime::types::ContainerId;
+use crate::runtime::types::{ContainerConfig, ContainerId};
 
 /// See the module text.
 #[derive(Debug, Default)]
@@ -40,6 +40,8 @@ pub(super) struct Memory {
     pub(super) pull_notice: Option<Timestamp>,
     /// Lowest next attempt numbers.
     pub(super) floors: BTreeMap<String, u32>,
+    /// Containers that were made in advance, and what of.
+    pub(super) made: BTreeMap<String, (ContainerId, ContainerConfig)>,
     /// Termination messages, and which attempts' ends were seen.
     pub(super) messages: BTreeMap<ContainerId, String>,
     /// Attempts whose end was noted.

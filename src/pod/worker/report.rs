@@ -7,8 +7,9 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PodStatus;
 use tokio::time::Instant;
 
+use super::Worker;
+use super::clock::whole_second;
 use super::function::NUMBERS;
-use super::{Worker, whole_second};
 use crate::pod::plan::{self, FunctionPhase, Goal};
 use crate::pod::status::{Shown, StatusInput, Trouble, function, pod_status, without_load};
 

@@ -27,6 +27,8 @@ pub(in crate::pod) struct Seat {
     pub(in crate::pod) resources: Resources,
     /// Its replica's volumes.
     pub(in crate::pod) volumes: BTreeMap<String, (PathBuf, bool)>,
+    /// Whether it may start; until then it is prepared only.
+    pub(in crate::pod) go: watch::Receiver<bool>,
     /// Who wants to know how it is.
     pub(in crate::pod) status: watch::Sender<Option<PodStatus>>,
 }
@@ -46,6 +48,18 @@ impl Seat {
     /// What stands for its UID.
     pub(super) fn key(&self) -> &str {
         &self.reference.uid
+    }
+
+    /// Whether its containers are made and not started.
+    pub(super) fn is_held(&self) -> bool {
+        !*self.go.borrow()
+    }
+
+    /// Woken once it may start.
+    pub(super) async fn let_go(&mut self) {
+        if self.go.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     pub(super) fn report(&self, status: &PodStatus) {

@@ -179,26 +179,58 @@ impl Worker {
     }
 
     pub(super) async fn start(&mut self, name: &str, attempt: u32) {
+        let Some(config) = self.configured(name, attempt).await else { return };
+        let current = self.observed.current(name).map(|current| &current.id);
+        let made = self.memory.made.get(name).filter(|(id, _)| Some(id) == current);
+        let id = match made.cloned() {
+            Some((id, made_of)) if made_of == config => id,
+            // What it was told of ConfigMaps, Secrets and Services has changed: the next attempt is told anew.
+            Some((id, _)) => return self.prune(&id).await,
+            None => match self.make(name, &config).await {
+                Some(id) => id,
+                None => return,
+            },
+        };
+        self.launch(name, &id).await;
+    }
+
+    /// Makes a container that is started later, unless what it is made of has changed by then.
+    pub(super) async fn create(&mut self, name: &str, attempt: u32) {
+        let Some(config) = self.configured(name, attempt).await else { return };
+        if let Some(id) = self.make(name, &config).await {
+            self.memory.holds.remove(name);
+            self.memory.waiting.remove(name);
+            self.seen(&id).await;
+            self.memory.made.insert(name.to_owned(), (id, config));
+        }
+    }
+
+    /// What the container is made from now; `None` puts it on hold.
+    async fn configured(&mut self, name: &str, attempt: u32) -> Option<ContainerConfig> {
         let pod = self.pod.clone();
-        let Some(container) = find(&pod, name) else { return };
+        let container = find(&pod, name)?;
         let container = container.as_ref();
         if ephemeral::find(&pod, name).is_some() && !self.has_volumes_of(container) {
             // Only what some container mounts is made, and this one was not there then.
             self.memory.places = None;
-            return self.set_up_volumes().await;
+            self.set_up_volumes().await;
+            return None;
         }
         if self.memory.places.as_ref().is_some_and(|p| p.files.is_empty())
             && let Err(message) = self.write_files()
         {
-            return self.hold(name, Trouble::new("CreateContainerError", message), Timestamp::now() + backoff::RETRY);
+            let until = Timestamp::now() + backoff::RETRY;
+            self.hold(name, Trouble::new("CreateContainerError", message), until);
+            return None;
         }
-        let Some(image) = self.image(&pod, container).await else { return };
+        let image = self.image(&pod, container).await?;
         match self.config(&pod, container, &image, attempt).await {
-            Ok(config) => self.launch(container, &config).await,
+            Ok(config) => Some(config),
             Err(trouble) => {
                 let text = format!("Error: {}", trouble.message);
                 self.shared.events.warning(&pod, Some(name), "Failed", text);
                 self.hold(name, trouble, Timestamp::now() + backoff::RETRY);
+                None
             }
         }
     }
@@ -320,26 +352,33 @@ impl Worker {
         Ok(path)
     }
 
-    async fn launch(&mut self, container: &Container, config: &ContainerConfig) {
-        let Some(sandbox) = self.observed.ready_sandbox().map(|s| s.id.clone()) else { return };
-        let name = container.name.as_str();
-        let (pod, shared) = (self.pod.clone(), self.shared.clone());
-        let id = match shared.runtime.create_container(&sandbox, config).await {
+    /// Makes the container; `None` puts it on hold.
+    async fn make(&mut self, name: &str, config: &ContainerConfig) -> Option<ContainerId> {
+        let sandbox = self.observed.ready_sandbox().map(|s| s.id.clone())?;
+        let id = match self.shared.runtime.create_container(&sandbox, config).await {
             Ok(id) => id,
-            Err(error) => return self.not_created(name, &error).await,
+            Err(error) => {
+                self.not_created(name, &error).await;
+                return None;
+            }
         };
         failpoint::hit("create");
         self.tell(Some(name), "Created", format!("Container created: {name}"));
         if config.attempt > 0 {
-            let max = shared.settings.max_restart_backoff;
+            let max = self.shared.settings.max_restart_backoff;
             self.memory.crashes.entry(name.to_owned()).or_default().note(Timestamp::now(), max);
         }
         self.memory.floors.insert(name.to_owned(), config.attempt + 1);
-        let started = shared.runtime.start_container(&id).await;
+        Some(id)
+    }
+
+    async fn launch(&mut self, name: &str, id: &ContainerId) {
+        let (pod, shared) = (self.pod.clone(), self.shared.clone());
+        let started = shared.runtime.start_container(id).await;
         failpoint::hit("start");
         self.memory.holds.remove(name);
         self.memory.waiting.remove(name);
-        self.seen(&id).await;
+        self.seen(id).await;
         match started {
             Ok(()) => self.tell(Some(name), "Started", format!("Container started: {name}")),
             Err(error) if error.kind() == Kind::Invalid => {

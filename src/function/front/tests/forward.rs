@@ -1,5 +1,6 @@
 //! What HTTP says a gateway does, seen on the wire.
 
+use std::io::{Read as _, Write as _};
 use std::sync::atomic::Ordering;
 
 use super::super::*;
@@ -59,6 +60,44 @@ async fn a_kept_connection_that_was_closed_costs_no_call() {
     }
     for _ in 0..5 {
         assert_eq!(front.pool.outcome().await, Outcome::Answered);
+    }
+}
+
+#[tokio::test]
+async fn a_close_that_the_runtime_has_not_seen_costs_no_call() {
+    let front = start(Limits::default()).await;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    front.environment(listener.local_addr().unwrap());
+    let (close, closes) = std::sync::mpsc::channel();
+    let (say, closed) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut head = [0; 1024];
+            assert!(stream.read(&mut head).unwrap() > 0);
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").unwrap();
+            if closes.recv().is_err() {
+                return;
+            }
+            drop(stream);
+            say.send(()).unwrap();
+        }
+    });
+    // Between two calls the server closes, and the runtime has no time to look at its sockets.
+    let mut calls = 0;
+    let before = move || {
+        calls += 1;
+        if calls > 1 {
+            close.send(()).unwrap();
+            // Not for ever: a lost call leaves the server waiting for a connection.
+            let _ = closed.recv_timeout(Duration::from_secs(2));
+        }
+    };
+    *front.pool.before.lock().unwrap() = Some(Box::new(before));
+    let mut client = front.connect().await;
+    client.send("GET / HTTP/1.1\r\nHost: f\r\n\r\n".repeat(5)).await;
+    for _ in 0..5 {
+        assert_eq!(client.receive().await.status, 200);
     }
 }
 

@@ -41,6 +41,8 @@ pub(super) struct Pool {
     pub(super) leased: AtomicUsize,
     pub(super) waiting: AtomicUsize,
     pub(super) waits: Notify,
+    /// Runs before each lease, on the front's own thread.
+    pub(super) before: Mutex<Option<Box<dyn FnMut() + Send>>>,
 }
 
 /// The handle by which a front leases.
@@ -93,6 +95,9 @@ impl Leases for Handle {
         pool.waiting.fetch_add(1, Ordering::SeqCst);
         let _waiting = Waiting(&pool.waiting);
         pool.waits.notify_one();
+        if let Some(before) = &mut *pool.before.lock().unwrap() {
+            before();
+        }
         loop {
             if let Some(refusal) = pool.refusal.lock().unwrap().clone() {
                 return Err(refusal);
