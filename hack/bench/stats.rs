@@ -143,6 +143,7 @@ async fn pod(owner: &str, number: usize, runtime: &Arc<dyn Runtime>) -> anyhow::
         security: Security::default(),
         cgroup_parent: sandbox.cgroup_parent.clone(),
         pid: NamespaceMode::Container,
+        pid_target: None,
         ipc: NamespaceMode::Pod,
         stop_signal: None,
         annotations: BTreeMap::new(),
