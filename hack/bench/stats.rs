@@ -24,7 +24,7 @@ use hyper_util::rt::TokioIo;
 use lambdalet::kubelet_api::{About, Access, Authorization, KubeletApi, Limits, Params, Serving, TlsParams};
 use lambdalet::metrics::Metrics;
 use lambdalet::pod::directory::Directory;
-use lambdalet::runtime::docker::{DockerOptions, DockerRuntime, NoCable};
+use lambdalet::runtime::docker::{DockerOptions, DockerRuntime, NoCable, remove_cgroup_root};
 use lambdalet::runtime::types::{
     ContainerConfig, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxNetwork, Security,
 };
@@ -66,6 +66,7 @@ async fn main() -> anyhow::Result<()> {
     for sandbox in runtime.list_pod_sandboxes(None).await? {
         runtime.remove_pod_sandbox(&sandbox.id).await?;
     }
+    remove_cgroup_root(&owner)?;
     measured
 }
 
