@@ -85,6 +85,8 @@ fn logs_of_a_function_span_its_environments_in_the_order_of_time() {
         let ended = t.log_with("spans", "main", &format!("bye {first}")).await;
         assert_eq!(ended, format!("born {first}\nserved {first}\nbye {first}\n"), "lines of the removed one stay");
 
+        // The second one stays for as long as it is looked at.
+        t.kubectl_text(&["annotate", "pod", "spans", "lambdalet.dev/idle-timeout=10m", "--overwrite"]);
         let second = call(&pod).await;
         assert_ne!(first, second);
         assert_eq!(next().await, format!("bye {first}"));
