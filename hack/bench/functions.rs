@@ -10,6 +10,8 @@
 
 #[path = "floor.rs"]
 mod floor;
+#[path = "namespace.rs"]
+mod namespace;
 #[path = "resident.rs"]
 mod resident;
 
@@ -20,21 +22,18 @@ use anyhow::{Context, ensure};
 use bollard::Docker;
 use clap::Parser;
 use futures::future::try_join_all;
-use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, DeleteParams, PostParams};
-use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::wait::await_condition;
-use kube::{Client, Config};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::sleep;
 
 use floor::Place;
+use namespace::PATIENCE;
 use resident::resident_kib;
 
-/// Longest time any one wait may take.
-const PATIENCE: Duration = Duration::from_secs(180);
 const LOOK: Duration = Duration::from_millis(20);
 
 /// A plain HTTP server: `/` answers at once, `/cgi-bin/hold` says a word and keeps its environment for a while.
@@ -107,15 +106,11 @@ struct Function {
 async fn main() -> anyhow::Result<()> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let args = Args::parse();
-    let kubeconfig = Kubeconfig::read_from(&args.kubeconfig).context("failed to read the kubeconfig")?;
-    let client = Client::try_from(Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?)?;
-    let name = format!("bench-functions-{}", std::process::id());
-    let namespaces: Api<Namespace> = Api::all(client.clone());
-    namespaces.create(&PostParams::default(), &serde_json::from_value(json!({"metadata": {"name": name}}))?).await?;
     let docker = Docker::connect_with_local_defaults()?.negotiate_version().await?;
-    let mut bench = Bench { pods: Api::namespaced(client, &name), docker, args, number: 0 };
-    let result = bench.measure().await;
-    namespaces.delete(&name, &DeleteParams::default()).await?;
+    let place = namespace::Place::open(&args.kubeconfig).await?;
+    let pods = Api::namespaced(place.client.clone(), &place.namespace);
+    let result = Bench { pods, docker, args, number: 0 }.measure().await;
+    place.close().await?;
     result
 }
 

@@ -10,23 +10,14 @@ use serde_json::json;
 
 use crate::harness::leaks::Leaks;
 use crate::harness::node::Options;
+use crate::harness::on_own_node;
 use crate::harness::pods::{
     STAY, busybox, busybox_with, container, exit_code, has_ended, identity, is_ready, restarts, sleeper, status,
 };
 use crate::harness::wait::{SOON, poll};
-use crate::harness::{Case, on_own_node};
 
 /// How often the process is killed.
 const KILLS: u32 = 50;
-
-/// Waits until the node has given everything back.
-async fn nothing_leaked(t: &Case, before: &Leaks) {
-    poll("back to what was there before", SOON, async || {
-        let now = Leaks::of(&t.node);
-        if now == *before { Ok(()) } else { Err(format!("{now:#?}\nand it was {before:#?}")) }
-    })
-    .await;
-}
 
 #[test]
 #[ignore = "needs cluster: run hack/test"]
@@ -55,7 +46,7 @@ fn running_containers_are_adopted_untouched() {
         assert_eq!(status(&last, "setup"), status(&first, "setup"), "init containers are not run again");
         t.delete("web", Some(2)).await;
         t.gone("web", SOON).await;
-        nothing_leaked(t, &before).await;
+        before.again(&t.node).await;
     });
 }
 
@@ -101,7 +92,7 @@ fn what_happened_while_the_node_was_away_is_made_up_for() {
             t.delete(name, Some(1)).await;
             t.gone(name, SOON).await;
         }
-        nothing_leaked(t, &before).await;
+        before.again(&t.node).await;
     });
 }
 
@@ -172,7 +163,7 @@ fn fifty_kills_at_random_moments_lose_restart_and_leak_nothing() {
         for number in KILLS - 4..KILLS {
             t.gone(&format!("pod-{number}"), SOON).await;
         }
-        nothing_leaked(t, &before).await;
+        before.again(&t.node).await;
     });
 }
 
@@ -219,7 +210,7 @@ fn killed_at(step: &str) {
             t.delete(&pod.name_any(), Some(1)).await;
             t.gone(&pod.name_any(), SOON).await;
         }
-        nothing_leaked(t, &before).await;
+        before.again(&t.node).await;
     });
 }
 

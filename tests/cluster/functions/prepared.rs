@@ -36,11 +36,7 @@ fn what_is_prepared_is_what_a_call_gets_and_nothing_is_left_of_it() {
 
         t.delete("f", None).await;
         t.gone("f", SOON).await;
-        poll("back to what was there before", SOON, async || {
-            let now = Leaks::of(&t.node);
-            if now == before { Ok(()) } else { Err(format!("{now:#?}\nand it was {before:#?}")) }
-        })
-        .await;
+        before.again(&t.node).await;
     });
 }
 

@@ -46,11 +46,7 @@ fn environments_are_adopted_and_a_busy_one_gets_no_call_before_it_is_idle() {
         t.delete("f", None).await;
         t.node.restart(&t.client).await;
         t.gone("f", SOON).await;
-        poll("back to what was there before", SOON, async || {
-            let now = Leaks::of(&t.node);
-            if now == before { Ok(()) } else { Err(format!("{now:#?}\nand it was {before:#?}")) }
-        })
-        .await;
+        before.again(&t.node).await;
     });
 }
 

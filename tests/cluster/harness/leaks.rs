@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::node::{Node, mounts_below, output};
+use super::wait::{SOON, poll};
 
 /// Everything of one node on the host, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,6 +29,15 @@ pub(crate) struct Leaks {
 }
 
 impl Leaks {
+    /// Waits until the node has given everything back, so that there is again what there was.
+    pub(crate) async fn again(&self, node: &Node) {
+        poll("back to what was there before", SOON, async || {
+            let now = Self::of(node);
+            if now == *self { Ok(()) } else { Err(format!("{now:#?}\nand it was {self:#?}")) }
+        })
+        .await;
+    }
+
     /// What there is of the node now.
     pub(crate) fn of(node: &Node) -> Self {
         let Some(owner) = node.owner() else { return Self::default() };

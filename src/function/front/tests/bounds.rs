@@ -76,7 +76,7 @@ async fn a_long_call_outlives_every_time_out() {
     let rie = Rie::shut().await;
     front.environment(rie.address);
     let mut client = front.connect().await;
-    client.send(format!("POST {LAMBDA_PATH} HTTP/1.1\r\nHost: f\r\nContent-Length: 1\r\n\r\na")).await;
+    client.begin("a").await;
     within(rie.begun.notified()).await;
     tokio::time::sleep(5 * SHORT).await;
     rie.gate.add_permits(1);
@@ -143,12 +143,12 @@ async fn an_idle_connection_gives_way_and_a_busy_one_does_not() {
     let rie = Rie::shut().await;
     front.environment(rie.address);
     let mut busy = front.connect().await;
-    busy.send(format!("POST {LAMBDA_PATH} HTTP/1.1\r\nHost: f\r\nContent-Length: 1\r\n\r\na")).await;
+    busy.begin("a").await;
     within(rie.begun.notified()).await;
     let mut idle = front.connect().await;
     let mut second = front.connect().await;
     assert!(idle.rest().await.is_empty());
-    second.send(format!("POST {LAMBDA_PATH} HTTP/1.1\r\nHost: f\r\nContent-Length: 1\r\n\r\nb")).await;
+    second.begin("b").await;
     within(async {
         while front.pool.waiting.load(Ordering::SeqCst) == 0 {
             tokio::task::yield_now().await;

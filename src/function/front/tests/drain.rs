@@ -10,7 +10,7 @@ async fn a_drain_lets_calls_end_and_takes_no_new_ones() {
     front.environment(rie.address);
     let mut idle = front.connect().await;
     let mut busy = front.connect().await;
-    busy.send(format!("POST {LAMBDA_PATH} HTTP/1.1\r\nHost: f\r\nContent-Length: 1\r\n\r\na")).await;
+    busy.begin("a").await;
     within(rie.begun.notified()).await;
     front.drain.send(Some(Instant::now() + PATIENCE)).unwrap();
     assert!(idle.rest().await.is_empty());
@@ -30,7 +30,7 @@ async fn the_deadline_cuts_off_what_is_left() {
     for rie in [&rie, &other] {
         front.environment(rie.address);
         let mut client = front.connect().await;
-        client.send(format!("POST {LAMBDA_PATH} HTTP/1.1\r\nHost: f\r\nContent-Length: 1\r\n\r\na")).await;
+        client.begin("a").await;
         within(rie.begun.notified()).await;
         clients.push(client);
     }
@@ -56,7 +56,7 @@ async fn a_front_that_is_dropped_closes_everything() {
     let rie = Rie::shut().await;
     front.environment(rie.address);
     let mut client = front.connect().await;
-    client.send(format!("POST {LAMBDA_PATH} HTTP/1.1\r\nHost: f\r\nContent-Length: 1\r\n\r\na")).await;
+    client.begin("a").await;
     within(rie.begun.notified()).await;
     front.task.abort();
     assert!(client.rest().await.is_empty());

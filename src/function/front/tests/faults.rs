@@ -11,7 +11,7 @@ async fn a_replica_that_dies_in_a_call_is_502_with_the_exit_reason() {
     let mut rie = Rie::shut().await;
     let environment = front.environment(rie.address);
     let mut client = front.connect().await;
-    client.send(format!("POST {LAMBDA_PATH} HTTP/1.1\r\nHost: f\r\nContent-Length: 2\r\n\r\n{{}}")).await;
+    client.begin("{}").await;
     within(rie.begun.notified()).await;
     // The connection breaks first; why is known a moment later.
     rie.kill().await;

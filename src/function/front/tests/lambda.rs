@@ -43,11 +43,11 @@ async fn a_client_that_leaves_does_not_free_its_environment_before_the_call_has_
     let rie = Rie::shut().await;
     front.environment(rie.address);
     let mut client = front.connect().await;
-    client.send(format!("POST {LAMBDA_PATH} HTTP/1.1\r\nHost: f\r\nContent-Length: 1\r\n\r\na")).await;
+    client.begin("a").await;
     within(rie.begun.notified()).await;
     drop(client);
     let mut next = front.connect().await;
-    next.send(format!("POST {LAMBDA_PATH} HTTP/1.1\r\nHost: f\r\nContent-Length: 1\r\n\r\nb")).await;
+    next.begin("b").await;
     within(async {
         while front.pool.waiting.load(Ordering::SeqCst) == 0 || front.calls("ClientGone") == 0 {
             tokio::task::yield_now().await;
@@ -66,7 +66,7 @@ async fn a_client_that_leaves_does_not_free_its_environment_before_the_call_has_
 async fn a_client_that_leaves_the_queue_takes_no_environment() {
     let front = start(Limits::default()).await;
     let mut client = front.connect().await;
-    client.send(format!("POST {LAMBDA_PATH} HTTP/1.1\r\nHost: f\r\nContent-Length: 1\r\n\r\na")).await;
+    client.begin("a").await;
     within(front.pool.waits.notified()).await;
     drop(client);
     within(async {

@@ -210,9 +210,15 @@ impl Client {
     }
 
     /// A call of a Lambda with that payload.
-    pub(super) async fn invoke(&mut self, payload: &str) -> Received {
+    /// Sends an invocation whose answer comes later.
+    pub(super) async fn begin(&mut self, payload: &str) {
         let length = payload.len();
-        self.call(format!("POST {LAMBDA_PATH} HTTP/1.1\r\nHost: f\r\nContent-Length: {length}\r\n\r\n{payload}")).await
+        self.send(format!("POST {LAMBDA_PATH} HTTP/1.1\r\nHost: f\r\nContent-Length: {length}\r\n\r\n{payload}")).await;
+    }
+
+    pub(super) async fn invoke(&mut self, payload: &str) -> Received {
+        self.begin(payload).await;
+        self.receive().await
     }
 
     pub(super) async fn more(&mut self) -> usize {
