@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::watch;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::flags::Plan;
 use super::identity;
@@ -74,10 +75,21 @@ pub(super) async fn node(plan: Plan) -> anyhow::Result<()> {
     let api = Arc::new(api);
     info!(node = %settings.node.name, server = %api.url, runtime = settings.runtime.kind.name(), "starting");
     let owner = owner::owner(&api, &settings.pods.root_dir, &settings.node.name).await?;
+    raise_open_files();
     let (tasks, supervisor) = Tasks::new();
     let patience = if settings.node.drain_on_exit { DRAIN_PATIENCE } else { PATIENCE };
     start_rooms(settings, (api, reload), owner, &tasks).await?;
     supervisor.run(patience).await
+}
+
+/// Lets this process open as many files as it may: shells hand out 1024, for the sake of programs with `select`, and a
+/// node with many streams has more.
+fn raise_open_files() {
+    let limits = getrlimit(Resource::Nofile);
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: limits.maximum, ..limits });
+    if let Err(cause) = raised {
+        warn!(limit = ?limits.current, error = %cause, "failed to raise the number of files that may be open at once");
+    }
 }
 
 /// Wires every room to its neighbours.

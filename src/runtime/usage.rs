@@ -5,11 +5,14 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
-use std::io::Read;
+use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use jiff::Timestamp;
+use rustix::process::{Resource, getrlimit};
 
 use super::stats::{CpuUsage, Interface, Limits, MemoryUsage, StatsScope, Traffic, Usage};
 
@@ -23,6 +26,12 @@ const NANOSECONDS_PER_MICROSECOND: u64 = 1_000;
 /// Threads that read at once, and the cgroups from which on one is worth starting.
 const MOST_READERS: usize = 4;
 const WORTH_A_THREAD: usize = 32;
+/// The files that every look reads. They stay open from one look to the next, for to open one takes the kernel five
+/// times as long as to read it.
+const KEPT: [&str; 6] =
+    ["cpuacct.usage", "memory.usage_in_bytes", "memory.stat", "cpu.stat", "memory.current", "memory.swap.current"];
+/// Of the files this process may have open at once, the part that is spent so.
+const PART_KEPT: u64 = 4;
 
 /// The host's cgroup trees.
 #[derive(Clone, Debug)]
@@ -31,7 +40,15 @@ pub struct Trees {
     unified: bool,
     /// v1: nanoseconds in a clock tick.
     tick: u64,
+    /// Open files of the cgroups read last.
+    kept: Arc<Mutex<Kept>>,
+    /// How many cgroups' files may be kept.
+    most_kept: usize,
 }
+
+type Kept = HashMap<PathBuf, Opened>;
+/// Files of one cgroup, by name.
+type Opened = Vec<(&'static str, File)>;
 
 impl Trees {
     /// The host's own.
@@ -43,7 +60,10 @@ impl Trees {
     pub fn at(root: &Path) -> Self {
         let hertz = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100);
         let tick = 1_000_000_000 / u64::try_from(hertz).unwrap_or(100).max(1);
-        Self { root: root.into(), unified: root.join("cgroup.controllers").exists(), tick }
+        let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let most_kept = usize::try_from(files / PART_KEPT).unwrap_or(usize::MAX) / KEPT.len();
+        let unified = root.join("cgroup.controllers").exists();
+        Self { root: root.into(), unified, tick, kept: Arc::default(), most_kept }
     }
 
     /// What the cgroup uses, `path` being relative to the trees' roots (empty for the root itself, which stands for the
@@ -52,15 +72,23 @@ impl Trees {
         self.reader().usage(path, scope)
     }
 
-    /// What each of these cgroups uses; those that are gone are left out. Opening a file of a cgroup takes the kernel
-    /// longer than anything done here, so cores share the work where there is enough of it.
+    /// What each of these cgroups uses; those that are gone are left out. To read them takes the kernel longer than
+    /// anything done here, so cores share the work where there is enough of it.
     pub fn usages<'p>(&self, paths: &BTreeSet<&'p Path>, scope: StatsScope) -> HashMap<&'p Path, Usage> {
         let paths: Vec<&Path> = paths.iter().copied().collect();
         let cores = thread::available_parallelism().map_or(1, usize::from);
         let readers = cores.min(MOST_READERS).min(paths.len() / WORTH_A_THREAD).max(1);
+        // Whoever asks meanwhile opens his own; what is not asked for any more is closed.
+        let kept = Mutex::new(std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner)));
         let read = |part: &[&'p Path]| -> Vec<_> {
             let mut reader = self.reader();
-            part.iter().filter_map(|path| Some((*path, reader.usage(path, scope)?))).collect()
+            let usage = |path: &&'p Path| {
+                reader.open = kept.lock().unwrap_or_else(PoisonError::into_inner).remove(*path).unwrap_or_default();
+                let usage = reader.usage(path, scope)?;
+                self.keep(path, std::mem::take(&mut reader.open));
+                Some((*path, usage))
+            };
+            part.iter().filter_map(usage).collect()
         };
         thread::scope(|scope| {
             let (own, others) = paths.split_at(paths.len().div_ceil(readers));
@@ -75,7 +103,15 @@ impl Trees {
     }
 
     fn reader(&self) -> Reader<'_> {
-        Reader { trees: self, text: vec![0; LARGEST], file: PathBuf::new() }
+        Reader { trees: self, text: vec![0; LARGEST], file: PathBuf::new(), open: Vec::new() }
+    }
+
+    fn keep(&self, path: &Path, mut files: Opened) {
+        files.retain(|(name, _)| KEPT.contains(name));
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() < self.most_kept {
+            kept.insert(path.to_owned(), files);
+        }
     }
 
     /// Whether there is such a cgroup.
@@ -94,6 +130,8 @@ struct Reader<'t> {
     trees: &'t Trees,
     text: Vec<u8>,
     file: PathBuf,
+    /// Files of the cgroup that is being read.
+    open: Opened,
 }
 
 impl Reader<'_> {
@@ -112,25 +150,31 @@ impl Reader<'_> {
         })
     }
 
-    fn read(&mut self, controller: &str, path: &Path, file: &str) -> Option<&str> {
-        self.file.clear();
-        self.file.push(&self.trees.root);
-        if !self.trees.unified {
-            self.file.push(controller);
-        }
-        self.file.push(path);
-        self.file.push(file);
-        // These files tell no size, and the kernel writes one anew for each read: so a single large one.
-        let mut opened = File::open(&self.file).ok()?;
-        let mut length = opened.read(&mut self.text[..LARGEST]).ok()?;
-        if length == LARGEST {
-            self.text.truncate(LARGEST);
-            length += opened.read_to_end(&mut self.text).ok()?;
-        }
+    fn read(&mut self, controller: &str, path: &Path, name: &'static str) -> Option<&str> {
+        let place = self.open.iter().position(|(open, _)| *open == name);
+        // One that was kept is of no use if its cgroup was made anew.
+        let length = place.and_then(|place| whole(&self.open[place].1, &mut self.text).ok());
+        let length = match length {
+            Some(length) => length,
+            None => {
+                self.file.clear();
+                self.file.push(&self.trees.root);
+                if !self.trees.unified {
+                    self.file.push(controller);
+                }
+                self.file.push(path);
+                self.file.push(name);
+                let file = File::open(&self.file).ok()?;
+                let length = whole(&file, &mut self.text).ok()?;
+                self.open.retain(|(open, _)| *open != name);
+                self.open.push((name, file));
+                length
+            }
+        };
         std::str::from_utf8(&self.text[..length]).ok()
     }
 
-    fn number(&mut self, controller: &str, path: &Path, file: &str) -> Option<u64> {
+    fn number(&mut self, controller: &str, path: &Path, file: &'static str) -> Option<u64> {
         self.read(controller, path, file)?.trim().parse().ok()
     }
 
@@ -240,6 +284,18 @@ impl Reader<'_> {
     }
 }
 
+/// Reads all of a file into `text`, which grows if it must. These files tell no size, and the kernel writes one anew for
+/// each read: so a single large one.
+fn whole(file: &File, text: &mut Vec<u8>) -> io::Result<usize> {
+    loop {
+        let length = file.read_at(text, 0)?;
+        if length < text.len() {
+            return Ok(length);
+        }
+        text.resize(2 * text.len(), 0);
+    }
+}
+
 /// Lines of `name value`.
 fn fields(text: &str) -> impl Iterator<Item = (&str, u64)> {
     text.lines().filter_map(|line| {
@@ -295,6 +351,28 @@ mod tests {
             fs::write(path, content).unwrap();
         }
         root
+    }
+
+    #[test]
+    fn a_file_that_is_kept_open_tells_what_is_in_it_now_and_one_made_anew_is_opened_anew() {
+        let root = tree(&[("cpuacct/a/cpuacct.usage", "5\n"), ("cpuacct/b/cpuacct.usage", "6\n")]);
+        let trees = Trees { most_kept: 1, ..Trees::at(root.path()) };
+        let total = |trees: &Trees, name| {
+            let usages = trees.usages(&[Path::new("a"), Path::new("b")].into(), StatsScope::CpuAndMemory);
+            usages.get(Path::new(name)).map(|usage| usage.cpu.unwrap().total)
+        };
+        assert_eq!((total(&trees, "a"), total(&trees, "b")), (Some(5), Some(6)));
+        assert_eq!(trees.kept.lock().unwrap().len(), 1, "no more than it may");
+        for name in ["a", "b"] {
+            fs::write(root.path().join(format!("cpuacct/{name}/cpuacct.usage")), "71\n").unwrap();
+            assert_eq!(total(&trees, name), Some(71), "{name}");
+        }
+        fs::remove_dir_all(root.path().join("cpuacct/a")).unwrap();
+        // A file of a removed cgroup cannot be read; here that is done by one opened for writing only.
+        let unreadable = File::create(root.path().join("gone")).unwrap();
+        *trees.kept.lock().unwrap() = [("a".into(), vec![("cpuacct.usage", unreadable)])].into();
+        assert_eq!((total(&trees, "a"), total(&trees, "b")), (None, Some(71)));
+        assert!(!trees.kept.lock().unwrap().contains_key(Path::new("a")), "nothing of a cgroup that is gone is kept");
     }
 
     #[test]
