@@ -2,10 +2,12 @@
 //! Kubernetes does.
 //!
 //! ```text
-//! Lease --leader--> watch of kubelet-serving requests --apply--> GET Node --> verdict --> PATCH .../approval
+//! Lease --leader--> watch of kubelet-serving requests --apply---> GET Node --> verdict --> PATCH .../approval
+//!                                                     '-cleanup-> says so if it went undecided
 //! ```
-//! Of several replicas one works at a time. There is no finalizer: a request leaves nothing to clean up, and one that
-//! waits for a controller that is gone could not be removed.
+//! Of several replicas one works at a time. Each request carries [`FINALIZER`] from the first look on, so none goes
+//! unseen: a node that deletes what was never decided is a node without a certificate. A request that is deleted while
+//! no replica runs goes when the next one does; `manifests/controller-rbac.yaml` says how to remove the mark by hand.
 
 pub mod verdict;
 
@@ -23,6 +25,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use verdict::{SIGNER, Verdict, requester, verdict};
+
+/// The mark on each request that is looked after.
+pub const FINALIZER: &str = "lambdalet.dev/kubelet-serving";
 
 /// Which replica works.
 #[derive(Clone, Debug)]
@@ -99,6 +104,8 @@ impl Context for Approver {
     type Resource = CertificateSigningRequest;
     type Error = ApproveError;
 
+    const FINALIZER_NAME: Option<&'static str> = Some(FINALIZER);
+
     async fn apply(
         &self,
         client: Client,
@@ -121,6 +128,24 @@ impl Context for Approver {
         }
         Ok(None)
     }
+
+    async fn cleanup(
+        &self,
+        _: Client,
+        request: &CertificateSigningRequest,
+        _: &mut TraceMetadata,
+    ) -> Result<Option<Action>, ApproveError> {
+        if !decided(request) {
+            warn!(request = %request.name_any(), user = request.spec.username, "a request was deleted undecided");
+        }
+        Ok(None)
+    }
+}
+
+/// Whether somebody has approved or denied it.
+fn decided(request: &CertificateSigningRequest) -> bool {
+    let mut conditions = request.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    conditions.any(|condition| ["Approved", "Denied"].contains(&condition.type_.as_str()))
 }
 
 async fn approve(client: Client, request: &CertificateSigningRequest) -> Result<(), ApproveError> {
@@ -178,6 +203,20 @@ mod tests {
         assert_eq!(seconds(&Action::requeue(Duration::from_millis(1500))), 1.5);
         let again = seconds(&Approver.success_action(&request));
         assert!((2400.0..=3600.0).contains(&again), "{again}");
-        assert_eq!(Approver::FINALIZER_NAME, None);
+    }
+
+    #[test]
+    fn what_was_approved_or_denied_is_decided() {
+        let request = |condition: &str| -> CertificateSigningRequest {
+            let status = json!({ "conditions": [{ "type": condition, "status": "True" }] });
+            serde_json::from_value(json!({
+                "metadata": {},
+                "spec": { "request": "", "signerName": SIGNER },
+                "status": status,
+            }))
+            .unwrap()
+        };
+        assert!(decided(&request("Approved")) && decided(&request("Denied")));
+        assert!(!decided(&request("Failed")) && !decided(&CertificateSigningRequest::default()));
     }
 }

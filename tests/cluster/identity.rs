@@ -238,7 +238,15 @@ fn a_serving_certificate_is_asked_for_approved_by_the_controller_and_shown_witho
         let all: Api<CertificateSigningRequest> = Api::all(client.clone());
         let left = all.get(&name).await.unwrap();
         assert!(left.status.and_then(|status| status.conditions).is_none());
+        assert_eq!(left.metadata.finalizers, Some(vec!["lambdalet.dev/kubelet-serving".to_owned()]));
+        // It goes, and not unseen.
         all.delete(&name, &kube::api::DeleteParams::default()).await.unwrap();
+        poll("gone", SOON, async || match all.get_opt(&name).await.unwrap() {
+            None => Ok(()),
+            Some(there) => Err(format!("{:?}\n{}", there.metadata, second.log())),
+        })
+        .await;
+        assert!(second.log().contains("was deleted undecided"), "{}", second.log());
     });
 }
 
