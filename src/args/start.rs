@@ -288,6 +288,7 @@ async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> a
         fronts: Fronts::new(&parts.metrics),
         directory: parts.directory.clone(),
         images: Images::new(settings.images.max_parallel_pulls.map_or(UNLIMITED_PULLS, |n| n as usize)),
+        probes: pod::probes::Bounds::default(),
         facts,
         registration: parts.node.registration.clone(),
         host: Host {

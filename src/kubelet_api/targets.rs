@@ -9,7 +9,7 @@ use futures::stream::BoxStream;
 use http::StatusCode;
 use k8s_openapi::api::core::v1::Pod;
 
-use crate::runtime::types::{ContainerId, LogChunk, SandboxId};
+use crate::runtime::types::{ContainerId, LogChunk, PodRef, SandboxId};
 
 /// Finds what a request names. Implemented by [`crate::pod`].
 #[async_trait]
@@ -52,11 +52,29 @@ pub trait PodTargets: Send + Sync + 'static {
     /// The volumes of this node's Pods by Pod UID, for `/stats/summary`.
     fn volumes(&self) -> BTreeMap<String, Vec<PodVolume>>;
 
+    /// How often the probes of this node's Pods said what, for `/metrics/probes`.
+    fn probes(&self) -> Vec<ProbeCount>;
+
     /// Whether the Pod loop is alive, for `/healthz`.
     ///
     /// # Errors
     /// Which part is stuck and since when.
     fn healthy(&self) -> Result<(), String>;
+}
+
+/// How often one probe of one container had one result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProbeCount {
+    /// Whose it is.
+    pub pod: PodRef,
+    /// The container's name.
+    pub container: String,
+    /// `Startup`, `Liveness` or `Readiness`.
+    pub probe: &'static str,
+    /// `successful`, `failed` or `unknown`.
+    pub result: &'static str,
+    /// How often.
+    pub count: u64,
 }
 
 /// A volume whose use can be told.

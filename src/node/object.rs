@@ -163,7 +163,7 @@ pub fn labels(settings: &NodeSettings) -> BTreeMap<String, String> {
 
 /// What API servers may rely on (KEP-5328), in order: exec, attach and port-forward over WebSocket with v5 and the SPDY
 /// tunnel (KEP-4006), so that an API server since 1.36 passes them on as they are.
-const DECLARED_FEATURES: [&str; 1] = ["ExtendWebSocketsToKubelet"];
+const DECLARED_FEATURES: [&str; 2] = ["ExtendWebSocketsToKubelet", "RestartAllContainersOnContainerExits"];
 
 /// The whole status.
 pub fn status(inputs: &Inputs<'_>) -> NodeStatus {
@@ -462,7 +462,7 @@ mod tests {
             addresses,
             [("InternalIP".to_owned(), "10.0.0.5".to_owned()), ("Hostname".to_owned(), "n1".to_owned())]
         );
-        assert_eq!(status.declared_features.unwrap(), ["ExtendWebSocketsToKubelet"]);
+        assert_eq!(status.declared_features.unwrap(), DECLARED_FEATURES);
     }
 
     #[test]

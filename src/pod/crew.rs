@@ -172,6 +172,9 @@ impl Crew {
             spec.restart_policy = Some("Never".to_owned());
             spec.active_deadline_seconds = None;
             spec.ephemeral_containers = None;
+            for container in &mut spec.containers {
+                (container.restart_policy, container.restart_policy_rules) = (None, None);
+            }
         }
         Arc::new(pod)
     }

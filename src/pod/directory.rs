@@ -11,8 +11,9 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodSpec, PodStatus};
 use super::crew::pools::Pools;
 use super::ephemeral;
 use super::observed::Observed;
+use super::probes::Tally;
 use super::volumes::places;
-use crate::kubelet_api::targets::{Entrance, LogTarget, PodTargets, PodVolume, TargetError};
+use crate::kubelet_api::targets::{Entrance, LogTarget, PodTargets, PodVolume, ProbeCount, TargetError};
 use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus as Attempt, SandboxId};
 
 /// The Pod loop counts as stuck when it has not come round for this long; it comes round at least every
@@ -25,6 +26,8 @@ pub(super) const HEARTBEAT: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub struct Directory {
     entries: RwLock<BTreeMap<String, Entry>>,
+    /// How often probes said what.
+    pub(super) probes: Tally,
     /// The environments of function Pods.
     pub(super) pools: Arc<Pools>,
     heartbeat: RwLock<Instant>,
@@ -45,6 +48,7 @@ impl Default for Directory {
     fn default() -> Self {
         Self {
             entries: RwLock::default(),
+            probes: Tally::default(),
             pools: Arc::default(),
             heartbeat: RwLock::new(Instant::now()),
             root: PathBuf::new(),
@@ -72,6 +76,7 @@ impl Directory {
     pub(super) fn remove(&self, uid: &str) {
         self.entries.write().unwrap_or_else(PoisonError::into_inner).remove(uid);
         self.pools.remove(uid);
+        self.probes.forget(uid);
     }
 
     /// The loop lives.
@@ -161,6 +166,10 @@ impl PodTargets for Directory {
     fn volumes(&self) -> BTreeMap<String, Vec<PodVolume>> {
         let of_pod = |(uid, entry): (&String, &Entry)| (uid.clone(), places::measured(&self.root, &entry.pod));
         self.entries.read().unwrap_or_else(PoisonError::into_inner).iter().map(of_pod).collect()
+    }
+
+    fn probes(&self) -> Vec<ProbeCount> {
+        self.probes.counts()
     }
 
     fn healthy(&self) -> Result<(), String> {

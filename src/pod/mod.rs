@@ -19,10 +19,12 @@ pub mod ephemeral;
 pub mod events;
 pub mod fakecloud;
 pub mod files;
+pub mod hooks;
 pub mod images;
 pub mod inputs;
 pub mod observed;
 pub mod plan;
+pub mod probes;
 pub mod publish;
 pub mod qos;
 pub mod status;
@@ -129,6 +131,8 @@ pub struct Shared {
     pub directory: Arc<Directory>,
     /// Fetches images.
     pub images: Images,
+    /// The bounds on all probes.
+    pub probes: probes::Bounds,
     /// The node as Pods see it.
     pub facts: channel::Receiver<NodeFacts>,
     /// The Node object, whose labels a Pod's selectors are checked against.

@@ -3,20 +3,31 @@
 //! ```text
 //!  Run:  volumes -> sandbox -> init containers, one after the other -> main containers, in order -> wait
 //!                     ^  sandbox died: stop what is left of it, make the next attempt, init again
+//!         a sidecar (init container with restartPolicy Always) lets the next one begin once it has started, and stays
 //!         an ephemeral container is started once, as soon as there is a sandbox, and holds up nothing else
+//!         a container whose probe has failed for good is killed
 //!  End:  stop every container (grace) -> release sandbox, volumes -> done
 //! ```
 //! One step at a time: the worker executes it, looks again, and asks again. So a restart of the process continues
 //! wherever the last one stopped, since nothing but what the runtime holds is remembered.
 
-use std::collections::BTreeMap;
+mod restart;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
+pub use self::restart::{
+    Finish, finished, is_resetting, may_restart_all, restart_policy, restarts_on_failure, would_restart,
+};
+use self::restart::{counts, present, restarts};
 use super::ephemeral;
 use super::observed::Observed;
+use super::probes::Health;
+use super::probes::machine::Kind;
+use super::qos::is_sidecar;
 use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus, SandboxId};
 
 /// What the Pod is meant to do.
@@ -63,6 +74,15 @@ pub enum Step {
         /// How long they may take.
         grace: Duration,
     },
+    /// Kill one container, for this probe; nobody waits for its end.
+    Kill {
+        /// The running container.
+        container: ContainerId,
+        /// Which probe has failed for good.
+        probe: Kind,
+    },
+    /// Kill these, since a rule has every container begin anew; nobody waits for their end.
+    Reset(Vec<ContainerId>),
     /// Remove an old attempt: one dead attempt is kept for `logs --previous`.
     Prune(ContainerId),
     /// Remove a sandbox that another has replaced and that nothing was ever made in, or nothing is left of.
@@ -110,6 +130,10 @@ pub struct View<'a> {
     pub function: Option<FunctionPhase<'a>>,
     /// Containers are made and not started until this ends.
     pub held: bool,
+    /// What probes say.
+    pub health: &'a Health,
+    /// Containers whose end is under way.
+    pub ending: &'a BTreeSet<ContainerId>,
     /// Now.
     pub now: Timestamp,
 }
@@ -130,7 +154,7 @@ enum Need {
 pub fn plan(view: &View<'_>) -> Step {
     match view.goal {
         Goal::End(grace) => plan_end(view, grace),
-        Goal::Run if finished(view.spec, view.observed).is_some() => plan_end(view, Duration::ZERO),
+        Goal::Run if finished(view.spec, view.observed).is_some() => plan_end(view, grace_of(view.spec, None)),
         Goal::Run => plan_run(view),
     }
 }
@@ -197,6 +221,15 @@ fn abandoned(observed: &Observed) -> Option<SandboxId> {
 }
 
 fn plan_containers(view: &View<'_>) -> Step {
+    let old = |c: &&ContainerStatus| !counts(view.spec, view.observed, c) && !is_ephemeral(view.spec, &c.name);
+    let old: Vec<_> = view.observed.running().filter(old).map(|c| c.id.clone()).collect();
+    if !old.is_empty() {
+        let done = old.iter().all(|id| view.ending.contains(id));
+        return if done { Step::Wait(None) } else { Step::Reset(old) };
+    }
+    if let Some(kill) = unhealthy(view) {
+        return kill;
+    }
     let mut earliest = None;
     for container in ephemeral::all(view.spec) {
         if let Some(attempt) = never_started(view, &container.name) {
@@ -210,6 +243,16 @@ fn plan_containers(view: &View<'_>) -> Step {
         Step::Wait(until) => Step::Wait(sooner(earliest, until)),
         step => step,
     }
+}
+
+fn is_ephemeral(spec: &PodSpec, name: &str) -> bool {
+    ephemeral::all(spec).any(|container| container.name == name)
+}
+
+/// A container whose startup or liveness probe has failed for good, and whose end is not under way yet.
+fn unhealthy(view: &View<'_>) -> Option<Step> {
+    let mut running = view.observed.running().filter(|c| !view.ending.contains(&c.id));
+    running.find_map(|c| Some(Step::Kill { container: c.id.clone(), probe: view.health.of(&c.id).failed? }))
 }
 
 /// The attempt to make of an ephemeral container, if none was ever started. One that was made and is not there any more
@@ -230,16 +273,28 @@ fn sooner(one: Option<Timestamp>, other: Option<Timestamp>) -> Option<Timestamp>
 
 /// Init and main containers.
 fn plan_lasting(view: &View<'_>) -> Step {
-    if !initialized(view.spec, view.observed) {
-        for container in view.spec.init_containers.iter().flatten() {
-            match need(view, container, true) {
-                Need::Nothing => {}
-                Need::Busy | Need::Failed => return Step::Wait(None),
-                Need::Start(attempt) => return start(view, &container.name, attempt).unwrap_or_else(Step::Wait),
-            }
+    let mut earliest: Option<Timestamp> = None;
+    let frontier = frontier(view.spec, view.observed);
+    for (place, container) in view.spec.init_containers.iter().flatten().enumerate() {
+        let (sidecar, behind) = (is_sidecar(container), place < frontier);
+        if behind && !sidecar {
+            continue;
+        }
+        match need(view, container, !sidecar) {
+            Need::Start(attempt) => match start(view, &container.name, attempt) {
+                Ok(step) => return step,
+                Err(until) => {
+                    earliest = sooner(earliest, until);
+                    if !behind {
+                        return Step::Wait(earliest);
+                    }
+                }
+            },
+            Need::Busy | Need::Failed => return Step::Wait(earliest),
+            Need::Nothing if behind || !sidecar || started(view.spec, view.observed, view.health, container) => {}
+            Need::Nothing => return Step::Wait(earliest),
         }
     }
-    let mut earliest: Option<Timestamp> = None;
     for container in &view.spec.containers {
         if let Need::Start(attempt) = need(view, container, false) {
             match start(view, &container.name, attempt) {
@@ -249,6 +304,20 @@ fn plan_lasting(view: &View<'_>) -> Step {
         }
     }
     Step::Wait(earliest)
+}
+
+/// How many init containers certainly have done what those after them wait for: something later was begun in the
+/// present sandbox.
+fn frontier(spec: &PodSpec, observed: &Observed) -> usize {
+    let begun = |c: &Container| present(spec, observed, &c.name).is_some();
+    let init = spec.init_containers.as_deref().unwrap_or_default();
+    if spec.containers.iter().any(begun) { init.len() } else { init.iter().rposition(begun).unwrap_or(0) }
+}
+
+/// Whether a sidecar runs and has come up.
+fn started(spec: &PodSpec, observed: &Observed, health: &Health, sidecar: &Container) -> bool {
+    let runs = present(spec, observed, &sidecar.name).filter(|s| s.state == ContainerState::Running);
+    runs.is_some_and(|s| health.of(&s.id).started)
 }
 
 /// The step, or when it may be done.
@@ -268,11 +337,10 @@ fn need(view: &View<'_>, container: &Container, init: bool) -> Need {
         let seen = view.observed.latest(&container.name).map_or(0, |c| c.attempt + 1);
         seen.max(view.floors.get(&container.name).copied().unwrap_or(0))
     };
-    let Some(current) = view.observed.current(&container.name) else {
-        let done_before = view
-            .observed
-            .latest(&container.name)
-            .is_some_and(|latest| latest.state == ContainerState::Exited && !restarts(view.spec, latest, false));
+    let Some(current) = present(view.spec, view.observed, &container.name) else {
+        let latest = view.observed.latest(&container.name).filter(|latest| counts(view.spec, view.observed, latest));
+        let done_before = latest
+            .is_some_and(|latest| latest.state == ContainerState::Exited && !restarts(view.spec, container, latest));
         // What ended in an earlier sandbox stays ended, but each sandbox is initialised anew.
         return if done_before && !init { Need::Nothing } else { Need::Start(next()) };
     };
@@ -280,29 +348,10 @@ fn need(view: &View<'_>, container: &Container, init: bool) -> Need {
         ContainerState::Created => Need::Start(current.attempt),
         ContainerState::Running if init => Need::Busy,
         ContainerState::Running => Need::Nothing,
-        ContainerState::Exited if restarts(view.spec, current, init) => Need::Start(next()),
+        ContainerState::Exited if restarts(view.spec, container, current) => Need::Start(next()),
         ContainerState::Exited if init && current.exit_code != 0 => Need::Failed,
         ContainerState::Exited => Need::Nothing,
     }
-}
-
-/// Whether an exited container is started again. An init container that succeeded is not, whatever the policy.
-fn restarts(spec: &PodSpec, status: &ContainerStatus, init: bool) -> bool {
-    match restart_policy(spec) {
-        "Never" => false,
-        "OnFailure" => status.exit_code != 0,
-        _ => !init || status.exit_code != 0,
-    }
-}
-
-/// Whether an exited container of this Pod is started again.
-pub fn would_restart(pod: &Pod, status: &ContainerStatus) -> bool {
-    let Some(spec) = &pod.spec else { return false };
-    if ephemeral::all(spec).any(|c| c.name == status.name) {
-        return false;
-    }
-    let init = spec.init_containers.iter().flatten().any(|c| c.name == status.name);
-    restarts(spec, status, init)
 }
 
 /// An attempt that nobody can ask for any more: all but the latest two of each container.
@@ -314,47 +363,15 @@ fn superfluous(view: &View<'_>) -> Option<ContainerId> {
     })
 }
 
-/// `spec.restartPolicy`, `Always` if unset.
-pub fn restart_policy(spec: &PodSpec) -> &str {
-    spec.restart_policy.as_deref().unwrap_or("Always")
-}
-
-/// Whether every init container has succeeded in the present sandbox. A main container that was started in it proves
-/// the same, so a removed init container is not run again.
-pub fn initialized(spec: &PodSpec, observed: &Observed) -> bool {
-    let succeeded = |c: &Container| {
-        observed.current(&c.name).is_some_and(|s| s.state == ContainerState::Exited && s.exit_code == 0)
+/// Whether every init container has succeeded, and every sidecar has started, in the present sandbox. A main container
+/// that was started in it proves the same, so a removed init container is not run again.
+pub fn initialized(spec: &PodSpec, observed: &Observed, health: &Health) -> bool {
+    let done = |c: &Container| match present(spec, observed, &c.name) {
+        _ if is_sidecar(c) => started(spec, observed, health, c),
+        status => status.is_some_and(|s| s.state == ContainerState::Exited && s.exit_code == 0),
     };
-    spec.containers.iter().any(|c| observed.current(&c.name).is_some())
-        || spec.init_containers.iter().flatten().all(succeeded)
-}
-
-/// How a Pod ended by itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// Every container ended with code 0.
-    Succeeded,
-    /// At least one did not, and none is restarted.
-    Failed,
-}
-
-/// Whether the Pod has run to its end: its restart policy starts nothing again.
-pub fn finished(spec: &PodSpec, observed: &Observed) -> Option<Finish> {
-    let policy = restart_policy(spec);
-    if policy == "Always" {
-        return None;
-    }
-    let exited = |c: &Container| observed.latest(&c.name).filter(|s| s.state == ContainerState::Exited);
-    let init_failed = spec.init_containers.iter().flatten().filter_map(exited).any(|s| s.exit_code != 0);
-    if policy == "Never" && init_failed {
-        return Some(Finish::Failed);
-    }
-    let ends: Option<Vec<_>> = spec.containers.iter().map(|c| exited(c).map(|s| s.exit_code)).collect();
-    match ends?.iter().all(|code| *code == 0) {
-        true => Some(Finish::Succeeded),
-        false if policy == "Never" => Some(Finish::Failed),
-        false => None,
-    }
+    spec.containers.iter().any(|c| present(spec, observed, &c.name).is_some())
+        || spec.init_containers.iter().flatten().all(done)
 }
 
 /// Longest grace period that is honoured, in seconds (68 years): the API takes any number, clocks do not.
@@ -362,8 +379,12 @@ const LONGEST_GRACE: u64 = i32::MAX as u64;
 
 /// How long a Pod's processes have to end: what the deletion says, else what the spec says, else 30 s.
 pub fn grace(pod: &Pod) -> Duration {
-    let spec = pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
-    let seconds = pod.metadata.deletion_grace_period_seconds.or(spec).unwrap_or(30);
+    let empty = PodSpec::default();
+    grace_of(pod.spec.as_ref().unwrap_or(&empty), pod.metadata.deletion_grace_period_seconds)
+}
+
+fn grace_of(spec: &PodSpec, deletion: Option<i64>) -> Duration {
+    let seconds = deletion.or(spec.termination_grace_period_seconds).unwrap_or(30);
     Duration::from_secs(u64::try_from(seconds).unwrap_or(0).min(LONGEST_GRACE))
 }
 

@@ -42,12 +42,20 @@ fn limits(resources: Option<&ResourceRequirements>) -> ResourceList {
 /// overhead. Sidecars (init containers with restartPolicy Always) count with the containers, and with each init
 /// container after them. `spec.resources` overrides the sum where it names a resource.
 pub fn pod_requests(spec: &PodSpec) -> ResourceList {
+    let mut sum = together(spec, requests);
+    sum.extend(requests(spec.resources.as_ref()));
+    add(&mut sum, &list(spec.overhead.as_ref()));
+    sum
+}
+
+/// What the containers of a Pod have at most at once.
+fn together(spec: &PodSpec, of: impl Fn(Option<&ResourceRequirements>) -> ResourceList) -> ResourceList {
     let mut sum = ResourceList::new();
-    spec.containers.iter().for_each(|c| add(&mut sum, &requests(c.resources.as_ref())));
+    spec.containers.iter().for_each(|c| add(&mut sum, &of(c.resources.as_ref())));
     let mut sidecars = ResourceList::new();
     let mut peak = ResourceList::new();
     for init in spec.init_containers.iter().flatten() {
-        let mut needs = requests(init.resources.as_ref());
+        let mut needs = of(init.resources.as_ref());
         if is_sidecar(init) {
             add(&mut sidecars, &needs);
             add(&mut sum, &needs);
@@ -58,8 +66,6 @@ pub fn pod_requests(spec: &PodSpec) -> ResourceList {
         raise(&mut peak, &needs);
     }
     raise(&mut sum, &peak);
-    sum.extend(requests(spec.resources.as_ref()));
-    add(&mut sum, &list(spec.overhead.as_ref()));
     sum
 }
 
@@ -116,12 +122,8 @@ pub fn container_resources(spec: &PodSpec, container: &Container, node_memory: i
 
 /// cgroup numbers of the Pod as a whole: weight by its requests, limits only where every container has one.
 pub fn pod_resources(spec: &PodSpec, quota: bool) -> Resources {
-    let mut sum = ResourceList::new();
-    spec.containers.iter().for_each(|c| add(&mut sum, &limits(c.resources.as_ref())));
+    let mut sum = together(spec, limits);
     let parts = || spec.containers.iter().chain(spec.init_containers.iter().flatten());
-    for init in spec.init_containers.iter().flatten() {
-        raise(&mut sum, &limits(init.resources.as_ref()));
-    }
     sum.retain(|name, _| parts().all(|c| limits(c.resources.as_ref()).contains_key(name)));
     sum.extend(limits(spec.resources.as_ref()));
     if sum.contains_key("memory") || sum.contains_key("cpu") {
@@ -168,6 +170,23 @@ mod tests {
     fn class(resources: &[Value]) -> &'static str {
         let containers: Vec<_> = resources.iter().map(|r| json!({ "name": "c", "resources": r })).collect();
         qos_class(&serde_json::from_value(json!({ "containers": containers })).unwrap())
+    }
+
+    #[test]
+    fn sidecars_count_with_the_containers_and_with_the_init_containers_after_them() {
+        let with = |name: &str, cpu: u8, policy: Value| {
+            let cpu = json!({ "cpu": cpu.to_string() });
+            json!({ "name": name, "restartPolicy": policy, "resources": { "requests": cpu, "limits": cpu } })
+        };
+        let spec = json!({
+            "initContainers": [
+                with("before", 4, Value::Null), with("sidecar", 2, json!("Always")), with("after", 3, Value::Null),
+            ],
+            "containers": [with("main", 1, Value::Null)],
+        });
+        let spec: PodSpec = serde_json::from_value(spec).unwrap();
+        assert_eq!(pod_requests(&spec)["cpu"].milli_value(), 5000, "the sidecar and the init container after it");
+        assert_eq!(pod_resources(&spec, true).cpu_quota, Some(5 * PERIOD));
     }
 
     #[test]

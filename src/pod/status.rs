@@ -19,6 +19,7 @@ pub(super) use self::containers::crash_loop;
 pub(super) use self::function::Shown;
 use super::observed::Observed;
 use super::plan::{self, Finish};
+use super::probes::Health;
 use super::qos::qos_class;
 use crate::runtime::types::{ContainerId, ContainerState};
 
@@ -55,6 +56,8 @@ pub struct StatusInput<'a> {
     pub waiting: &'a BTreeMap<String, Trouble>,
     /// What containers left at their terminationMessagePath.
     pub messages: &'a BTreeMap<ContainerId, String>,
+    /// What probes say.
+    pub health: &'a Health,
     /// Why the Pod was ended by this node (rejected, past its deadline, evicted).
     pub ended: Option<&'a Trouble>,
     /// Every process has ended and none will start again.
@@ -134,8 +137,8 @@ fn running_or_pending(input: &StatusInput<'_>, spec: &PodSpec, statuses: &[ApiCo
         s.state.as_ref().is_none_or(|s| s.waiting.is_some())
             && s.last_state.as_ref().is_none_or(|s| s.terminated.is_none())
     };
-    let waits_for_init =
-        !plan::initialized(spec, input.observed) && spec.init_containers.as_ref().is_some_and(|list| !list.is_empty());
+    let waits_for_init = !plan::initialized(spec, input.observed, input.health)
+        && spec.init_containers.as_ref().is_some_and(|list| !list.is_empty());
     if waits_for_init || statuses.iter().any(never_started) { "Pending" } else { "Running" }
 }
 

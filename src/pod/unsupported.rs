@@ -3,7 +3,6 @@
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
 use super::plan::restart_policy;
-use super::qos::is_sidecar;
 use super::status::Trouble;
 use crate::function::labels;
 
@@ -20,13 +19,10 @@ pub fn refusal(pod: &Pod, spec: &PodSpec) -> Option<Trouble> {
     let class = spec.runtime_class_name.as_ref().filter(|name| *name != RUNTIME_CLASS);
     let (key, docker) = RUNTIME_ANNOTATION;
     let driver = pod.metadata.annotations.as_ref().and_then(|a| a.get(key)).filter(|driver| *driver != docker);
-    let sidecar = spec.init_containers.iter().flatten().find(|c| is_sidecar(c));
     let text = if let Some(class) = class {
         format!("it asks for runtimeClassName {class:?} and this node has only {RUNTIME_CLASS:?}; any other class")
     } else if let Some(driver) = driver {
         format!("it asks for {key}: {driver} and this node has only {docker:?}; any other runtime")
-    } else if let Some(sidecar) = sidecar {
-        format!("init container {:?} has restartPolicy Always, and a sidecar", sidecar.name)
     } else if spec.host_users == Some(false) {
         "a user namespace of its own (hostUsers: false)".to_owned()
     } else if spec.host_network == Some(true) && labels::is_function(pod) {
@@ -56,7 +52,7 @@ pub fn omissions(pod: &Pod, spec: &PodSpec) -> Vec<String> {
         ));
     }
     for container in spec.containers.iter().chain(spec.init_containers.iter().flatten()) {
-        of_container(container, &mut list);
+        of_container(container, labels::is_function(pod), &mut list);
     }
     if spec.resource_claims.as_ref().is_some_and(|claims| !claims.is_empty()) {
         list.push("resourceClaims are ignored: this node does not allocate devices yet".to_owned());
@@ -64,23 +60,13 @@ pub fn omissions(pod: &Pod, spec: &PodSpec) -> Vec<String> {
     list
 }
 
-fn of_container(container: &Container, list: &mut Vec<String>) {
+fn of_container(container: &Container, of_function: bool, list: &mut Vec<String>) {
     let name = &container.name;
-    let probes = [
-        ("startupProbe", container.startup_probe.is_some()),
-        ("readinessProbe", container.readiness_probe.is_some()),
-        ("livenessProbe", container.liveness_probe.is_some()),
-    ];
-    for (probe, _) in probes.iter().filter(|(_, set)| *set) {
-        list.push(format!("container {name:?}: {probe} is not run yet; a running container counts as ready"));
-    }
-    let hooks = container.lifecycle.as_ref();
-    let hooks = [
-        ("postStart", hooks.is_some_and(|l| l.post_start.is_some())),
-        ("preStop", hooks.is_some_and(|l| l.pre_stop.is_some())),
-    ];
-    for (hook, _) in hooks.iter().filter(|(_, set)| *set) {
-        list.push(format!("container {name:?}: lifecycle.{hook} is not run yet"));
+    if of_function && container.readiness_probe.is_some() {
+        list.push(format!(
+            "container {name:?}: readinessProbe decides when an environment takes its first call; one that is not ready \
+             later still gets calls"
+        ));
     }
     for port in container.ports.iter().flatten().filter_map(|p| p.host_port).filter(|p| *p > 0) {
         list.push(format!("container {name:?}: hostPort {port} is not opened on the node yet; use the Pod's address"));
@@ -107,10 +93,6 @@ mod tests {
         let class = |name: &str| serde_json::json!({ "containers": [], "runtimeClassName": name });
         assert_eq!(refused(class("lambdalet-docker"), serde_json::json!({})), None);
         assert!(refused(class("lambdalet-microvm"), serde_json::json!({})).unwrap().contains("lambdalet-microvm"));
-        let sidecar = serde_json::json!({
-            "containers": [], "initContainers": [{ "name": "proxy", "restartPolicy": "Always" }],
-        });
-        assert!(refused(sidecar, serde_json::json!({})).unwrap().contains("\"proxy\""));
         let on_host = serde_json::json!({ "containers": [], "hostNetwork": true });
         assert_eq!(refused(on_host.clone(), serde_json::json!({})), None);
         let function = refused(on_host, serde_json::json!({ labels::MIN: "0" })).unwrap();
@@ -120,18 +102,18 @@ mod tests {
     #[test]
     fn what_is_left_out_is_named() {
         let container = serde_json::json!({
-            "name": "c", "livenessProbe": {}, "lifecycle": { "preStop": {} }, "ports": [{ "containerPort": 1, "hostPort": 80 }],
+            "name": "c", "readinessProbe": {}, "ports": [{ "containerPort": 1, "hostPort": 80 }],
         });
         let spec = serde_json::json!({ "containers": [container], "restartPolicy": "OnFailure" });
         let spec: PodSpec = serde_json::from_value(spec).unwrap();
         let mut pod = Pod::default();
         let list = omissions(&pod, &spec).join("\n");
-        for part in ["livenessProbe", "lifecycle.preStop", "hostPort 80"] {
-            assert!(list.contains(part), "{part} is missing in {list}");
-        }
-        assert!(!list.contains("restartPolicy"), "{list}");
+        assert!(list.contains("hostPort 80"), "{list}");
+        assert!(!list.contains("restartPolicy") && !list.contains("readinessProbe"), "{list}");
         pod.metadata.labels = Some([(labels::MAX.to_owned(), "3".to_owned())].into());
         let list = omissions(&pod, &spec).join("\n");
-        assert!(list.contains("restartPolicy OnFailure is treated as Always"), "{list}");
+        for part in ["restartPolicy OnFailure is treated as Always", "readinessProbe decides"] {
+            assert!(list.contains(part), "{part} is missing in {list}");
+        }
     }
 }

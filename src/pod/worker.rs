@@ -10,9 +10,12 @@
 //! it left is found by listing. So an image that takes minutes to pull does not hold up a deletion.
 
 mod clock;
+mod endings;
 mod finish;
 mod function;
+mod look;
 mod memory;
+mod probing;
 mod report;
 mod seat;
 mod start;
@@ -26,16 +29,17 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use self::clock::{at, spread};
+use self::endings::Endings;
 use self::function::{Function, NUMBERS};
 use self::memory::Memory;
 pub(super) use self::seat::Seat;
 use super::Shared;
-use super::backoff;
 use super::observed::Observed;
 use super::plan::{self, Goal, Step, View, plan};
+use super::probes::Probes;
 use super::status::{self, Trouble};
 use super::translate::pod_ref;
-use crate::runtime::types::{ContainerId, PodRef};
+use crate::runtime::types::PodRef;
 use crate::telemetry::chain;
 
 /// A status that says only how far a start or a removal has come waits this long for a better one: most Pods run, or
@@ -76,6 +80,8 @@ pub(super) struct Worker {
     gone: bool,
     observed: Observed,
     memory: Memory,
+    probes: Probes,
+    endings: Endings,
     look_at: Instant,
     past: Past,
     /// What it owns is an environment of a function Pod, not a Pod of its own.
@@ -130,6 +136,8 @@ impl Worker {
             pod,
             gone: false,
             observed: Observed::default(),
+            probes: Probes::default(),
+            endings: Endings::default(),
             look_at: Instant::now() + spread(LOOK_AGAIN),
             past,
             seat: None,
@@ -157,6 +165,7 @@ impl Worker {
         self.refuse_ephemeral();
         self.digest().await;
         let goal = self.goal();
+        self.probe(goal);
         let step = self.plan(goal);
         if matches!(step, Step::Wait(_)) && goal != Goal::Run && self.memory.released {
             if self.gone {
@@ -203,6 +212,8 @@ impl Worker {
             pod_hold: self.memory.pod_hold,
             function: self.function.as_ref().map(Function::phase),
             held: self.seat.as_ref().is_some_and(Seat::is_held),
+            health: self.probes.health(),
+            ending: self.endings.ids(),
             now: Timestamp::now(),
         })
     }
@@ -311,9 +322,14 @@ impl Worker {
                 None => std::future::pending().await,
             }
         };
+        let mut ended = None;
         tokio::select! {
             // Cancel-safe: a change not taken stays unseen.
             _ = self.desired.changed() => return,
+            // Cancel-safe: likewise.
+            () = self.probes.changed() => return,
+            // Cancel-safe: one that has ended stays until it is taken.
+            next = self.endings.next() => ended = Some(next),
             // Cancel-safe: likewise.
             () = seat => return,
             // Cancel-safe: likewise.
@@ -322,6 +338,9 @@ impl Worker {
             _ = self.signal.changed() => {}
             // Cancel-safe: a timer.
             () = tokio::time::sleep_until(wake) => {}
+        }
+        if let Some(ended) = ended {
+            return self.note_ending(ended).await;
         }
         if self.signal_seen() || Instant::now() >= self.look_at {
             self.look().await;
@@ -400,66 +419,13 @@ impl Worker {
             Step::Create { name, attempt } => self.create(&name, attempt).await,
             Step::Start { name, attempt } => self.start(&name, attempt).await,
             Step::Stop { containers, grace } => self.stop(&containers, grace).await,
+            Step::Reset(containers) => self.reset(&containers),
+            Step::Kill { container, probe } => self.kill(&container, probe),
             Step::Prune(id) => self.prune(&id).await,
             Step::RemoveSandbox(id) => self.remove_sandbox(&id).await,
             Step::Release => self.release().await,
             Step::Serve => self.serve().await,
             Step::Drain(grace) => self.drain(grace).await,
-        }
-    }
-
-    /// Asks the runtime about what ran when last seen.
-    async fn look(&mut self) {
-        let relists = self.signal.borrow().relists;
-        if relists != self.relists {
-            self.relists = relists;
-            return self.relist().await;
-        }
-        self.look_at = Instant::now() + spread(LOOK_AGAIN);
-        let running: Vec<ContainerId> = self.observed.running().map(|c| c.id.clone()).collect();
-        let sandbox = self.observed.ready_sandbox().map(|s| s.id.clone());
-        for id in running {
-            self.look_at_container(&id).await;
-        }
-        if let Some(id) = sandbox {
-            match self.shared.runtime.pod_sandbox_status(&id).await {
-                Ok(status) => self.observed.put_sandbox(status),
-                Err(error) if error.is_not_found() => self.observed.drop_sandbox(&id),
-                Err(error) => tracing::debug!(pod = %self.reference, error = chain(&error), "failed to look"),
-            }
-        }
-    }
-
-    async fn look_at_container(&mut self, id: &ContainerId) {
-        match self.shared.runtime.container_status(id).await {
-            Ok(status) => self.observed.put_container(status),
-            Err(error) if error.is_not_found() => self.observed.drop_container(id),
-            Err(error) => tracing::debug!(pod = %self.reference, error = chain(&error), "failed to look"),
-        }
-    }
-
-    /// Lists everything of the Pod; tries until the runtime answers.
-    async fn relist(&mut self) {
-        let mut wait = Duration::from_millis(200);
-        loop {
-            let uid = Some(self.reference.uid.as_str());
-            let listed =
-                tokio::try_join!(self.shared.runtime.list_pod_sandboxes(uid), self.shared.runtime.list_containers(uid));
-            match listed {
-                Ok((sandboxes, containers)) => {
-                    self.observed = Observed::new(sandboxes, containers);
-                    break;
-                }
-                Err(error) => {
-                    tracing::debug!(pod = %self.reference, error = chain(&error), "failed to list; trying again");
-                    tokio::time::sleep(wait).await;
-                    wait = (wait * 2).min(backoff::RETRY);
-                }
-            }
-        }
-        self.look_at = Instant::now() + spread(LOOK_AGAIN);
-        if let Some(address) = self.observed.sandbox().and_then(|s| s.address) {
-            self.memory.address = Some(address);
         }
     }
 }

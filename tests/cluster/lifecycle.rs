@@ -442,29 +442,6 @@ fn a_pod_whose_node_selector_does_not_match_is_refused() {
 
 #[test]
 #[ignore = "needs cluster: run hack/test"]
-fn a_probe_that_is_not_run_yet_is_said_aloud() {
-    on_shared_node(async |t| {
-        let probe = json!({"readinessProbe": {"exec": {"command": ["true"]}}});
-        t.pod("probed", json!({"containers": [busybox_with(STAY, probe)]})).await;
-        assert!(t.event("probed", "UnsupportedPodFeature").await.contains("readinessProbe"));
-        t.running("probed").await;
-    });
-}
-
-#[test]
-#[ignore = "needs cluster: run hack/test"]
-fn a_sidecar_is_refused_with_a_clear_reason() {
-    on_shared_node(async |t| {
-        let sidecar = crate::harness::pods::with(container("side", STAY), json!({"restartPolicy": "Always"}));
-        t.pod("with-side", json!({"initContainers": [sidecar], "containers": [busybox(STAY)]})).await;
-        let pod = t.until("with-side", "refused", |p| phase(p) == "Failed").await;
-        assert!(pod_message(&pod).contains("\"side\" has restartPolicy Always"), "{}", pod_message(&pod));
-        t.event("with-side", "UnsupportedPodFeature").await;
-    });
-}
-
-#[test]
-#[ignore = "needs cluster: run hack/test"]
 fn ten_pods_at_once_are_all_running_within_ten_seconds() {
     on_shared_node(async |t| {
         for number in 0..10 {

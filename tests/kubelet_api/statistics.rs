@@ -179,7 +179,9 @@ async fn cadvisor_metrics_have_the_names_and_labels_dashboards_query() {
     }
     assert!(!families.contains_key("container_cpu_cfs_throttled_periods_total"), "there is no quota");
     let probes = exposition(&node, "/metrics/probes").await;
-    assert!(probes.values().all(|family| family.samples.is_empty()));
+    let labels = ["container=c", "namespace=ns", "pod=p", "pod_uid=u", "probe_type=Liveness", "result=failed"];
+    let labels = labels.map(|label| label.split_once('=').unwrap());
+    assert!((only(&probes, "prober_probe_total", &labels).value - 3.0).abs() < f64::EPSILON);
 }
 
 #[tokio::test]

@@ -17,7 +17,7 @@ use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::Pod;
-use lambdalet::kubelet_api::targets::{Entrance, LogTarget, PodTargets, PodVolume, TargetError};
+use lambdalet::kubelet_api::targets::{Entrance, LogTarget, PodTargets, PodVolume, ProbeCount, TargetError};
 use lambdalet::kubelet_api::{About, Access, KubeletApi, Limits, Params, Serving, TlsParams};
 use lambdalet::metrics::Metrics;
 use lambdalet::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
@@ -248,6 +248,12 @@ impl PodTargets for World {
 
     fn volumes(&self) -> BTreeMap<String, Vec<PodVolume>> {
         self.volumes.lock().unwrap().clone()
+    }
+
+    fn probes(&self) -> Vec<ProbeCount> {
+        let pod =
+            lambdalet::runtime::types::PodRef { uid: "u".to_owned(), namespace: "ns".to_owned(), name: "p".to_owned() };
+        vec![ProbeCount { pod, container: "c".to_owned(), probe: "Liveness", result: "failed", count: 3 }]
     }
 
     fn healthy(&self) -> Result<(), String> {

@@ -207,7 +207,8 @@ async fn one_that_somebody_removed_is_not_made_again() {
 #[tokio::test]
 async fn a_pod_that_has_run_to_its_end_takes_it_along() {
     let world = World::new();
-    let uid = world.running(pod("a").policy("Never")).await;
+    let brief = pod("a").policy("Never").with("/spec/terminationGracePeriodSeconds", json!(1));
+    let uid = world.running(brief).await;
     debug(&world, "a", "stubborn", json!({}));
     world.attempt(&uid, "dbg", 0).await;
     until("it is said to run", || state(&world, "a")["running"].is_object()).await;

@@ -7,7 +7,8 @@ use serde_json::json;
 use tokio::net::TcpListener;
 
 use super::pods::{PodBuilder, pod};
-use super::world::{SOON, Setup, World, until};
+use super::server::Server;
+use super::world::{LATER, SOON, Setup, World, until};
 
 /// A node whose Pods have addresses at which this process listens.
 async fn node() -> (World, TcpListener) {
@@ -134,6 +135,46 @@ async fn an_image_that_is_missing_prepares_nothing_and_leaves_nothing() {
             .with("/spec/containers/0/image", json!("missing:1")),
     );
     until("it is told", || world.api.container("f", 0)["state"]["waiting"]["reason"] == "ErrImageNeverPull").await;
+    world.api.delete("f", 1);
+    world.until_gone("f").await;
+}
+
+#[tokio::test]
+async fn probes_ask_environments_that_run_and_a_dead_one_is_replaced() {
+    let (world, listener) = node().await;
+    let (alive, ready) = (Server::new(200).await, Server::new(503).await);
+    let probed = function(&listener).with("/spec/containers/0/livenessProbe", alive.probe());
+    let uid = world.create(probed.with("/spec/containers/0/readinessProbe", ready.probe()));
+    let first = prepared(&world, &uid, "0.0").await;
+    assert_eq!((alive.asked(), ready.asked()), (0, 0), "neither the front nor what is only prepared is asked");
+    let mut entering = std::pin::pin!(enter(&world));
+    tokio::select! {
+        _ = &mut entering => panic!("it was not ready"),
+        () = until("its readiness is asked", || ready.asked() > 6) => {}
+    }
+    ready.answer(200);
+    let visit = entering.await;
+    assert_eq!(visit.container, first.id);
+    alive.answer(500);
+    until("the dead one is removed", || {
+        let found = futures::executor::block_on(world.containers(&format!("{uid}.0.0")));
+        found.iter().all(|container| container.id != first.id || container.state == ContainerState::Exited)
+    })
+    .await;
+    alive.answer(200);
+    drop(visit);
+    // As after any crash, the next start may be held back for a while.
+    let next = async {
+        loop {
+            match world.directory().exec_target("default", "f", None, "main").await {
+                Ok(entrance) => return entrance,
+                Err(_) => tokio::time::sleep(std::time::Duration::from_millis(50)).await,
+            }
+        }
+    };
+    let next = tokio::time::timeout(LATER, next).await.expect("another environment");
+    assert_ne!(next.container, first.id);
+    drop(next);
     world.api.delete("f", 1);
     world.until_gone("f").await;
 }

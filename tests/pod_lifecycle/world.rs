@@ -134,6 +134,7 @@ impl World {
             fronts: Fronts::new(&Metrics::default()),
             directory: Arc::default(),
             images: Images::new(1),
+            probes: lambdalet::pod::probes::Bounds::default(),
             facts: facts_seen,
             registration: registered,
             host: self.host(),

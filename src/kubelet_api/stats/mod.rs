@@ -25,7 +25,7 @@ use jiff::Timestamp;
 use fold::Fold;
 use space::Surveyor;
 
-use super::targets::PodTargets;
+use super::targets::{PodTargets, ProbeCount};
 use super::{App, internal, runtime_status};
 use crate::node::machine::{Load, Machine};
 use crate::runtime::stats::{CpuUsage, Interface, SandboxStats, StatsScope, Usage};
@@ -185,11 +185,22 @@ pub(super) async fn cadvisor(State(app): State<App>) -> Response {
     }
 }
 
-/// GET `/metrics/probes`: results of probes, of which this node has none yet. An empty exposition is a valid one.
-pub(super) async fn probes() -> Response {
-    exposition::answer(
-        "# HELP prober_probe_total Probes of containers, by result.\n# TYPE prober_probe_total counter\n".to_owned(),
-    )
+/// GET `/metrics/probes`: results of probes, with a kubelet's name and labels.
+pub(super) async fn probes(State(app): State<App>) -> Response {
+    let mut text = exposition::Exposition::default();
+    let mut family = text.family("prober_probe_total", exposition::Kind::Counter, "Probes of containers, by result.");
+    for ProbeCount { pod, container, probe, result, count } in app.targets.probes() {
+        let labels = [
+            ("container", container.as_str()),
+            ("namespace", &pod.namespace),
+            ("pod", &pod.name),
+            ("pod_uid", &pod.uid),
+            ("probe_type", probe),
+            ("result", result),
+        ];
+        family.sample(&labels, count as f64, None);
+    }
+    exposition::answer(text.finish())
 }
 
 /// GET `/stats/summary[?only_cpu_and_memory=true]`.

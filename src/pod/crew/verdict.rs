@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::{ContainerStatus, PodStatus};
 use super::failed;
 use crate::function::pool_state::Exit;
 
-/// Whether an environment runs, or will not; `None` while that is open.
+/// Whether an environment takes calls, or will not; `None` while that is open.
 pub(super) fn verdict(status: &PodStatus) -> Option<Result<IpAddr, Exit>> {
     if let Some(exit) = ended(status) {
         return Some(Err(exit));
@@ -21,7 +21,10 @@ pub(super) fn verdict(status: &PodStatus) -> Option<Result<IpAddr, Exit>> {
     if let Some(exit) = stuck {
         return Some(Err(exit));
     }
-    let runs = |container: &ContainerStatus| container.state.as_ref().is_some_and(|state| state.running.is_some());
+    // Ready too, where a probe says when that is.
+    let runs = |container: &ContainerStatus| {
+        container.ready && container.state.as_ref().is_some_and(|state| state.running.is_some())
+    };
     let main = status.container_statuses.as_ref()?;
     (!main.is_empty() && main.iter().all(runs)).then(|| {
         let address = status.pod_ip.as_ref().and_then(|ip| ip.parse().ok());

@@ -6,7 +6,8 @@ use k8s_openapi::api::core::v1::EphemeralContainer;
 use proptest::prelude::*;
 
 use super::*;
-use crate::runtime::types::{PodRef, SandboxState, SandboxStatus};
+use crate::pod::probes::machine::Results;
+use crate::runtime::types::{ContainerStatus, PodRef, SandboxState, SandboxStatus};
 
 const MAX_STEPS: usize = 200;
 
@@ -69,11 +70,28 @@ struct World {
     volumes: bool,
     released: bool,
     goal: Goal,
+    health: Health,
+    clock: Timestamp,
 }
 
 impl World {
     fn new(spec: PodSpec) -> Self {
-        Self { spec, observed: Observed::default(), volumes: false, released: false, goal: Goal::Run }
+        let (observed, health) = (Observed::default(), Health::default());
+        Self { spec, observed, volumes: false, released: false, goal: Goal::Run, health, clock: now() }
+    }
+
+    /// Makes the init container of that name a sidecar.
+    fn with_sidecar(mut self, name: &str) -> Self {
+        let mut init = self.spec.init_containers.iter_mut().flatten();
+        let found = init.find(|c| c.name == name).expect("there is such an init container");
+        found.restart_policy = Some("Always".into());
+        self
+    }
+
+    /// What probes say of the newest attempt.
+    fn probed(&mut self, name: &str, started: bool, failed: Option<Kind>) {
+        let id = self.observed.latest(name).expect("it was started").id.clone();
+        self.health.put(id, Results { started, ready: started, failed });
     }
 
     fn next(&self) -> Step {
@@ -88,6 +106,8 @@ impl World {
             pod_hold: None,
             function: None,
             held: false,
+            health: &self.health,
+            ending: &BTreeSet::new(),
             now: now(),
         })
     }
@@ -104,11 +124,20 @@ impl World {
             Step::Start { name, attempt } => {
                 let in_sandbox = self.observed.ready_sandbox().expect("a start needs a ready sandbox").attempt;
                 assert!(self.observed.running().all(|c| &c.name != name), "{name} started while it runs");
-                self.observed.put_container(container(name, *attempt, in_sandbox, ContainerState::Running, 0));
+                let made = container(name, *attempt, in_sandbox, ContainerState::Running, 0);
+                self.observed.put_container(ContainerStatus { created_at: self.clock, ..made });
             }
             Step::Stop { containers, .. } => {
                 let hit: Vec<_> = self.observed.running().filter(|c| containers.contains(&c.id)).cloned().collect();
                 hit.into_iter().for_each(|c| self.end(&c.name, 143));
+            }
+            Step::Kill { container, .. } => {
+                let name = self.observed.running().find(|c| c.id == *container).expect("it runs").name.clone();
+                self.end(&name, 137);
+            }
+            Step::Reset(ids) => {
+                let hit: Vec<_> = self.observed.running().filter(|c| ids.contains(&c.id)).cloned().collect();
+                hit.into_iter().for_each(|c| self.end(&c.name, 137));
             }
             Step::Prune(id) => self.observed.drop_container(id),
             Step::RemoveSandbox(id) => self.observed.drop_sandbox(id),
@@ -133,7 +162,8 @@ impl World {
 
     fn end(&mut self, name: &str, code: i32) {
         if let Some(latest) = self.observed.latest(name).filter(|c| c.state == ContainerState::Running).cloned() {
-            let ended = ContainerStatus { state: ContainerState::Exited, exit_code: code, ..latest };
+            let finished_at = Some(self.clock);
+            let ended = ContainerStatus { state: ContainerState::Exited, exit_code: code, finished_at, ..latest };
             self.observed.put_container(ended);
         }
     }
@@ -254,6 +284,8 @@ fn an_ephemeral_container_on_hold_does_not_hold_the_others() {
             pod_hold: None,
             function: None,
             held: false,
+            health: &Health::default(),
+            ending: &BTreeSet::new(),
             now: now(),
         })
     };
@@ -301,6 +333,8 @@ fn a_hold_keeps_a_container_back_but_not_its_neighbour() {
         pod_hold: None,
         function: None,
         held: false,
+        health: &Health::default(),
+        ending: &BTreeSet::new(),
         now: now(),
     };
     assert_eq!(plan(&view), Step::Start { name: "b".into(), attempt: 0 });
@@ -327,6 +361,8 @@ fn what_is_held_is_made_and_not_started_until_it_is_let_go() {
             pod_hold: None,
             function: None,
             held,
+            health: &Health::default(),
+            ending: &BTreeSet::new(),
             now: now(),
         })
     };
@@ -360,6 +396,8 @@ fn an_init_container_that_is_held_is_made_and_nothing_after_it() {
         pod_hold: None,
         function: None,
         held: true,
+        health: &Health::default(),
+        ending: &BTreeSet::new(),
         now: now(),
     };
     assert_eq!(plan(&view), Step::Wait(None));
@@ -384,6 +422,8 @@ fn a_container_removed_behind_our_back_never_reuses_an_attempt_number() {
         pod_hold: None,
         function: None,
         held: false,
+        health: &Health::default(),
+        ending: &BTreeSet::new(),
         now: now(),
     };
     assert_eq!(plan(&view), Step::Start { name: "a".into(), attempt: 4 });
@@ -401,10 +441,135 @@ fn one_dead_attempt_is_kept_and_older_ones_are_removed() {
     assert_eq!(world.observed.latest("a").map(|c| c.attempt), Some(5));
 }
 
+#[test]
+fn a_sidecar_lets_the_next_one_begin_once_it_has_started_and_stays() {
+    let mut world = World::new(spec("Always", &["s", "i"], &["a"])).with_sidecar("s");
+    let start = |name: &str, attempt| Step::Start { name: name.into(), attempt };
+    assert_eq!(world.next(), Step::SetUpVolumes);
+    while world.running().is_empty() {
+        let step = world.next();
+        world.apply(&step);
+    }
+    world.probed("s", false, None);
+    assert_eq!(world.settle(), [], "its startup probe has not succeeded");
+    assert!(!initialized(&world.spec, &world.observed, &world.health));
+    world.probed("s", true, None);
+    assert_eq!(world.settle(), [start("i", 0)]);
+    world.end("s", 0);
+    assert_eq!(world.settle(), [start("s", 1)], "it comes back while the next one runs");
+    world.probed("s", false, None);
+    world.end("i", 0);
+    assert_eq!(world.settle(), [start("a", 0)], "what it has let begin does not wait for it again");
+    assert!(initialized(&world.spec, &world.observed, &world.health));
+    world.end("s", 1);
+    assert_eq!(world.next(), start("s", 2));
+}
+
+#[test]
+fn a_pod_ends_with_its_main_containers_and_takes_its_sidecars_along_with_grace() {
+    let mut world = World::new(spec("Never", &["s"], &["a"])).with_sidecar("s");
+    world.spec.termination_grace_period_seconds = Some(7);
+    world.settle();
+    world.end("s", 1);
+    assert_eq!(names(&world.settle()), ["s"], "whatever the Pod's policy");
+    world.end("a", 0);
+    assert_eq!(finished(&world.spec, &world.observed), Some(Finish::Succeeded));
+    let stop = Step::Stop { containers: vec!["s-1".into()], grace: Duration::from_secs(7) };
+    assert_eq!(world.settle(), [stop, Step::Release]);
+}
+
+#[test]
+fn a_container_that_failed_its_probe_for_good_is_killed_once() {
+    let mut world = World::new(spec("Always", &[], &["a", "b"]));
+    world.settle();
+    world.probed("a", true, Some(Kind::Liveness));
+    let kill = Step::Kill { container: "a-0".into(), probe: Kind::Liveness };
+    assert_eq!(world.next(), kill);
+    let ending = BTreeSet::from(["a-0".into()]);
+    let under_way = plan(&View {
+        spec: &world.spec,
+        goal: Goal::Run,
+        observed: &world.observed,
+        volumes_ready: true,
+        released: false,
+        floors: &BTreeMap::new(),
+        container_holds: &BTreeMap::new(),
+        pod_hold: None,
+        function: None,
+        held: false,
+        health: &world.health,
+        ending: &ending,
+        now: now(),
+    });
+    assert_eq!(under_way, Step::Wait(None));
+    assert_eq!(world.settle(), [kill, Step::Start { name: "a".into(), attempt: 1 }]);
+}
+
+#[test]
+fn the_first_rule_that_names_the_code_decides_then_the_containers_policy() {
+    for (policy, own, rules, code, again) in [
+        ("Never", None, "In 42", 42, true),
+        ("Never", None, "In 42", 1, false),
+        ("Never", Some("Never"), "NotIn 1 2", 3, true),
+        ("Never", Some("Never"), "NotIn 1 2", 2, false),
+        ("Never", Some("OnFailure"), "", 1, true),
+        ("Never", Some("OnFailure"), "", 0, false),
+        ("Always", Some("Never"), "", 1, false),
+        ("Always", Some("OnFailure"), "In 0", 0, true),
+    ] {
+        let mut world = World::new(spec(policy, &[], &["a", "b"]));
+        let container = &mut world.spec.containers[0];
+        container.restart_policy = own.map(str::to_owned);
+        if let Some((operator, values)) = rules.split_once(' ') {
+            let values: Vec<i32> = values.split(' ').map(|value| value.parse().unwrap()).collect();
+            let rule = serde_json::json!({
+                "action": "Restart", "exitCodes": { "operator": operator, "values": values },
+            });
+            container.restart_policy_rules = Some(vec![serde_json::from_value(rule).unwrap()]);
+        }
+        world.settle();
+        world.end("a", code);
+        assert_eq!(!names(&world.settle()).is_empty(), again, "{policy} {own:?} {rules:?} after exit code {code}");
+    }
+}
+
+#[test]
+fn a_rule_may_have_every_container_begin_anew() {
+    let mut spec = spec("Never", &["i"], &["a", "b"]);
+    let codes = serde_json::json!({ "operator": "In", "values": [88] });
+    let rule = serde_json::json!({ "action": "RestartAllContainers", "exitCodes": codes });
+    spec.containers[0].restart_policy_rules = Some(vec![serde_json::from_value(rule).unwrap()]);
+    let mut world = World::new(spec);
+    world.settle();
+    world.end("i", 0);
+    world.settle();
+    world.end("b", 0);
+    world.settle();
+    world.clock += Duration::from_secs(1);
+    world.end("a", 88);
+    world.clock += Duration::from_secs(1);
+    assert!(finished(&world.spec, &world.observed).is_none(), "what has ended begins anew too");
+    assert_eq!(names(&world.settle()), ["i"]);
+    world.end("i", 0);
+    assert_eq!(names(&world.settle()), ["a", "b"]);
+    world.clock += Duration::from_secs(1);
+    world.end("a", 88);
+    world.clock += Duration::from_secs(1);
+    let steps = world.settle();
+    assert_eq!(steps[0], Step::Reset(vec!["b-1".into()]));
+    assert_eq!(names(&steps), ["i"]);
+    world.end("i", 0);
+    world.settle();
+    world.end("a", 0);
+    world.end("b", 0);
+    assert_eq!(finished(&world.spec, &world.observed), Some(Finish::Succeeded));
+}
+
 /// What may happen to a Pod between two settlements.
 #[derive(Clone, Debug)]
 enum Blow {
     End(usize, i32),
+    Unhealthy(usize),
     SandboxDies,
 }
 
@@ -412,6 +577,7 @@ fn blow() -> impl Strategy<Value = Blow> {
     prop_oneof![
         4 => (0usize..4, prop_oneof![Just(0), Just(1), Just(137)]).prop_map(|(i, code)| Blow::End(i, code)),
         1 => Just(Blow::SandboxDies),
+        1 => (0usize..4).prop_map(Blow::Unhealthy),
     ]
 }
 
@@ -421,15 +587,26 @@ proptest! {
         policy in prop::sample::select(vec!["Always", "OnFailure", "Never"]),
         inits in 0usize..3,
         mains in 1usize..4,
+        sidecars in prop::collection::vec(any::<bool>(), 3),
         blows in prop::collection::vec(blow(), 0..25),
     ) {
         let names: Vec<String> = (0..inits).map(|i| format!("i{i}")).chain((0..mains).map(|i| format!("m{i}"))).collect();
         let refs: Vec<&str> = names.iter().map(String::as_str).collect();
         let mut world = World::new(spec(policy, &refs[..inits], &refs[inits..]));
+        let stay: Vec<&str> = (0..inits).filter(|i| sidecars[*i]).map(|i| refs[i]).collect();
+        for name in &stay {
+            world = world.with_sidecar(name);
+        }
         world.settle();
         for blow in blows {
             match blow {
                 Blow::End(i, code) => world.end(&names[i % names.len()], code),
+                Blow::Unhealthy(i) => {
+                    let name = &names[i % names.len()];
+                    if world.running().contains(&name.as_str()) {
+                        world.probed(name, true, Some(Kind::Liveness));
+                    }
+                }
                 Blow::SandboxDies => {
                     if let Some(last) = world.observed.sandbox().cloned() {
                         world.observed.put_sandbox(SandboxStatus { state: SandboxState::NotReady, ..last });
@@ -438,8 +615,10 @@ proptest! {
             }
             world.settle();
             let main_runs = world.running().iter().any(|n| n.starts_with('m'));
-            let init_runs = world.running().iter().any(|n| n.starts_with('i'));
+            let init_runs = world.running().iter().any(|n| n.starts_with('i') && !stay.contains(n));
             prop_assert!(!(main_runs && init_runs), "init and main containers ran together");
+            let sidecars_run = stay.iter().all(|name| world.running().contains(name));
+            prop_assert!(!main_runs || sidecars_run, "a sidecar is missing");
             if finished(&world.spec, &world.observed).is_some() {
                 prop_assert!(world.running().is_empty() && world.released);
                 break;

@@ -1,14 +1,18 @@
 //! The Pod's conditions.
 
-use k8s_openapi::api::core::v1::{ContainerStatus as ApiContainerStatus, PodCondition};
+use k8s_openapi::api::core::v1::{ContainerStatus as ApiContainerStatus, PodCondition, PodSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::StatusInput;
 use crate::pod::plan;
+use crate::pod::qos::is_sidecar;
 
 /// The conditions this node writes.
 pub(super) const TYPES: [&str; 5] =
     ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+
+/// The condition of a Pod with a rule that restarts every container: it holds while what ran before ends.
+const RESTARTING: &str = "AllContainersRestarting";
 
 /// The condition of a function Pod that tells its replicas.
 pub(super) const REPLICAS: &str = "lambdalet.dev/Replicas";
@@ -37,22 +41,31 @@ pub(super) fn all(
     init: &[ApiContainerStatus],
     main: &[ApiContainerStatus],
 ) -> Vec<PodCondition> {
-    let containers = containers_ready(phase, main);
+    let sidecars = init.iter().filter(|status| is_one_of_sidecars(input, status));
+    let containers = containers_ready(phase, sidecars.chain(main));
     let ready = match (&containers.holds, unmet_gates(input)) {
-        (true, unmet) if !unmet.is_empty() => {
-            let text = format!("corresponding condition of pod readiness gate {unmet:?} does not exist.");
-            Verdict::no("ReadinessGatesNotReady", Some(text))
-        }
+        (true, unmet) if !unmet.is_empty() => Verdict::no("ReadinessGatesNotReady", Some(unmet.join(", "))),
         _ => Verdict { holds: containers.holds, reason: containers.reason, message: containers.message.clone() },
     };
     let started = if input.ready_to_start { Verdict::yes() } else { Verdict { reason: None, ..Verdict::no("", None) } };
     let verdicts = [started, initialized(input, phase, init), ready, containers, Verdict::yes()];
     let mut list: Vec<_> =
         TYPES.iter().zip(verdicts).map(|(type_, verdict)| condition(input, type_, verdict)).collect();
+    if let Some(spec) = input.pod.spec.as_ref().filter(|spec| plan::may_restart_all(spec)) {
+        list.push(condition(input, RESTARTING, restarting(input, spec)));
+    }
     if let Some((holds, text)) = input.replicas {
         list.push(condition(input, REPLICAS, Verdict { holds, reason: None, message: Some(text.to_owned()) }));
     }
     list
+}
+
+fn restarting(input: &StatusInput<'_>, spec: &PodSpec) -> Verdict {
+    if !plan::is_resetting(spec, input.observed) {
+        return Verdict { holds: false, reason: None, message: None };
+    }
+    let text = "container exited with restart policy rule".to_owned();
+    Verdict { holds: true, reason: Some("RestartAllContainersStarted"), message: Some(text) }
 }
 
 fn condition(input: &StatusInput<'_>, type_: &str, verdict: Verdict) -> PodCondition {
@@ -71,26 +84,36 @@ fn condition(input: &StatusInput<'_>, type_: &str, verdict: Verdict) -> PodCondi
 }
 
 fn initialized(input: &StatusInput<'_>, phase: &str, init: &[ApiContainerStatus]) -> Verdict {
-    let done = input.pod.spec.as_ref().is_none_or(|spec| plan::initialized(spec, input.observed));
+    let done = input.pod.spec.as_ref().is_none_or(|spec| plan::initialized(spec, input.observed, input.health));
     if phase == "Succeeded" {
         return Verdict { reason: Some("PodCompleted"), ..Verdict::yes() };
     }
     if done || init.is_empty() {
         return Verdict::yes();
     }
-    let names = names(init);
+    let unfinished = |status: &&ApiContainerStatus| match is_one_of_sidecars(input, status) {
+        true => status.started != Some(true),
+        false => !status.ready,
+    };
+    let names = names(init.iter().filter(unfinished));
     if names.is_empty() {
         return Verdict::yes();
     }
     Verdict::no("ContainersNotInitialized", Some(format!("containers with incomplete status: [{names}]")))
 }
 
-fn containers_ready(phase: &str, main: &[ApiContainerStatus]) -> Verdict {
+fn is_one_of_sidecars(input: &StatusInput<'_>, status: &ApiContainerStatus) -> bool {
+    let mut init = input.pod.spec.iter().flat_map(|spec| spec.init_containers.iter().flatten());
+    init.any(|container| container.name == status.name && is_sidecar(container))
+}
+
+/// Of sidecars and main containers.
+fn containers_ready<'a>(phase: &str, lasting: impl Iterator<Item = &'a ApiContainerStatus>) -> Verdict {
     match phase {
         "Succeeded" => Verdict::no("PodCompleted", None),
         "Failed" => Verdict::no("PodFailed", None),
         _ => {
-            let names = names(main);
+            let names = names(lasting.filter(|status| !status.ready));
             if names.is_empty() {
                 return Verdict::yes();
             }
@@ -99,17 +122,21 @@ fn containers_ready(phase: &str, main: &[ApiContainerStatus]) -> Verdict {
     }
 }
 
-/// Names of the containers that are not ready, as Go prints a list.
-fn names(statuses: &[ApiContainerStatus]) -> String {
-    statuses.iter().filter(|s| !s.ready).map(|s| s.name.as_str()).collect::<Vec<_>>().join(" ")
+/// Names of containers, as Go prints a list.
+fn names<'a>(statuses: impl Iterator<Item = &'a ApiContainerStatus>) -> String {
+    statuses.map(|s| s.name.as_str()).collect::<Vec<_>>().join(" ")
 }
 
-/// Readiness gates that nobody has set to True.
+/// What keeps each readiness gate closed that nobody has set to True.
 fn unmet_gates(input: &StatusInput<'_>) -> Vec<String> {
-    let gates = input.pod.spec.iter().flat_map(|s| s.readiness_gates.iter().flatten());
-    let met = |type_: &str| {
+    let gates = input.pod.spec.iter().flat_map(|s| s.readiness_gates.iter().flatten()).map(|gate| &gate.condition_type);
+    let unmet = gates.filter_map(|gate| {
         let mut conditions = input.pod.status.iter().flat_map(|s| s.conditions.iter().flatten());
-        conditions.any(|c| c.type_ == type_ && c.status == "True")
-    };
-    gates.filter(|g| !met(&g.condition_type)).map(|g| g.condition_type.clone()).collect()
+        match conditions.find(|c| c.type_ == *gate).map(|c| c.status.as_str()) {
+            None => Some(format!("corresponding condition of pod readiness gate {gate:?} does not exist.")),
+            Some("True") => None,
+            Some(status) => Some(format!("the status of pod readiness gate {gate:?} is not \"True\", but {status}")),
+        }
+    });
+    unmet.collect()
 }

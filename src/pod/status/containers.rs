@@ -10,6 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::{StatusInput, Trouble, ephemeral, is_running};
 use crate::pod::plan;
+use crate::pod::qos::is_sidecar;
 use crate::runtime::types::{ContainerState, ContainerStatus};
 
 /// The status of `container`.
@@ -27,18 +28,22 @@ pub(super) fn status(input: &StatusInput<'_>, container: &Container, init: bool)
     .or_else(|| reported.and_then(|r| r.last_state.clone()).filter(|_| latest.is_none()));
     let seen = latest.map_or(0, |l| i32::try_from(l.attempt).unwrap_or(i32::MAX));
     let running = latest.is_some_and(|l| is_running(l.state)) && !input.terminal;
+    let sidecar = init && is_sidecar(container);
+    let health = latest.map(|l| input.health.of(&l.id)).unwrap_or_default();
+    let started = running && health.started;
     let succeeded = latest.is_some_and(|l| l.state == ContainerState::Exited && l.exit_code == 0);
     ApiStatus {
         name: container.name.clone(),
         image: latest.map_or_else(|| container.image.clone().unwrap_or_default(), |l| l.image_ref.clone()),
         image_id: latest.map(|l| l.image.to_string()).unwrap_or_default(),
         container_id: latest.map(|l| format!("{}://{}", input.runtime_name, l.id)),
-        ready: if init { succeeded } else { running && !input.unready },
-        started: Some(running),
+        ready: if init && !sidecar { succeeded } else { started && health.ready && !input.unready },
+        started: Some(started),
         restart_count: seen.max(if latest.is_none() { reported.map_or(0, |r| r.restart_count) } else { 0 }),
         state: Some(state),
         last_state: last_state.or_else(|| Some(ApiState::default())),
         resources: container.resources.clone(),
+        stop_signal: container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.stop_signal.clone()),
         allocated_resources: container.resources.as_ref().and_then(|r| r.requests.clone()),
         ..ApiStatus::default()
     }
@@ -91,7 +96,7 @@ fn lost(input: &StatusInput<'_>, container: &Container, init: bool) -> Option<Ap
 
 fn default_reason(input: &StatusInput<'_>, init: bool) -> &'static str {
     let has_init = input.pod.spec.as_ref().and_then(|s| s.init_containers.as_ref()).is_some_and(|l| !l.is_empty());
-    let initialized = input.pod.spec.as_ref().is_none_or(|spec| plan::initialized(spec, input.observed));
+    let initialized = input.pod.spec.as_ref().is_none_or(|spec| plan::initialized(spec, input.observed, input.health));
     if has_init && (init || !initialized) { "PodInitializing" } else { "ContainerCreating" }
 }
 

@@ -6,6 +6,7 @@ use k8s_openapi::api::core::v1::Pod;
 use super::{Trouble, crash_loop};
 use crate::function::pool_state::Summary;
 use crate::pod::observed::Observed;
+use crate::pod::qos::is_sidecar;
 use crate::pod::translate::pod_ref;
 use crate::runtime::types::{ContainerState, ContainerStatus, ImageId, SandboxStatus};
 
@@ -48,11 +49,12 @@ pub(in crate::pod) fn shown(
     let summary = summary.unwrap_or_default();
     let crash = summary.crash.as_ref().filter(|crash| crash.until.is_some());
     let spec = pod.spec.clone().unwrap_or_default();
+    let state = if drained || crash.is_some() { ContainerState::Exited } else { ContainerState::Running };
     for init in spec.init_containers.iter().flatten() {
-        observed.put_container(stand_in(pod, sandbox, &init.name, ContainerState::Exited, since));
+        let state = if is_sidecar(init) { state } else { ContainerState::Exited };
+        observed.put_container(stand_in(pod, sandbox, &init.name, state, since));
     }
     for container in &spec.containers {
-        let state = if drained || crash.is_some() { ContainerState::Exited } else { ContainerState::Running };
         let mut status = stand_in(pod, sandbox, &container.name, state, since);
         status.attempt = u32::try_from(summary.crashes).unwrap_or(u32::MAX);
         status.image_ref = container.image.clone().unwrap_or_default();

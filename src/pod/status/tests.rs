@@ -6,6 +6,7 @@ use k8s_openapi::api::core::v1::{Container, PodCondition, PodReadinessGate};
 use proptest::prelude::*;
 
 use super::*;
+use crate::pod::probes::machine::Results;
 use crate::runtime::types::{ContainerStatus, PodRef, SandboxState, SandboxStatus};
 
 fn at(seconds: i64) -> Timestamp {
@@ -59,6 +60,7 @@ struct Case {
     observed: Observed,
     waiting: BTreeMap<String, Trouble>,
     messages: BTreeMap<ContainerId, String>,
+    health: Health,
     ended: Option<Trouble>,
     terminal: bool,
 }
@@ -76,7 +78,7 @@ impl Case {
         };
         let observed = Observed::new(vec![sandbox], attempts);
         let (waiting, messages) = (BTreeMap::new(), BTreeMap::new());
-        Self { pod, observed, waiting, messages, ended: None, terminal: false }
+        Self { pod, observed, waiting, messages, health: Health::default(), ended: None, terminal: false }
     }
 
     fn status(&self) -> PodStatus {
@@ -88,6 +90,7 @@ impl Case {
             host_addresses: &[IpAddr::from([192, 0, 2, 1])],
             waiting: &self.waiting,
             messages: &self.messages,
+            health: &self.health,
             ended: self.ended.as_ref(),
             terminal: self.terminal,
             unready: false,
@@ -218,6 +221,44 @@ fn readiness_gates_hold_ready_back_but_not_containers_ready() {
     let status = case.status();
     assert_eq!(condition(&status, "ContainersReady").status, "True");
     assert_eq!(condition(&status, "Ready").status, "False");
+    let message = |status: &PodStatus| condition(status, "Ready").message.unwrap();
+    assert_eq!(message(&status), "corresponding condition of pod readiness gate \"x/y\" does not exist.");
+    let gate = |status: &str| PodCondition { type_: "x/y".into(), status: status.into(), ..PodCondition::default() };
+    case.pod.status = Some(PodStatus { conditions: Some(vec![gate("False")]), ..PodStatus::default() });
+    assert_eq!(message(&case.status()), "the status of pod readiness gate \"x/y\" is not \"True\", but False");
+    case.pod.status = Some(PodStatus { conditions: Some(vec![gate("True")]), ..PodStatus::default() });
+    assert_eq!(condition(&case.status(), "Ready").status, "True");
+}
+
+#[test]
+fn started_and_ready_are_what_probes_say() {
+    let mut case = Case::new(pod("Always", &[], &["a"]), vec![attempt("a", 0, ContainerState::Running, 0)]);
+    for (started, ready, told) in [(false, true, false), (true, false, false), (true, true, true)] {
+        case.health.put("a-0".into(), Results { started, ready, failed: None });
+        let container = case.status().container_statuses.unwrap().remove(0);
+        assert_eq!((container.started, container.ready), (Some(started), told));
+        assert_eq!(condition(&case.status(), "Ready").status, if told { "True" } else { "False" });
+    }
+    case.observed = Observed::new(vec![], vec![attempt("a", 0, ContainerState::Exited, 1)]);
+    let container = case.status().container_statuses.unwrap().remove(0);
+    assert_eq!((container.started, container.ready), (Some(false), false), "whatever was found before");
+}
+
+#[test]
+fn a_sidecar_counts_for_readiness_and_initialises_by_having_started() {
+    use ContainerState::Running;
+    let mut case = Case::new(pod("Always", &["s"], &["a"]), vec![attempt("s", 0, Running, 0)]);
+    case.pod.spec.as_mut().unwrap().init_containers.as_mut().unwrap()[0].restart_policy = Some("Always".into());
+    case.health.put("s-0".into(), Results { started: false, ready: true, failed: None });
+    let text = "containers with incomplete status: [s]";
+    assert_eq!(condition(&case.status(), "Initialized").message.as_deref(), Some(text));
+    assert_eq!(phase_of(&case), "Pending");
+    case.health.put("s-0".into(), Results { started: true, ready: false, failed: None });
+    case.observed.put_container(attempt("a", 0, Running, 0));
+    let status = case.status();
+    assert_eq!((condition(&status, "Initialized").status.as_str(), phase_of(&case).as_str()), ("True", "Running"));
+    let text = "containers with unready status: [s]";
+    assert_eq!(condition(&status, "ContainersReady").message.as_deref(), Some(text));
 }
 
 #[test]

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use futures::StreamExt as _;
-use futures::future::join_all;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Container;
 use tokio::time::Instant;
@@ -24,7 +23,7 @@ const MAX_LOG_LINES: u64 = 80;
 /// Most bytes of the log taken in place of a message.
 const MAX_LOG_BYTES: usize = 2048;
 /// Wait before something that must be removed is tried again.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
+pub(super) const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 impl Worker {
     /// Takes note of what has ended since the last turn, and of deadlines passed.
@@ -146,17 +145,14 @@ impl Worker {
         let deadline = *self.memory.stop_by.get_or_insert_with(|| Instant::now() + grace);
         let deadline = deadline.min(Instant::now() + grace);
         self.memory.stop_by = Some(deadline);
-        let left = deadline.saturating_duration_since(Instant::now());
-        let stops = containers.iter().map(|id| self.shared.runtime.stop_container(id, left));
-        let failed = join_all(stops).await.into_iter().filter_map(Result::err).next();
-        failpoint::hit("stop");
-        for id in containers {
-            self.look_at_container(id).await;
-        }
-        if let Some(error) = failed {
-            self.complain("FailedKillPod", chain(&error));
-            tokio::time::sleep(TRY_AGAIN).await;
-        }
+        self.begin_endings(containers, deadline);
+        let ended = tokio::select! {
+            // Cancel-safe: one that has ended stays until it is taken.
+            ended = self.endings.next() => ended,
+            // Cancel-safe: the next turn takes the results and tells them.
+            () = self.probes.changed() => return,
+        };
+        self.note_ending(ended).await;
     }
 
     pub(super) async fn remove_sandbox(&mut self, id: &SandboxId) {
@@ -177,6 +173,7 @@ impl Worker {
         self.observed.drop_container(id);
         self.memory.digested.remove(id);
         self.memory.messages.remove(id);
+        self.endings.forget(id);
     }
 
     /// Gives back what an ended Pod does not need any more. Containers stay for their logs while the Pod object exists
@@ -204,7 +201,7 @@ impl Worker {
     }
 
     /// A Warning event, unless it is what was said last: what is tried every second is not told every second.
-    fn complain(&mut self, reason: &str, text: String) {
+    pub(super) fn complain(&mut self, reason: &str, text: String) {
         if self.memory.complaint.as_ref() != Some(&text) {
             self.shared.events.warning(&self.pod, None, reason, text.clone());
             self.memory.complaint = Some(text);

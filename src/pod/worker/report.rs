@@ -31,6 +31,7 @@ impl Worker {
             host_addresses: &facts.addresses,
             waiting: &waiting,
             messages: &self.memory.messages,
+            health: self.probes.health(),
             ended: self.memory.ended.as_ref(),
             terminal: (goal != Goal::Run || finished) && !self.is_up(),
             runtime_name: if shown.is_some() { function::SCHEME } else { &self.shared.runtime_name },

@@ -380,7 +380,10 @@ impl Worker {
         self.memory.waiting.remove(name);
         self.seen(id).await;
         match started {
-            Ok(()) => self.tell(Some(name), "Started", format!("Container started: {name}")),
+            Ok(()) => {
+                self.tell(Some(name), "Started", format!("Container started: {name}"));
+                self.after_start(name, id).await;
+            }
             Err(error) if error.kind() == Kind::Invalid => {
                 let trouble = trouble("RunContainerError", &error);
                 shared.events.warning(&pod, Some(name), "Failed", format!("Error: {}", trouble.message));
