@@ -8,6 +8,7 @@ use k8s_openapi::api::core::v1::{
     AppArmorProfile, Container, Pod, PodSecurityContext, PodSpec, SeccompProfile, SecurityContext,
 };
 
+use super::admission::dotted;
 use super::qos::{self, qos_class};
 use crate::runtime::types::{
     ContainerConfig, Image, Mount, MountPropagation, NamespaceMode, PodRef, Profile, SandboxConfig, SandboxNetwork,
@@ -119,7 +120,7 @@ pub fn sandbox(host: &Host, pod: &Pod, spec: &PodSpec, hostname: &str, network: 
         network,
         ipc: ipc(spec),
         pid: pid(spec),
-        sysctls: sysctls.map(|s| (s.name.clone(), s.value.clone())).collect(),
+        sysctls: sysctls.map(|s| (dotted(&s.name), s.value.clone())).collect(),
         cgroup_parent: cgroup_parent(host, &reference.uid, spec),
         resources,
         pod: reference,
