@@ -196,6 +196,11 @@ impl Worker {
             return tokio::time::sleep(TRY_AGAIN).await;
         }
         self.memory.places = None;
+        if let Err(error) = self.shared.addresses.close_ports(&self.reference.uid).await {
+            self.complain("FailedKillPod", chain(&error));
+            return tokio::time::sleep(TRY_AGAIN).await;
+        }
+        self.memory.ports_open = false;
         self.memory.next_refresh = None;
         self.memory.released = true;
     }
@@ -267,6 +272,11 @@ impl Worker {
         }
         let given_back = match self.seat {
             None => self.shared.addresses.release(uid),
+        if let Err(error) = self.shared.addresses.close_ports(uid).await {
+            tracing::warn!(pod = %self.reference, error = chain(&error), "failed to close the Pod's ports; trying again");
+            tokio::time::sleep(TRY_AGAIN).await;
+            return Next::Again;
+        }
             Some(_) => self.shared.addresses.discard(uid),
         };
         if let Err(error) = given_back {

@@ -25,6 +25,8 @@ pub(super) struct Memory {
     /// The Pod's address.
     pub(super) address: Option<IpAddr>,
     /// Why containers wait.
+    /// Its ports on the host lead to it.
+    pub(super) ports_open: bool,
     pub(super) waiting: BTreeMap<String, Trouble>,
     /// Until when containers are not tried.
     pub(super) holds: BTreeMap<String, Timestamp>,

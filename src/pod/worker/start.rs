@@ -174,6 +174,18 @@ impl Worker {
     fn addresses(&self) -> Vec<std::net::IpAddr> {
         match self.memory.address {
             Some(address) => vec![address],
+    /// Leads ports of the host to the Pod, once per sandbox. A function's front answers at the Pod's address only.
+    async fn open_ports(&mut self) -> Result<(), String> {
+        let (Some(spec), Some(address)) = (&self.pod.spec, self.memory.address) else { return Ok(()) };
+        if self.memory.ports_open || self.seat.is_some() || self.function.is_some() {
+            return Ok(());
+        }
+        let opened = self.shared.addresses.open_ports(&self.reference.uid, address, spec).await;
+        opened.map_err(|error| format!("failed to open the Pod's ports on the host: {}", chain(&error)))?;
+        self.memory.ports_open = true;
+        Ok(())
+    }
+
             None => self.shared.facts.borrow().addresses.clone(),
         }
     }
@@ -216,9 +228,11 @@ impl Worker {
             self.set_up_volumes().await;
             return None;
         }
-        if self.memory.places.as_ref().is_some_and(|p| p.files.is_empty())
-            && let Err(message) = self.write_files()
-        {
+        let furnished = match self.memory.places.as_ref().is_some_and(|p| p.files.is_empty()) {
+            true => self.write_files(),
+            false => Ok(()),
+        };
+        if let Err(message) = self.open_ports().await.and(furnished) {
             let until = Timestamp::now() + backoff::RETRY;
             self.hold(name, Trouble::new("CreateContainerError", message), until);
             return None;
