@@ -15,6 +15,8 @@ use crate::quantity::Quantity;
 
 /// An emptyDir belongs to whoever the containers run as.
 const EMPTY_DIR_MODE: u32 = 0o777;
+/// One in memory is sticky besides, as a fresh tmpfs is.
+const MEMORY_DIR_MODE: u32 = 0o1777;
 /// What a group gets on an emptyDir with an fsGroup: it may write, and new files inherit it.
 const GROUP_DIR: u32 = 0o2770;
 
@@ -67,9 +69,11 @@ pub(super) fn empty_dir(
     memory: Option<Quantity>,
     group: Option<u32>,
 ) -> io::Result<()> {
-    let mode = source.mode.and_then(|mode| u32::try_from(mode).ok()).unwrap_or(EMPTY_DIR_MODE);
+    let in_memory = source.medium.as_deref() == Some("Memory");
+    let usual = if in_memory { MEMORY_DIR_MODE } else { EMPTY_DIR_MODE };
+    let mode = source.mode.and_then(|mode| u32::try_from(mode).ok()).unwrap_or(usual);
     let mode = if group.is_some() { mode | GROUP_DIR } else { mode };
-    if source.medium.as_deref() == Some("Memory") {
+    if in_memory {
         make_dir(dir)?;
         if mounts::is_mount_point(dir)? {
             return Ok(());
@@ -251,7 +255,7 @@ mod tests {
             let size = nix::sys::statfs::statfs(&dir).unwrap();
             assert_eq!(size.blocks() * u64::try_from(size.block_size()).unwrap(), 1 << 20);
             let metadata = fs::metadata(&dir).unwrap();
-            assert_eq!((metadata.gid(), metadata.mode() & 0o7777), (4321, 0o2777));
+            assert_eq!((metadata.gid(), metadata.mode() & 0o7777), (4321, 0o3777));
             mounts::remove_tree(&dir).unwrap();
         });
     }
