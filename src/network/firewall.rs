@@ -75,8 +75,10 @@ fn wanted(bridge: &str, range: IpNet, docker: bool) -> Vec<Rule> {
         rule("nat", "POSTROUTING", false, &format!("-s {range} ! -o {bridge} {tag} -j MASQUERADE")),
     ];
     for chain in [forward, "OUTPUT"].into_iter().filter(|_| range.addr().is_ipv4()) {
+        // What the host sent to an address of its own, and a rule has led to a Pod by now, still counts as leaving there.
+        let led = if chain == "OUTPUT" { "-m conntrack ! --ctstate DNAT " } else { "" };
         // Not the gateway's own address: what the host sends to itself leaves by the loopback interface as well.
-        let nobody = format!("-m addrtype --dst-type UNICAST {tag} -j REJECT --reject-with");
+        let nobody = format!("{led}-m addrtype --dst-type UNICAST {tag} -j REJECT --reject-with");
         rules.extend([
             rule("filter", chain, true, &format!("-d {range} -o {NOWHERE} ! -p tcp {nobody} icmp-port-unreachable")),
             rule("filter", chain, true, &format!("-d {range} -o {NOWHERE} -p tcp {nobody} tcp-reset")),

@@ -113,7 +113,9 @@ mod tests {
         assert!(list.is_empty(), "{list}");
         pod.metadata.labels = Some([(labels::MAX.to_owned(), "3".to_owned())].into());
         let list = omissions(&pod, &spec).join("\n");
-        for part in ["restartPolicy OnFailure is treated as Always", "readinessProbe decides", "hostPort 80 is not opened"] {
+        for part in
+            ["restartPolicy OnFailure is treated as Always", "readinessProbe decides", "hostPort 80 is not opened"]
+        {
             assert!(list.contains(part), "{part} is missing in {list}");
         }
     }
