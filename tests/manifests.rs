@@ -205,11 +205,6 @@ fn examples_land_on_this_node_and_lose_nothing_there() {
             ];
             assert!(kinds.contains(&true), "{name}: volume {} is of a type this node does not have", volume.name);
         }
-        let mounts = spec.containers.iter().flat_map(|container| container.volume_mounts.iter().flatten());
-        for mount in mounts {
-            let sub = mount.sub_path.is_some() || mount.sub_path_expr.is_some();
-            assert!(!sub, "{name}: subPath is not there yet ({})", mount.mount_path);
-        }
     }
 }
 

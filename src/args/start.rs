@@ -223,7 +223,8 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
         bridge.send_replace(Some(made));
     }
     let (drain, drained) = watch::channel(false);
-    let shared = Arc::new(shared(&parts, ipam, drained).await?);
+    let network = (ipam, bridge.borrow().clone());
+    let shared = Arc::new(shared(&parts, network, drained).await?);
     PodLoop::new(Arc::clone(&shared), api.client.clone(), drain).run(draining, settings.node.drain_on_exit).await;
     if settings.node.drain_on_exit {
         take_down(&shared, &bridge).await;
@@ -249,7 +250,11 @@ async fn take_down(shared: &pod::Shared, bridge: &watch::Sender<Option<Bridge>>)
 }
 
 /// What every Pod's worker uses, and the tasks behind it.
-async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> anyhow::Result<pod::Shared> {
+async fn shared(
+    parts: &Parts,
+    (ipam, bridge): (Ipam, Option<Bridge>),
+    draining: watch::Receiver<bool>,
+) -> anyhow::Result<pod::Shared> {
     let Parts { settings, api, tasks, .. } = parts;
     let client = api.client.clone();
     let counters = PublishCounters::registered(&parts.metrics);
@@ -281,7 +286,7 @@ async fn shared(parts: &Parts, ipam: Ipam, draining: watch::Receiver<bool>) -> a
         volumes,
         inputs,
         dns: dns_settings(settings),
-        addresses: Addresses::new(Arc::new(ipam)),
+        addresses: Addresses::new(Arc::new(ipam)).on(bridge),
         admission: Admission::default(),
         capacity,
         environments: Environments::default(),

@@ -150,13 +150,23 @@ struct LogStream {
     large: Bytes,
     /// An error that follows both, after a pause.
     failed: Option<(RuntimeError, Pin<Box<Sleep>>)>,
+    /// Whether everything before the end has been handed over for sending.
+    parted: bool,
     sent: Counter,
 }
 
 impl LogStream {
     fn new(chunks: BoxStream<'static, RuntimeResult<LogChunk>>, format: LogFormat, sent: Counter) -> Self {
         let writer = LineWriter::new(format);
-        Self { chunks: Some(chunks), writer, batch: BytesMut::new(), large: Bytes::new(), failed: None, sent }
+        Self {
+            chunks: Some(chunks),
+            writer,
+            batch: BytesMut::new(),
+            large: Bytes::new(),
+            failed: None,
+            parted: false,
+            sent,
+        }
     }
 
     /// What is to be sent before more is read.
@@ -187,8 +197,14 @@ impl LogStream {
         }
     }
 
-    /// The end of the body, or the error it breaks off with.
+    /// The end of the body, or the error it breaks off with. The end is sent by itself: an API server that hands a log on
+    /// through a WebSocket drops the bytes that arrive together with it.
     fn end(&mut self, cx: &mut Context<'_>) -> Poll<Option<RuntimeResult<Bytes>>> {
+        if !std::mem::replace(&mut self.parted, true) {
+            // What waits is sent when there is nothing to add.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         if let Some((_, pause)) = &mut self.failed {
             ready!(pause.as_mut().poll(cx));
         }
@@ -253,6 +269,17 @@ mod tests {
         let chunks = stream::iter(chunks.into_iter().map(Ok)).boxed();
         let pieces = LogStream::new(chunks, format, Counter::default());
         futures::executor::block_on(pieces.map(|piece| piece.unwrap().to_vec()).concat())
+    }
+
+    #[test]
+    fn the_last_bytes_are_sent_before_the_end_is_told() {
+        let chunks = stream::iter([Ok(out(1, "last words\n"))]).boxed();
+        let mut body = LogStream::new(chunks, LogFormat::default(), Counter::default());
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        let mut next = || body.poll_next_unpin(&mut context).map(|piece| piece.map(Result::unwrap));
+        assert_eq!(next(), Poll::Ready(Some(Bytes::from("last words\n"))));
+        assert_eq!(next(), Poll::Pending, "a server sends what it has now");
+        assert_eq!(next(), Poll::Ready(None));
     }
 
     fn text(chunks: Vec<LogChunk>, format: LogFormat) -> String {

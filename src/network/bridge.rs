@@ -4,12 +4,13 @@
 //! sandbox's network namespace. So the kernel is the memory: what is plugged is found again by name, and a namespace
 //! that goes away takes both ends with it.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ use tracing::debug;
 
 use super::netlink::{Mac, Netlink, Pair};
 use super::routes::Routes;
-use super::{Cable, NetworkError, firewall};
+use super::{Cable, NetworkError, firewall, set_sysctl};
 
 /// Name of the interface inside a sandbox, as every Pod network has it.
 const INTERFACE: &str = "eth0";
@@ -46,12 +47,14 @@ pub struct Bridge {
 }
 
 #[derive(Debug)]
-struct Settings {
-    name: String,
+pub(super) struct Settings {
+    pub(super) name: String,
     gateway: IpAddr,
-    range: IpNet,
+    pub(super) range: IpNet,
     mtu: u32,
     routes: Routes,
+    /// The Pods that ports of the host lead to.
+    pub(super) with_ports: Mutex<BTreeSet<String>>,
 }
 
 // === impl Bridge ===
@@ -102,7 +105,11 @@ impl Bridge {
         self.settings.mtu
     }
 
-    async fn work<T: Send + 'static>(
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    pub(super) async fn work<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Settings) -> Result<T, NetworkError> + Send + 'static,
     ) -> Result<T, NetworkError> {
@@ -190,20 +197,10 @@ fn ensure(name: String, gateway: IpAddr, range: IpNet) -> Result<Settings, Netwo
         // Two Pods talk by way of the gateway on purpose; it must not advise them to do otherwise.
         set_sysctl(&format!("net/ipv4/conf/{name}/send_redirects"), "0")?;
     }
-    firewall::ensure(&name, range)?;
+    let with_ports = Mutex::new(firewall::ensure(&name, range)?);
     let routes = Routes::new(&name, gateway, range);
     routes.ensure(&mut host).map_err(tried("route the range of"))?;
-    Ok(Settings { name, gateway, range, mtu, routes })
-}
-
-fn set_sysctl(key: &str, value: &str) -> Result<(), NetworkError> {
-    let path = format!("/proc/sys/{key}");
-    let present = fs::read_to_string(&path).unwrap_or_default();
-    if present.trim() == value {
-        // Writing `ip_forward` resets other settings even if the value stays.
-        return Ok(());
-    }
-    fs::write(&path, value).map_err(|source| NetworkError::File { action: "write", path: path.into(), source })
+    Ok(Settings { name, gateway, range, mtu, routes, with_ports })
 }
 
 fn delete_by_name(host: &mut Netlink, name: &str) -> Result<(), NetworkError> {

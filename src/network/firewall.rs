@@ -4,13 +4,14 @@
 //! The `iptables` command is the interface, since it speaks to whichever back end the host uses. Each rule carries a
 //! comment that names the bridge, so what is stale or to be removed is found without remembering anything.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::process::{Command, Stdio};
 
 use ipnet::IpNet;
 
-use super::NetworkError;
 use super::routes::NOWHERE;
+use super::{NetworkError, ports};
 
 /// Where rules that accept forwarded packets go. Docker sets the policy of FORWARD to DROP and keeps this chain, which
 /// it never flushes, for rules of others that come before its own.
@@ -20,26 +21,37 @@ const LOCK_WAIT: &str = "10";
 
 /// One rule: its table, its chain, whether it goes to the front of the chain, and its text as `iptables -S` prints it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Rule {
-    table: &'static str,
-    chain: String,
-    first: bool,
-    text: Vec<String>,
+pub(super) struct Rule {
+    pub(super) table: &'static str,
+    pub(super) chain: String,
+    pub(super) first: bool,
+    pub(super) text: Vec<String>,
 }
 
-/// Makes the rules of this bridge be there, each once, and removes older ones of it that differ.
-pub(super) fn ensure(bridge: &str, range: IpNet) -> Result<(), NetworkError> {
+/// Makes the rules of this bridge be there, each once, and removes older ones of it that differ. Returns the Pods that
+/// ports of the host lead to.
+pub(super) fn ensure(bridge: &str, range: IpNet) -> Result<BTreeSet<String>, NetworkError> {
     let command = command_for(range.addr());
     let listed = list(command)?;
     let wanted = wanted(bridge, range, has_docker_chain(&listed));
-    reconcile(command, &tagged(bridge, &listed), &wanted)
+    reconcile(command, &tagged(&comment(bridge), &listed), &wanted)?;
+    Ok(ports::open(bridge, &listed))
 }
 
-/// Removes every rule of this bridge.
+/// Removes every rule of this bridge, and those of its Pods.
 pub(super) fn remove(bridge: &str, range: IpNet) -> Result<(), NetworkError> {
     let command = command_for(range.addr());
     let listed = list(command)?;
-    reconcile(command, &tagged(bridge, &listed), &[])
+    for key in ports::open(bridge, &listed) {
+        reconcile(command, &tagged(&ports::tag(bridge, &key), &listed), &[])?;
+    }
+    reconcile(command, &tagged(&comment(bridge), &listed), &[])
+}
+
+/// Makes these and no others be the rules with that comment.
+pub(super) fn settle(range: IpNet, comment: &str, wanted: &[Rule]) -> Result<(), NetworkError> {
+    let command = command_for(range.addr());
+    reconcile(command, &tagged(comment, &list(command)?), wanted)
 }
 
 fn command_for(address: IpAddr) -> &'static str {
@@ -63,8 +75,10 @@ fn wanted(bridge: &str, range: IpNet, docker: bool) -> Vec<Rule> {
         rule("nat", "POSTROUTING", false, &format!("-s {range} ! -o {bridge} {tag} -j MASQUERADE")),
     ];
     for chain in [forward, "OUTPUT"].into_iter().filter(|_| range.addr().is_ipv4()) {
+        // What the host sent to an address of its own, and a rule has led to a Pod by now, still counts as leaving there.
+        let led = if chain == "OUTPUT" { "-m conntrack ! --ctstate DNAT " } else { "" };
         // Not the gateway's own address: what the host sends to itself leaves by the loopback interface as well.
-        let nobody = format!("-m addrtype --dst-type UNICAST {tag} -j REJECT --reject-with");
+        let nobody = format!("{led}-m addrtype --dst-type UNICAST {tag} -j REJECT --reject-with");
         rules.extend([
             rule("filter", chain, true, &format!("-d {range} -o {NOWHERE} ! -p tcp {nobody} icmp-port-unreachable")),
             rule("filter", chain, true, &format!("-d {range} -o {NOWHERE} -p tcp {nobody} tcp-reset")),
@@ -73,7 +87,7 @@ fn wanted(bridge: &str, range: IpNet, docker: bool) -> Vec<Rule> {
     rules
 }
 
-fn comment(bridge: &str) -> String {
+pub(super) fn comment(bridge: &str) -> String {
     format!("lambdalet:{bridge}")
 }
 
@@ -91,9 +105,8 @@ fn has_docker_chain(listed: &[(&str, String)]) -> bool {
     listed.iter().any(|(table, line)| *table == "filter" && line.strip_prefix("-N ") == Some(DOCKER_CHAIN))
 }
 
-/// The rules whose comment names exactly this bridge.
-fn tagged(bridge: &str, listed: &[(&'static str, String)]) -> Vec<Rule> {
-    let comment = comment(bridge);
+/// The rules with exactly this comment.
+fn tagged(comment: &str, listed: &[(&'static str, String)]) -> Vec<Rule> {
     let rule = |(table, line): &(&'static str, String)| {
         // Only rules of others contain quoted blanks, and those do not carry our comment.
         let mut words = line.split_whitespace().map(|word| word.trim_matches('"').to_owned());
@@ -162,7 +175,7 @@ mod tests {
 
     #[test]
     fn only_rules_of_this_bridge_are_ours() {
-        let ours = tagged("lb0", &listed());
+        let ours = tagged("lambdalet:lb0", &listed());
         assert_eq!(ours.len(), 2);
         let wanted = wanted("lb0", "10.1.0.5/16".parse().unwrap(), has_docker_chain(&listed()));
         assert_eq!(ours[0].text, wanted[0].text);

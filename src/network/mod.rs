@@ -19,6 +19,7 @@ mod firewall;
 pub mod inside;
 pub mod ipam;
 mod netlink;
+pub mod ports;
 mod routes;
 pub mod uplink;
 
@@ -137,4 +138,15 @@ pub enum NetworkError {
         /// The name as given.
         name: String,
     },
+}
+
+/// Writes a kernel parameter, unless it has that value.
+fn set_sysctl(key: &str, value: &str) -> Result<(), NetworkError> {
+    let path = format!("/proc/sys/{key}");
+    let present = std::fs::read_to_string(&path).unwrap_or_default();
+    if present.trim() == value {
+        // Writing `ip_forward` resets other settings even if the value stays.
+        return Ok(());
+    }
+    std::fs::write(&path, value).map_err(|source| NetworkError::File { action: "write", path: path.into(), source })
 }

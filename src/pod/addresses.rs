@@ -1,12 +1,16 @@
-//! The addresses of Pods: none is given away that a sandbox of an earlier process still has.
+//! The addresses of Pods, and the ports of the host that lead there: none is given away that a sandbox of an earlier process still has.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use k8s_openapi::api::core::v1::{ContainerPort, PodSpec};
 use tokio::sync::OnceCell;
 
+use super::qos::is_sidecar;
 use crate::network::NetworkError;
+use crate::network::bridge::Bridge;
 use crate::network::ipam::Ipam;
+use crate::network::ports::{HostPort, Protocol};
 use crate::runtime::{RuntimeError, SandboxRuntime};
 use crate::telemetry::chain;
 
@@ -24,13 +28,42 @@ pub enum AddressError {
 /// Who has which address.
 pub struct Addresses {
     ipam: Arc<Ipam>,
+    bridge: Option<Bridge>,
     adopted: OnceCell<()>,
 }
 
 impl Addresses {
     /// The addresses of `ipam`.
     pub fn new(ipam: Arc<Ipam>) -> Self {
-        Self { ipam, adopted: OnceCell::new() }
+        Self { ipam, bridge: None, adopted: OnceCell::new() }
+    }
+
+    /// The same on a network on which ports of the host can lead to Pods. Without one they lead nowhere.
+    pub fn on(self, bridge: Option<Bridge>) -> Self {
+        Self { bridge, ..self }
+    }
+
+    /// Makes the `hostPort`s of the Pod lead to it; nothing to do for a Pod without any.
+    ///
+    /// # Errors
+    /// The packet filter refuses.
+    pub async fn open_ports(&self, pod_uid: &str, address: IpAddr, spec: &PodSpec) -> Result<(), NetworkError> {
+        let ports = host_ports(spec);
+        match &self.bridge {
+            Some(bridge) if !ports.is_empty() => bridge.open_ports(pod_uid, address, ports).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// No port of the host leads to the Pod any more.
+    ///
+    /// # Errors
+    /// The packet filter refuses.
+    pub async fn close_ports(&self, pod_uid: &str) -> Result<(), NetworkError> {
+        match &self.bridge {
+            Some(bridge) => bridge.close_ports(pod_uid).await,
+            None => Ok(()),
+        }
     }
 
     /// The Pod's address; the same for every sandbox it ever has. Before the first one is given, those of the sandboxes
@@ -75,5 +108,55 @@ impl Addresses {
     /// The addresses that Pods hold, with the Pod's UID.
     pub fn held(&self) -> Vec<(IpAddr, String)> {
         self.ipam.held()
+    }
+}
+
+/// The ports of the host that a Pod with an address of its own asks for, of sidecars too.
+pub fn host_ports(spec: &PodSpec) -> Vec<HostPort> {
+    let number = |port: Option<i32>| port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port > 0);
+    if spec.host_network == Some(true) {
+        // There they are the container's own.
+        return Vec::new();
+    }
+    let sidecars = spec.init_containers.iter().flatten().filter(|container| is_sidecar(container));
+    let ports = spec.containers.iter().chain(sidecars).flat_map(|container| container.ports.iter().flatten());
+    let wanted = |port: &ContainerPort| {
+        let protocol = match port.protocol.as_deref() {
+            Some("UDP") => Protocol::Udp,
+            Some("SCTP") => Protocol::Sctp,
+            _ => Protocol::Tcp,
+        };
+        let host_ip = port.host_ip.as_deref().and_then(|ip| ip.parse().ok());
+        Some(HostPort {
+            protocol,
+            host_ip,
+            host_port: number(port.host_port)?,
+            pod_port: number(Some(port.container_port))?,
+        })
+    };
+    ports.filter_map(wanted).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn ports(spec: serde_json::Value) -> Vec<(Protocol, u16, u16)> {
+        let spec = serde_json::from_value(spec).unwrap();
+        host_ports(&spec).iter().map(|port| (port.protocol, port.host_port, port.pod_port)).collect()
+    }
+
+    #[test]
+    fn only_what_lasts_and_has_an_address_of_its_own_opens_ports() {
+        let container = |port: i32| json!({"name": "c", "ports": [{"containerPort": 80, "hostPort": port, "protocol": "UDP"}, {"containerPort": 1}]});
+        let mut sidecar = container(3);
+        sidecar["restartPolicy"] = json!("Always");
+        let spec = json!({"containers": [container(1)], "initContainers": [container(2), sidecar]});
+        assert_eq!(ports(spec.clone()), [(Protocol::Udp, 1, 80), (Protocol::Udp, 3, 80)]);
+        let mut on_host = spec;
+        on_host["hostNetwork"] = json!(true);
+        assert!(ports(on_host).is_empty());
     }
 }

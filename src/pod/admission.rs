@@ -142,11 +142,12 @@ fn check_os(spec: &PodSpec) -> Result<(), Trouble> {
 
 fn check_sysctls(spec: &PodSpec) -> Result<(), Trouble> {
     for sysctl in spec.security_context.iter().flat_map(|s| s.sysctls.iter().flatten()) {
-        if !SAFE_SYSCTLS.contains(&sysctl.name.as_str()) {
+        let name = dotted(&sysctl.name);
+        if !SAFE_SYSCTLS.contains(&name.as_str()) {
             let message = format!("forbidden sysctl: {:?} not allowlisted", sysctl.name);
             return Err(Trouble::new("SysctlForbidden", message));
         }
-        let of_network = sysctl.name.starts_with("net.");
+        let of_network = name.starts_with("net.");
         if (of_network && spec.host_network == Some(true)) || (!of_network && spec.host_ipc == Some(true)) {
             let shared = if of_network { "host net" } else { "host ipc" };
             let message = format!("forbidden sysctl: {:?} not allowed with {shared} enabled", sysctl.name);
@@ -154,6 +155,22 @@ fn check_sysctls(spec: &PodSpec) -> Result<(), Trouble> {
         }
     }
     Ok(())
+}
+
+/// A kernel parameter's name with dots between its parts; sysctl(8) takes slashes as well, and each of the two may then
+/// be part of a name as the other (`net/ipv4/conf/eth0.1/rp_filter`).
+pub fn dotted(name: &str) -> String {
+    match name.find(['.', '/']) {
+        Some(first) if name[first..].starts_with('/') => name
+            .chars()
+            .map(|c| match c {
+                '/' => '.',
+                '.' => '/',
+                other => other,
+            })
+            .collect(),
+        _ => name.to_owned(),
+    }
 }
 
 fn check_selectors(spec: &PodSpec, node: &NodeView) -> Result<(), Trouble> {
@@ -254,6 +271,21 @@ mod tests {
         }
         assert_eq!(admission.admit(&pod("d", "0"), &node()).unwrap_err().reason, "OutOfpods");
         admission.admit(&pod("a", "0"), &node()).expect("a Pod that is in stays in");
+    }
+
+    #[test]
+    fn a_kernel_parameter_is_known_with_dots_and_with_slashes() {
+        assert_eq!(dotted("kernel.shm_rmid_forced"), "kernel.shm_rmid_forced");
+        assert_eq!(dotted("kernel/shm_rmid_forced"), "kernel.shm_rmid_forced");
+        assert_eq!(dotted("net/ipv4/conf/eth0.1/rp_filter"), "net.ipv4.conf.eth0/1.rp_filter");
+        assert_eq!(dotted("net.ipv4.conf.eth0/1.rp_filter"), "net.ipv4.conf.eth0/1.rp_filter");
+        let with = |name: &str| {
+            let spec =
+                serde_json::json!({"containers": [], "securityContext": {"sysctls": [{"name": name, "value": "1"}]}});
+            check_sysctls(&serde_json::from_value(spec).unwrap()).map_err(|trouble| trouble.reason)
+        };
+        assert_eq!(with("kernel/shm_rmid_forced"), Ok(()));
+        assert_eq!(with("kernel/msgmax").unwrap_err(), "SysctlForbidden");
     }
 
     #[test]

@@ -29,7 +29,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use self::prepare::Reserve;
 use self::verdict::verdict;
-use super::volumes::MountedVolume;
+use super::inputs::following::Following;
+use super::volumes::{Freshness, MountedVolume};
 use super::worker::{Desired, Past, Seat, Signal, Worker};
 use super::{PodContext, Shared, qos, translate};
 use crate::function::pool_state::{EnvironmentId, Exit, ReplicaId};
@@ -252,9 +253,11 @@ impl Crew {
         let context = PodContext { pod: &pod, key: &key, node: &facts, addresses: &[] };
         let made = self.shared.volumes.set_up(context).await.map_err(|error| failed("FailedMount", chain(&error)))?;
         let paths = |(name, volume): (String, MountedVolume)| (name, (volume.host_path, volume.read_only));
-        let refresh = refresh(Arc::clone(&self.shared), self.pod.clone(), key);
+        let mut following = Following::default();
+        self.shared.volumes.follow(&mut following, made.uses);
+        let refresh = refresh(Arc::clone(&self.shared), self.pod.clone(), key, following);
         Ok(Replica {
-            volumes: made.into_iter().map(paths).collect(),
+            volumes: made.volumes.into_iter().map(paths).collect(),
             size: self.settings.borrow().size,
             _refresh: owned(refresh),
         })
@@ -386,15 +389,23 @@ impl Replicas for Crew {
 }
 
 /// Renews what a replica's volumes hold, for as long as the replica is there.
-async fn refresh(shared: Arc<Shared>, pod: watch::Receiver<Desired>, key: String) {
+async fn refresh(shared: Arc<Shared>, pod: watch::Receiver<Desired>, key: String, mut following: Following) {
     let mut wait = Duration::from_secs(30);
     loop {
-        tokio::time::sleep(wait).await;
+        tokio::select! {
+            // Cancel-safe: a timer.
+            () = tokio::time::sleep(wait) => {}
+            // Cancel-safe: a change not taken stays unseen.
+            () = following.changed() => {}
+        }
         let (pod, facts) = (pod.borrow().pod.clone(), shared.facts.borrow().clone());
         let context = PodContext { pod: &pod, key: &key, node: &facts, addresses: &[] };
         wait = match shared.volumes.refresh(context).await {
-            Ok(Some(next)) => next,
-            Ok(None) => return,
+            Ok(Freshness { period: Some(next), uses }) => {
+                shared.volumes.follow(&mut following, uses);
+                next
+            }
+            Ok(_) => return,
             Err(error) => {
                 shared.events.warning(&pod, None, "FailedMount", chain(&error));
                 super::backoff::RETRY

@@ -8,6 +8,7 @@ use k8s_openapi::api::core::v1::{
     AppArmorProfile, Container, Pod, PodSecurityContext, PodSpec, SeccompProfile, SecurityContext,
 };
 
+use super::admission::dotted;
 use super::qos::{self, qos_class};
 use crate::runtime::types::{
     ContainerConfig, Image, Mount, MountPropagation, NamespaceMode, PodRef, Profile, SandboxConfig, SandboxNetwork,
@@ -83,6 +84,8 @@ pub enum TranslateError {
 pub struct Places {
     /// Volume name to host path, and whether the volume itself is read-only.
     pub volumes: BTreeMap<String, (PathBuf, bool)>,
+    /// What a mount with a `subPath` shows in place of its volume, by place in the container's `volumeMounts`.
+    pub sub_paths: BTreeMap<usize, PathBuf>,
     /// The Pod's `/etc/hosts`, `/etc/resolv.conf` and `/etc/hostname`, as host path and container path.
     pub files: Vec<(PathBuf, String)>,
     /// The attempt's termination message file.
@@ -119,7 +122,7 @@ pub fn sandbox(host: &Host, pod: &Pod, spec: &PodSpec, hostname: &str, network: 
         network,
         ipc: ipc(spec),
         pid: pid(spec),
-        sysctls: sysctls.map(|s| (s.name.clone(), s.value.clone())).collect(),
+        sysctls: sysctls.map(|s| (dotted(&s.name), s.value.clone())).collect(),
         cgroup_parent: cgroup_parent(host, &reference.uid, spec),
         resources,
         pod: reference,
@@ -267,12 +270,9 @@ fn check_user(
 fn mounts(container: &Container, places: &Places) -> Result<Vec<Mount>, TranslateError> {
     let unsupported = |what| TranslateError::Unsupported { container: container.name.clone(), what };
     let mut mounts = Vec::new();
-    for wanted in container.volume_mounts.iter().flatten() {
-        if wanted.sub_path.as_deref().is_some_and(|p| !p.is_empty()) {
-            return Err(unsupported("volumeMounts.subPath"));
-        }
-        if wanted.sub_path_expr.as_deref().is_some_and(|p| !p.is_empty()) {
-            return Err(unsupported("volumeMounts.subPathExpr"));
+    for (at, wanted) in container.volume_mounts.iter().flatten().enumerate() {
+        if wanted.recursive_read_only.as_deref() == Some("Enabled") {
+            return Err(unsupported("volumeMounts.recursiveReadOnly"));
         }
         let (path, volume_is_read_only) = places.volumes.get(&wanted.name).ok_or_else(|| TranslateError::NoVolume {
             volume: wanted.name.clone(),
@@ -282,6 +282,13 @@ fn mounts(container: &Container, places: &Places) -> Result<Vec<Mount>, Translat
             Some("HostToContainer") => MountPropagation::HostToContainer,
             Some("Bidirectional") => MountPropagation::Bidirectional,
             _ => MountPropagation::Private,
+        };
+        let path = match places.sub_paths.get(&at) {
+            Some(part) => part,
+            None if wanted.sub_path.as_deref().is_some_and(|part| !part.is_empty()) => {
+                return Err(unsupported("volumeMounts.subPath, which nobody has bound"));
+            }
+            None => path,
         };
         let read_only = wanted.read_only == Some(true) || *volume_is_read_only;
         mounts.push(mount(path, absolute(&wanted.mount_path), read_only, propagation));

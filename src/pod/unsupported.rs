@@ -2,6 +2,7 @@
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
+use super::addresses::host_ports;
 use super::plan::restart_policy;
 use super::status::Trouble;
 use crate::function::labels;
@@ -54,6 +55,10 @@ pub fn omissions(pod: &Pod, spec: &PodSpec) -> Vec<String> {
     for container in spec.containers.iter().chain(spec.init_containers.iter().flatten()) {
         of_container(container, labels::is_function(pod), &mut list);
     }
+    for port in host_ports(spec).iter().filter(|_| labels::is_function(pod)) {
+        let port = port.host_port;
+        list.push(format!("hostPort {port} is not opened on the node: a function answers at the Pod's address only"));
+    }
     if spec.resource_claims.as_ref().is_some_and(|claims| !claims.is_empty()) {
         list.push("resourceClaims are ignored: this node does not allocate devices yet".to_owned());
     }
@@ -67,9 +72,6 @@ fn of_container(container: &Container, of_function: bool, list: &mut Vec<String>
             "container {name:?}: readinessProbe decides when an environment takes its first call; one that is not ready \
              later still gets calls"
         ));
-    }
-    for port in container.ports.iter().flatten().filter_map(|p| p.host_port).filter(|p| *p > 0) {
-        list.push(format!("container {name:?}: hostPort {port} is not opened on the node yet; use the Pod's address"));
     }
 }
 
@@ -108,11 +110,12 @@ mod tests {
         let spec: PodSpec = serde_json::from_value(spec).unwrap();
         let mut pod = Pod::default();
         let list = omissions(&pod, &spec).join("\n");
-        assert!(list.contains("hostPort 80"), "{list}");
-        assert!(!list.contains("restartPolicy") && !list.contains("readinessProbe"), "{list}");
+        assert!(list.is_empty(), "{list}");
         pod.metadata.labels = Some([(labels::MAX.to_owned(), "3".to_owned())].into());
         let list = omissions(&pod, &spec).join("\n");
-        for part in ["restartPolicy OnFailure is treated as Always", "readinessProbe decides"] {
+        for part in
+            ["restartPolicy OnFailure is treated as Always", "readinessProbe decides", "hostPort 80 is not opened"]
+        {
             assert!(list.contains(part), "{part} is missing in {list}");
         }
     }

@@ -221,7 +221,12 @@ impl Worker {
     /// Takes the newest spec, and drops the marks that depended on an older one.
     fn take_desired(&mut self) {
         let desired = self.desired.borrow_and_update().clone();
-        let changed = desired.pod.metadata.resource_version != self.pod.metadata.resource_version;
+        let (new, old) = (&desired.pod.metadata, &self.pod.metadata);
+        let changed = new.resource_version != old.resource_version;
+        if self.memory.places.is_some() && (&new.labels, &new.annotations) != (&old.labels, &old.annotations) {
+            // A volume may show them.
+            self.memory.next_refresh = Some(Instant::now());
+        }
         self.pod = desired.pod;
         self.gone = desired.gone;
         if changed {
@@ -330,6 +335,8 @@ impl Worker {
             () = self.probes.changed() => return,
             // Cancel-safe: one that has ended stays until it is taken.
             next = self.endings.next() => ended = Some(next),
+            // Cancel-safe: as the first.
+            () = self.memory.following.changed() => self.memory.next_refresh = Some(Instant::now()),
             // Cancel-safe: likewise.
             () = seat => return,
             // Cancel-safe: likewise.

@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::Service;
 use serde_json::json;
 
 use crate::harness::http::get;
+use crate::harness::node::{free_port, output};
 use crate::harness::pods::{busybox, pod_ip, sleeper, with};
 use crate::harness::wait::{SOON, poll};
 use crate::harness::{Case, on_shared_node};
@@ -256,5 +257,36 @@ fn name_servers_follow_the_dns_policy() {
         );
         assert!(merged.lines().next().unwrap().ends_with(" my.example"), "{merged}");
         assert!(merged.contains("ndots:2") && merged.contains("edns0"), "{merged}");
+    });
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn a_host_port_leads_to_the_pod_from_everywhere_and_ends_with_it() {
+    on_shared_node(async |t| {
+        let (port, bridge) = (free_port(), t.node.bridge().unwrap());
+        let ports = json!({"ports": [{"containerPort": 8080, "hostPort": port}]});
+        let main = with(busybox(SERVE), ports);
+        t.pod("open", json!({"terminationGracePeriodSeconds": 1, "containers": [main]})).await;
+        t.running("open").await;
+        let host = t.cluster.fact("HOST_ADDRESS");
+        for address in [format!("127.0.0.1:{port}"), format!("{host}:{port}")] {
+            let answer = poll("an answer", SOON, async || get(&address, "/").await).await;
+            assert_eq!(answer.text(), "open\n", "{address}");
+        }
+        // From another Pod, and from the Pod itself.
+        let from_pod = t.script(&ask(&format!("{host}:{port}"))).await;
+        assert_eq!(from_pod, "open\n");
+        let itself =
+            t.kubectl_text(&["exec", "open", "--", "timeout", "5", "wget", "-qO-", &format!("http://{host}:{port}/")]);
+        assert_eq!(itself, "open\n");
+        t.delete("open", None).await;
+        t.gone("open", SOON).await;
+        poll("no rule left", SOON, async || {
+            let rules = output("iptables", &["-w", "-t", "nat", "-S"]);
+            if rules.contains(&format!("lambdalet:{bridge}:")) { Err(rules) } else { Ok(()) }
+        })
+        .await;
+        assert!(get(&format!("127.0.0.1:{port}"), "/").await.is_err());
     });
 }

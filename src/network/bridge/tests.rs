@@ -7,6 +7,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::network::ports::{HostPort, Protocol};
 
 type Work = Box<dyn FnOnce() + Send>;
 
@@ -384,5 +385,36 @@ fn ipv6_works_as_well() {
         assert_eq!(neighbour.ask(ip("fd77::2")).unwrap_err().kind(), io::ErrorKind::NetworkUnreachable);
         assert!(begun.elapsed() < Duration::from_millis(1500), "{:?}", begun.elapsed());
         bridge.remove().await.unwrap();
+    });
+}
+
+#[test]
+fn ports_of_the_host_lead_to_a_pod_from_everywhere_until_they_are_closed() {
+    on_a_host(|| async {
+        let (gateway, loopback) = (ip("10.77.0.1"), ip("127.0.0.1"));
+        let port = |host_ip| HostPort { protocol: Protocol::Tcp, host_ip, host_port: 80, pod_port: 80 };
+        let bridge = bridge().await;
+        let (a, b) = (Namespace::new(), Namespace::new());
+        bridge.plug(a.tid, "sandbox-a", ip("10.77.0.2")).await.unwrap();
+        bridge.plug(b.tid, "sandbox-b", ip("10.77.0.3")).await.unwrap();
+        a.listen(ip("10.77.0.2"));
+        bridge.open_ports("u-1", ip("10.77.0.2"), vec![port(None)]).await.unwrap();
+        for at in [loopback, gateway] {
+            ask(at).unwrap_or_else(|e| panic!("the host at {at}: {e}"));
+        }
+        assert_eq!(b.ask(gateway).unwrap(), "10.77.0.3");
+        assert_eq!(a.ask(gateway).unwrap(), "10.77.0.1", "to itself, under the gateway's address");
+        let rules = rules_of("iptables -t nat -S");
+        bridge.open_ports("u-1", ip("10.77.0.2"), vec![port(None)]).await.unwrap();
+        assert_eq!(rules_of("iptables -t nat -S"), rules, "a second time changes nothing");
+
+        bridge.open_ports("u-1", ip("10.77.0.2"), vec![port(Some(loopback))]).await.unwrap();
+        ask(loopback).unwrap();
+        assert!(ask(gateway).is_err() && b.ask(gateway).is_err(), "open at one address only");
+        // Another process finds them, and closes what it has found.
+        let again = self::bridge().await;
+        again.close_ports("u-1").await.unwrap();
+        assert!(ask(loopback).is_err());
+        assert!(!rules_of("iptables -t nat -S").iter().any(|rule| rule.contains("u-1")));
     });
 }

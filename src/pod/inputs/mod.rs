@@ -9,6 +9,7 @@
 pub mod downward;
 pub mod env;
 pub mod expand;
+pub mod following;
 pub mod objects;
 pub mod registry;
 pub mod services;

@@ -1,9 +1,9 @@
 //! ConfigMaps, Secrets and Services by name, fetched when asked for and remembered for a second.
 //!
-//! A node's identity may get the objects that its Pods name, not list them, so there is no watch. A ReplicaSet of
+//! A node's identity may get the objects that its Pods name, not list all there are. A ReplicaSet of
 //! thirty Pods asks once: whoever comes while a request is under way waits for its answer.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -29,6 +29,29 @@ const AFTER_FORBIDDEN: [Duration; 5] = [
 ];
 /// Answers remembered per kind before the outdated ones are dropped.
 const MANY: usize = 256;
+
+/// Kinds of objects that volumes show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// A ConfigMap.
+    ConfigMap,
+    /// A Secret.
+    Secret,
+}
+
+/// One object of the API.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectName {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+/// Objects that were used, and the `resourceVersion` of each; `None` for one that does not exist.
+pub type Uses = BTreeMap<ObjectName, Option<String>>;
 
 /// An object could not be fetched. That it does not exist is no error but `None`.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -81,6 +104,14 @@ impl Objects {
         self.secrets.get(namespace, name).await
     }
 
+    /// What is remembered of the object is believed no more.
+    pub fn outdate(&self, name: &ObjectName) {
+        match name.kind {
+            Kind::ConfigMap => self.config_maps.forget(&name.namespace, &name.name),
+            Kind::Secret => self.secrets.forget(&name.namespace, &name.name),
+        }
+    }
+
     /// The Service, `None` if there is none of that name.
     ///
     /// # Errors
@@ -130,6 +161,12 @@ where
             });
         }
         Arc::clone(slots.entry((namespace.to_owned(), name.to_owned())).or_default())
+    }
+
+    /// Whoever waits for an answer still gets it; whoever asks from now on gets a new one.
+    fn forget(&self, namespace: &str, name: &str) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.remove(&(namespace.to_owned(), name.to_owned()));
     }
 
     async fn fetch(&self, namespace: &str, name: &str) -> Answer<K> {

@@ -2,16 +2,21 @@
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt, lchown};
 use std::path::{Component, Path};
 
 use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, HostPathVolumeSource};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, chownat, fstat, openat};
+use rustix::io::Errno;
 
 use super::mounts;
 use crate::quantity::Quantity;
 
 /// An emptyDir belongs to whoever the containers run as.
 const EMPTY_DIR_MODE: u32 = 0o777;
+/// One in memory is sticky besides, as a fresh tmpfs is.
+const MEMORY_DIR_MODE: u32 = 0o1777;
 /// What a group gets on an emptyDir with an fsGroup: it may write, and new files inherit it.
 const GROUP_DIR: u32 = 0o2770;
 
@@ -64,9 +69,11 @@ pub(super) fn empty_dir(
     memory: Option<Quantity>,
     group: Option<u32>,
 ) -> io::Result<()> {
-    let mode = source.mode.and_then(|mode| u32::try_from(mode).ok()).unwrap_or(EMPTY_DIR_MODE);
+    let in_memory = source.medium.as_deref() == Some("Memory");
+    let usual = if in_memory { MEMORY_DIR_MODE } else { EMPTY_DIR_MODE };
+    let mode = source.mode.and_then(|mode| u32::try_from(mode).ok()).unwrap_or(usual);
     let mode = if group.is_some() { mode | GROUP_DIR } else { mode };
-    if source.medium.as_deref() == Some("Memory") {
+    if in_memory {
         make_dir(dir)?;
         if mounts::is_mount_point(dir)? {
             return Ok(());
@@ -86,6 +93,53 @@ pub(super) fn empty_dir(
     lchown(&beside, None, group)?;
     fs::set_permissions(&beside, fs::Permissions::from_mode(mode))?;
     fs::rename(&beside, dir)
+}
+
+/// Gives everything at and below `dir` to the group: it may read and write files, enter directories, and what is made
+/// there later inherits it. Other Pods may be at work in there, so nothing is looked up twice and no link is followed.
+pub(super) fn own_tree(dir: &Path, group: u32) -> io::Result<()> {
+    let root = openat(CWD, dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    own(&root, group)?;
+    let mut pending = vec![root];
+    while let Some(parent) = pending.pop() {
+        for entry in Dir::read_from(&parent)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if matches!(name.to_bytes(), b"." | b"..") {
+                continue;
+            }
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let child = match openat(&parent, name, flags, Mode::empty()) {
+                Err(Errno::NOENT) => continue,
+                child => child?,
+            };
+            own(&child, group)?;
+            if FileType::from_raw_mode(fstat(&child)?.st_mode) == FileType::Directory {
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                pending.push(openat(&child, ".", flags, Mode::empty())?);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn own(file: &OwnedFd, group: u32) -> io::Result<()> {
+    let metadata = fstat(file)?;
+    let kind = FileType::from_raw_mode(metadata.st_mode);
+    let wanted = match kind {
+        FileType::Symlink => None,
+        FileType::Directory => Some(metadata.st_mode | 0o2770),
+        _ => Some(metadata.st_mode | 0o660),
+    };
+    if metadata.st_gid != group {
+        chownat(file, "", None, Some(Gid::from_raw(group)), AtFlags::EMPTY_PATH)?;
+    }
+    // A file that is open by its path only has no other name.
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    match wanted.map(|mode| mode & 0o7777) {
+        Some(mode) => fs::set_permissions(path, fs::Permissions::from_mode(mode)),
+        None => Ok(()),
+    }
 }
 
 /// The least of what the volume, the Pod and the node allow, in bytes.
@@ -164,6 +218,31 @@ mod tests {
     }
 
     #[test]
+    fn a_tree_becomes_the_groups_and_links_lead_nowhere() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: needs root to change groups");
+            return;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let (volume, outside) = (root.path().join("v"), root.path().join("outside"));
+        fs::create_dir_all(volume.join("a/b")).unwrap();
+        fs::write(volume.join("a/b/f"), "1").unwrap();
+        fs::set_permissions(volume.join("a/b/f"), fs::Permissions::from_mode(0o600)).unwrap();
+        fs::write(&outside, "1").unwrap();
+        std::os::unix::fs::symlink(&outside, volume.join("link")).unwrap();
+        let before = fs::metadata(&outside).unwrap();
+        own_tree(&volume, 4321).unwrap();
+        own_tree(&volume, 4321).unwrap();
+        let seen = |path: &str| fs::symlink_metadata(volume.join(path)).map(|m| (m.gid(), m.mode() & 0o7777)).unwrap();
+        assert_eq!(seen(""), (4321, 0o2775));
+        assert_eq!(seen("a/b"), (4321, 0o2775));
+        assert_eq!(seen("a/b/f"), (4321, 0o660));
+        assert_eq!(seen("link").0, 4321);
+        let after = fs::metadata(&outside).unwrap();
+        assert_eq!((before.gid(), before.mode()), (after.gid(), after.mode()));
+    }
+
+    #[test]
     fn a_memory_dir_is_a_tmpfs_of_the_least_size() {
         in_a_mount_namespace(|| {
             let root = tempfile::tempdir().unwrap();
@@ -176,7 +255,7 @@ mod tests {
             let size = nix::sys::statfs::statfs(&dir).unwrap();
             assert_eq!(size.blocks() * u64::try_from(size.block_size()).unwrap(), 1 << 20);
             let metadata = fs::metadata(&dir).unwrap();
-            assert_eq!((metadata.gid(), metadata.mode() & 0o7777), (4321, 0o2777));
+            assert_eq!((metadata.gid(), metadata.mode() & 0o7777), (4321, 0o3777));
             mounts::remove_tree(&dir).unwrap();
         });
     }

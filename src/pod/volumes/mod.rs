@@ -4,16 +4,20 @@
 //! <root>/pods/<uid>/volumes/kubernetes.io~empty-dir/<name>   emptyDir: a directory, or a tmpfs of its own
 //! <root>/secrets/                                            one tmpfs of the node, mode 0700
 //! <root>/secrets/<uid>/kubernetes.io~<type>/<name>           configMap, secret, downwardAPI, projected
+//! <root>/pods/<uid>/volume-subpaths/...                      parts of volumes, bound for a container
 //! ```
 //!
 //! What comes from the API is only ever written to memory. The directories are the memory of this room too: what a Pod
 //! has on disk is found again by its UID, and everything here may be repeated.
 
 mod atomic;
+mod claims;
 mod host;
 mod mounts;
 mod payload;
 pub mod places;
+mod projection;
+mod sub_path;
 mod token;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,26 +26,17 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures::future::try_join_all;
-use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{
-    EmptyDirVolumeSource, Pod, ProjectedVolumeSource, ServiceAccountTokenProjection, Volume, VolumeProjection,
-};
+use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, Pod, Volume};
 use kube::Client;
 
 use super::PodContext;
 use super::inputs::downward;
-use super::inputs::objects::{ObjectError, Objects};
-use payload::{DEFAULT_MODE, Payload, Selection};
-
-/// How often the content of configMap and secret volumes is compared with the API; the kubelet's sync period.
-const CONTENT_PERIOD: Duration = Duration::from_secs(60);
-/// Least wait between two renewals, should a token arrive that is already old.
-const LEAST_PERIOD: Duration = Duration::from_secs(10);
-/// Mode of a token for which the Pod's user is known.
-const PRIVATE_TOKEN_MODE: i32 = 0o600;
+use super::inputs::following::{Following, Watches};
+use super::inputs::objects::{ObjectError, Objects, Uses};
+pub use projection::Freshness;
+use projection::files_of;
 
 /// Where a volume is on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,6 +75,17 @@ pub enum VolumeError {
         #[source]
         source: ObjectError,
     },
+    /// A claim, or the volume behind it, could not be read.
+    #[error("MountVolume.SetUp failed for volume {volume:?} : failed to get {what}")]
+    Claim {
+        /// The volume's name.
+        volume: String,
+        /// Which object.
+        what: String,
+        /// Why.
+        #[source]
+        source: Box<kube::Error>,
+    },
     /// No token could be had.
     #[error("MountVolume.SetUp failed for volume {volume:?} : failed to fetch token")]
     Token {
@@ -88,6 +94,12 @@ pub enum VolumeError {
         /// Why.
         #[source]
         source: kube::Error,
+    },
+    /// A `subPath` that cannot be had.
+    #[error("{message}")]
+    SubPath {
+        /// Which, and as much of why as its user may know.
+        message: String,
     },
     /// The host refused.
     #[error("failed to {action} {path}")]
@@ -115,7 +127,17 @@ pub enum VolumeError {
 pub struct VolumeManager {
     client: Client,
     objects: Arc<Objects>,
+    watches: Watches,
     root: PathBuf,
+}
+
+/// The volumes of a Pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SetUp {
+    /// Where each is, by name.
+    pub volumes: BTreeMap<String, MountedVolume>,
+    /// The objects they show, and which version of each.
+    pub uses: Uses,
 }
 
 // === impl VolumeManager ===
@@ -124,7 +146,8 @@ impl VolumeManager {
     /// Keeps volumes under `root` (`--root-dir`; a relative one counts from the working directory).
     pub fn new(client: Client, objects: Arc<Objects>, root: &Path) -> Self {
         let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
-        Self { client, objects, root }
+        let watches = Watches::new(client.clone(), Arc::clone(&objects));
+        Self { client, objects, watches, root }
     }
 
     /// Mounts the tmpfs for what comes from the API, unless an earlier run has. To be called once before the rest.
@@ -148,34 +171,42 @@ impl VolumeManager {
         .await
     }
 
-    /// Makes every volume that a container of the Pod mounts, or finds it made. By volume name.
+    /// Makes every volume that a container of the Pod mounts, or finds it made.
     ///
     /// # Errors
     /// The first volume that cannot be made; those made stay, and [`VolumeManager::tear_down`] removes them.
-    pub async fn set_up(&self, ctx: PodContext<'_>) -> Result<BTreeMap<String, MountedVolume>, VolumeError> {
+    pub async fn set_up(&self, ctx: PodContext<'_>) -> Result<SetUp, VolumeError> {
         let uid = component(ctx.key)?;
         let mounted = mounted_names(ctx.pod);
         let volumes = volumes(ctx.pod).filter(|volume| mounted.contains(volume.name.as_str()));
-        let made = try_join_all(volumes.map(|volume| self.set_up_one(ctx, uid, volume))).await?;
-        Ok(made.into_iter().collect())
+        let mut done = SetUp::default();
+        for (name, volume, fresh) in try_join_all(volumes.map(|volume| self.set_up_one(ctx, uid, volume))).await? {
+            done.volumes.insert(name, volume);
+            done.uses.extend(fresh.uses);
+        }
+        Ok(done)
+    }
+
+    /// From now on `following` hears of changes to these objects, and of no others.
+    pub fn follow(&self, following: &mut Following, uses: Uses) {
+        self.watches.follow(following, uses);
     }
 
     /// Renews tokens and writes what has changed in ConfigMaps, Secrets and the Pod's own fields; returns how long the
-    /// volumes are good for now, `None` for ever (until the Pod changes).
+    /// volumes are good for now.
     ///
     /// # Errors
     /// As [`VolumeManager::set_up`]; the content stays as it was.
-    pub async fn refresh(&self, ctx: PodContext<'_>) -> Result<Option<Duration>, VolumeError> {
+    pub async fn refresh(&self, ctx: PodContext<'_>) -> Result<Freshness, VolumeError> {
         let uid = component(ctx.key)?;
         let mounted = mounted_names(ctx.pod);
-        let mut next: Option<Duration> = None;
+        let mut fresh = Freshness::default();
         for volume in volumes(ctx.pod).filter(|volume| mounted.contains(volume.name.as_str())) {
             if let Some(files) = files_of(volume)? {
-                let period = self.write_files(ctx, uid, volume, &files).await?.1;
-                next = [next, period].into_iter().flatten().min();
+                fresh = fresh.and(self.write_files(ctx, uid, volume, &files).await?.1);
             }
         }
-        Ok(next)
+        Ok(fresh)
     }
 
     /// Unmounts and removes everything the Pod has on this host; Ok if there is nothing. Links are not followed.
@@ -239,21 +270,24 @@ impl VolumeManager {
         ctx: PodContext<'_>,
         uid: &str,
         volume: &Volume,
-    ) -> Result<(String, MountedVolume), VolumeError> {
+    ) -> Result<(String, MountedVolume, Freshness), VolumeError> {
         let name = component(&volume.name)?.to_owned();
         if let Some(source) = volume.host_path.clone() {
             let host_path = PathBuf::from(&source.path);
             let checked = blocking(move || Ok(host::host_path(&source))).await?;
             checked.map_err(|message| refused(volume, message))?;
-            return Ok((name, MountedVolume { host_path, read_only: false }));
+            return Ok((name, MountedVolume { host_path, read_only: false }, Freshness::default()));
+        }
+        if let Some(claimed) = self.claimed(ctx, volume).await? {
+            return Ok((name, claimed, Freshness::default()));
         }
         if let Some(files) = files_of(volume)? {
-            let (host_path, _) = self.write_files(ctx, uid, volume, &files).await?;
-            return Ok((name, MountedVolume { host_path, read_only: true }));
+            let (host_path, fresh) = self.write_files(ctx, uid, volume, &files).await?;
+            return Ok((name, MountedVolume { host_path, read_only: true }, fresh));
         }
         let source = volume.empty_dir.clone().unwrap_or_default();
         let host_path = self.empty_dir(ctx, uid, volume, source).await?;
-        Ok((name, MountedVolume { host_path, read_only: false }))
+        Ok((name, MountedVolume { host_path, read_only: false }, Freshness::default()))
     }
 
     async fn empty_dir(
@@ -278,164 +312,9 @@ impl VolumeManager {
         })
         .await
     }
-
-    /// Writes the files of a volume; where they are, and how long they are good for.
-    async fn write_files(
-        &self,
-        ctx: PodContext<'_>,
-        uid: &str,
-        volume: &Volume,
-        files: &Files,
-    ) -> Result<(PathBuf, Option<Duration>), VolumeError> {
-        let dir = places::files(&self.root, uid, files.kind, component(&volume.name)?);
-        let mut payload = Payload::new();
-        let mut next: Option<Duration> = None;
-        for projection in files.projected.sources.iter().flatten() {
-            let (part, period) = self.project(ctx, &dir, volume, (&files.projected, projection)).await?;
-            payload.extend(part);
-            next = [next, period].into_iter().flatten().min();
-        }
-        payload::check_conflicts(&payload).map_err(|message| refused(volume, message))?;
-        let (secrets, group) = (self.secrets(), group(ctx.pod));
-        blocking(move || {
-            if !mounts::is_tmpfs(&secrets) {
-                let source = io::Error::other("it is not a tmpfs, and secrets are never written to disk");
-                return Err(host_error("write below", &secrets, source));
-            }
-            atomic::write(&dir, &payload, group).map_err(|source| host_error("write volume", &dir, source))?;
-            Ok((dir, next))
-        })
-        .await
-    }
-
-    /// The files of one source of a volume.
-    async fn project(
-        &self,
-        ctx: PodContext<'_>,
-        dir: &Path,
-        volume: &Volume,
-        (parent, source): (&ProjectedVolumeSource, &VolumeProjection),
-    ) -> Result<(Payload, Option<Duration>), VolumeError> {
-        let namespace = ctx.pod.metadata.namespace.as_deref().unwrap_or("default");
-        let mode = parent.default_mode.unwrap_or(DEFAULT_MODE);
-        let refuse = |message| refused(volume, message);
-        let object = |source| VolumeError::Object { volume: volume.name.clone(), source };
-        if let Some(map) = &source.config_map {
-            let found = self.objects.config_map(namespace, &map.name).await.map_err(object)?;
-            let fixed = found.as_ref().is_some_and(|found| found.immutable == Some(true));
-            let selection = Selection {
-                items: map.items.as_deref(),
-                mode,
-                user: parent.default_user,
-                optional: map.optional.unwrap_or(false),
-            };
-            let files = payload::of_config_map(&map.name, found.as_deref(), &selection).map_err(refuse)?;
-            return Ok((files, (!fixed).then_some(CONTENT_PERIOD)));
-        }
-        if let Some(secret) = &source.secret {
-            let found = self.objects.secret(namespace, &secret.name).await.map_err(object)?;
-            let fixed = found.as_ref().is_some_and(|found| found.immutable == Some(true));
-            let selection = Selection {
-                items: secret.items.as_deref(),
-                mode,
-                user: parent.default_user,
-                optional: secret.optional.unwrap_or(false),
-            };
-            let files = payload::of_secret(&secret.name, found.as_deref(), &selection).map_err(refuse)?;
-            return Ok((files, (!fixed).then_some(CONTENT_PERIOD)));
-        }
-        if let Some(fields) = &source.downward_api {
-            let items = fields.items.as_deref().unwrap_or_default();
-            let files = payload::of_downward(&ctx, items, mode, parent.default_user).map_err(refuse)?;
-            return Ok((files, None));
-        }
-        if let Some(token) = &source.service_account_token {
-            let (bytes, period) = self.token(ctx.pod, dir, volume, token).await?;
-            let user = token.user.or(parent.default_user).or_else(|| payload::token_user(ctx.pod));
-            let mode = if user.is_some() || group(ctx.pod).is_some() { PRIVATE_TOKEN_MODE } else { mode };
-            let path = payload::checked_path(&token.path).map_err(refuse)?;
-            let file = payload::file(bytes, mode, user).map_err(refuse)?;
-            return Ok((Payload::from([(path, file)]), Some(period)));
-        }
-        let kind = format!("projected {}", first_field(source, ""));
-        Err(VolumeError::Unsupported { volume: volume.name.clone(), kind })
-    }
-
-    /// The token that is there while it is fresh, else a new one; and how long it stays fresh.
-    async fn token(
-        &self,
-        pod: &Pod,
-        dir: &Path,
-        volume: &Volume,
-        projection: &ServiceAccountTokenProjection,
-    ) -> Result<(Vec<u8>, Duration), VolumeError> {
-        let path = payload::checked_path(&projection.path).map_err(|message| refused(volume, message))?;
-        let present = atomic::read_file(dir, &path).map_err(|source| host_error("read", &dir.join(&path), source))?;
-        if let Some(present) = present {
-            let left = token::Claims::of(&present).map(|claims| claims.fresh_for(Timestamp::now()));
-            if let Some(left) = left.filter(|left| !left.is_zero()) {
-                return Ok((present, left));
-            }
-        }
-        let fetched = token::request(&self.client, pod, projection).await;
-        let token = fetched.map_err(|source| VolumeError::Token { volume: volume.name.clone(), source })?.into_bytes();
-        let fresh = token::Claims::of(&token).map(|claims| claims.fresh_for(Timestamp::now()));
-        Ok((token, fresh.unwrap_or(CONTENT_PERIOD).max(LEAST_PERIOD)))
-    }
 }
 
 // === What a volume is ===
-
-/// A volume made of files: every kind of them as the one that contains the others.
-struct Files {
-    kind: &'static str,
-    projected: ProjectedVolumeSource,
-}
-
-/// `None` for a volume that is a directory.
-fn files_of(volume: &Volume) -> Result<Option<Files>, VolumeError> {
-    let one = |kind, mode, user, source: VolumeProjection| {
-        let projected = ProjectedVolumeSource { default_mode: mode, default_user: user, sources: Some(vec![source]) };
-        Ok(Some(Files { kind, projected }))
-    };
-    if let Some(map) = &volume.config_map {
-        let projection = k8s_openapi::api::core::v1::ConfigMapProjection {
-            items: map.items.clone(),
-            name: map.name.clone(),
-            optional: map.optional,
-        };
-        let source = VolumeProjection { config_map: Some(projection), ..Default::default() };
-        return one("configmap", map.default_mode, map.default_user, source);
-    }
-    if let Some(secret) = &volume.secret {
-        let projection = k8s_openapi::api::core::v1::SecretProjection {
-            items: secret.items.clone(),
-            name: secret.secret_name.clone().unwrap_or_default(),
-            optional: secret.optional,
-        };
-        let source = VolumeProjection { secret: Some(projection), ..Default::default() };
-        return one("secret", secret.default_mode, secret.default_user, source);
-    }
-    if let Some(fields) = &volume.downward_api {
-        let projection = k8s_openapi::api::core::v1::DownwardAPIProjection { items: fields.items.clone() };
-        let source = VolumeProjection { downward_api: Some(projection), ..Default::default() };
-        return one("downward-api", fields.default_mode, fields.default_user, source);
-    }
-    if let Some(projected) = &volume.projected {
-        return Ok(Some(Files { kind: "projected", projected: projected.clone() }));
-    }
-    let kind = first_field(volume, "name");
-    if kind.is_empty() || matches!(kind.as_str(), "emptyDir" | "hostPath") {
-        return Ok(None);
-    }
-    Err(VolumeError::Unsupported { volume: volume.name.clone(), kind })
-}
-
-/// The field that is set besides `known`, under its name in the API.
-fn first_field(object: &impl serde::Serialize, known: &str) -> String {
-    let value = serde_json::to_value(object).unwrap_or_default();
-    value.as_object().and_then(|fields| fields.keys().find(|key| *key != known)).cloned().unwrap_or_default()
-}
 
 fn volumes(pod: &Pod) -> impl Iterator<Item = &Volume> {
     pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten())

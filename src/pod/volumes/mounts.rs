@@ -57,7 +57,8 @@ pub(super) fn remove_tree(dir: &Path) -> io::Result<()> {
     }
 }
 
-fn mount_points() -> io::Result<Vec<PathBuf>> {
+/// Every place where something is mounted, in the order it was.
+pub(super) fn mount_points() -> io::Result<Vec<PathBuf>> {
     Ok(parse_mount_points(&fs::read(MOUNTINFO)?))
 }
 

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1::Pod;
 
-use super::{component, files_of, mounted_names, volumes};
+use super::projection::files_of;
+use super::{component, mounted_names, volumes};
 use crate::kubelet_api::targets::PodVolume;
 
 /// Below this is what Pods have on disk.
@@ -25,6 +26,11 @@ pub(super) fn empty_dir(root: &Path, uid: &str, volume: &str) -> PathBuf {
 /// A volume made of files.
 pub(super) fn files(root: &Path, uid: &str, kind: &str, volume: &str) -> PathBuf {
     secrets(root).join(uid).join(format!("kubernetes.io~{kind}")).join(volume)
+}
+
+/// A part of a volume, bound for the `at`-th mount of a container; `parts` are the names of volume and container.
+pub(super) fn sub_path(root: &Path, uid: &str, [volume, container]: [&str; 2], at: usize) -> PathBuf {
+    pods(root).join(uid).join("volume-subpaths").join(volume).join(container).join(at.to_string())
 }
 
 /// The volumes of a Pod whose use is told, as by a kubelet: all but host paths, which belong to the host. Nothing says

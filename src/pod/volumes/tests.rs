@@ -4,16 +4,19 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
+use jiff::Timestamp;
 use kube::client::Body;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 
+use super::projection::{CONTENT_PERIOD, LEAST_PERIOD};
 use super::*;
 use crate::node::NodeFacts;
 use crate::quantity::Quantity;
@@ -165,7 +168,7 @@ fn every_kind_of_volume_is_made_found_again_and_removed() {
             ]),
             json!({"securityContext": {"fsGroup": 4321}}),
         );
-        let made = host.manager().set_up(ctx!(host, pod)).await.unwrap();
+        let made = host.manager().set_up(ctx!(host, pod)).await.unwrap().volumes;
         let read = |volume: &str, path: &str| fs::read_to_string(made[volume].host_path.join(path)).unwrap();
         assert_eq!(read("conf", "a.ini"), "x=1");
         assert_eq!(read("keys", "key"), "s3cr3t");
@@ -192,7 +195,7 @@ fn every_kind_of_volume_is_made_found_again_and_removed() {
         );
 
         // Another process finds the same, and the token still fresh.
-        assert_eq!(host.manager().set_up(ctx!(host, pod)).await.unwrap(), made);
+        assert_eq!(host.manager().set_up(ctx!(host, pod)).await.unwrap().volumes, made);
         assert_eq!(host.api.token_requests.lock().unwrap().len(), 1);
         assert_eq!(host.manager().uids().await.unwrap(), BTreeSet::from(["u-1".to_owned()]));
         host.manager().tear_down("u-1").await.unwrap();
@@ -213,10 +216,10 @@ fn changed_content_and_old_tokens_are_renewed() {
             json!({}),
         );
         let manager = host.manager();
-        let made = manager.set_up(ctx!(host, pod)).await.unwrap();
+        let made = manager.set_up(ctx!(host, pod)).await.unwrap().volumes;
         let first = fs::read(made["all"].host_path.join("token")).unwrap();
         host.api.put("/api/v1/namespaces/shop/configmaps/conf", json!({"metadata": {}, "data": {"a": "2"}}));
-        assert_eq!(manager.refresh(ctx!(host, pod)).await.unwrap(), Some(LEAST_PERIOD));
+        assert_eq!(manager.refresh(ctx!(host, pod)).await.unwrap().period, Some(LEAST_PERIOD));
         assert_eq!(fs::read_to_string(made["all"].host_path.join("a")).unwrap(), "2");
         assert_ne!(fs::read(made["all"].host_path.join("token")).unwrap(), first);
     });
@@ -238,14 +241,16 @@ fn only_what_can_change_asks_for_another_refresh() {
         ] {
             let pod = pod(json!([volume]), json!({}));
             manager.set_up(ctx!(host, pod)).await.unwrap();
-            assert_eq!(manager.refresh(ctx!(host, pod)).await.unwrap(), wanted);
+            let fresh = manager.refresh(ctx!(host, pod)).await.unwrap();
+            assert_eq!(fresh.period, wanted);
+            assert_eq!(fresh.uses.len(), usize::from(wanted.is_some()), "what is fixed is not followed");
         }
         let pod = pod(
             json!([{"name": "t", "projected": {"sources": [{"serviceAccountToken": {"path": "token"}}]}}]),
             json!({}),
         );
         manager.set_up(ctx!(host, pod)).await.unwrap();
-        let left = manager.refresh(ctx!(host, pod)).await.unwrap().unwrap().as_secs();
+        let left = manager.refresh(ctx!(host, pod)).await.unwrap().period.unwrap().as_secs();
         assert!((2870..=2880).contains(&left), "{left}");
     });
 }
@@ -254,6 +259,10 @@ fn only_what_can_change_asks_for_another_refresh() {
 fn what_is_missing_wrong_or_unsupported_is_named() {
     on_a_host(3600, |host| async move {
         host.api.put("/api/v1/namespaces/shop/configmaps/conf", json!({"metadata": {}, "data": {"a": "1"}}));
+        host.api.put(
+            "/api/v1/namespaces/shop/persistentvolumeclaims/waiting",
+            json!({"metadata": {"name": "waiting", "uid": "c-0"}, "spec": {}, "status": {"phase": "Pending"}}),
+        );
         let manager = host.manager();
         for (volume, message) in [
             (
@@ -277,8 +286,12 @@ fn what_is_missing_wrong_or_unsupported_is_named() {
                 "volume \"v\" has type nfs, which this node does not support",
             ),
             (
-                json!({"name": "v", "persistentVolumeClaim": {"claimName": "c"}}),
-                "volume \"v\" has type persistentVolumeClaim, which this node does not support",
+                json!({"name": "v", "csi": {"driver": "d"}}),
+                "volume \"v\" has type csi, which this node does not support",
+            ),
+            (
+                json!({"name": "v", "persistentVolumeClaim": {"claimName": "waiting"}}),
+                "MountVolume.SetUp failed for volume \"v\" : error processing PVC shop/waiting: PVC is not bound",
             ),
             (
                 json!({"name": "v", "emptyDir": {"medium": "HugePages"}}),
@@ -301,6 +314,33 @@ fn what_is_missing_wrong_or_unsupported_is_named() {
 }
 
 #[test]
+fn a_claim_shows_the_local_directory_it_is_bound_to_and_leaves_it_there() {
+    on_a_host(3600, |host| async move {
+        let local = host.dir.path().join("disk");
+        fs::create_dir(&local).unwrap();
+        fs::write(local.join("precious"), "1").unwrap();
+        host.api.put(
+            "/api/v1/namespaces/shop/persistentvolumeclaims/data",
+            json!({"metadata": {"name": "data", "uid": "c-1"}, "spec": {"volumeName": "pv-1"}, "status": {"phase": "Bound"}}),
+        );
+        host.api.put(
+            "/api/v1/persistentvolumes/pv-1",
+            json!({"metadata": {"name": "pv-1"}, "spec": {"claimRef": {"uid": "c-1"}, "local": {"path": local}}}),
+        );
+        let pod = pod(
+            json!([{"name": "v", "persistentVolumeClaim": {"claimName": "data"}}]),
+            json!({"securityContext": {"fsGroup": 4321}}),
+        );
+        let made = host.manager().set_up(ctx!(host, pod)).await.unwrap().volumes;
+        assert_eq!(made["v"], MountedVolume { host_path: local.clone(), read_only: false });
+        assert_eq!(fs::metadata(local.join("precious")).unwrap().gid(), 4321);
+        assert_eq!(host.manager().refresh(ctx!(host, pod)).await.unwrap(), Freshness::default());
+        host.manager().tear_down("u-1").await.unwrap();
+        assert!(local.join("precious").exists());
+    });
+}
+
+#[test]
 fn volumes_that_nobody_mounts_are_not_made() {
     on_a_host(3600, |host| async move {
         let mut pod = pod(
@@ -308,8 +348,8 @@ fn volumes_that_nobody_mounts_are_not_made() {
             json!({}),
         );
         pod.spec.as_mut().unwrap().containers[0].volume_mounts = None;
-        assert!(host.manager().set_up(ctx!(host, pod)).await.unwrap().is_empty());
-        assert_eq!(host.manager().refresh(ctx!(host, pod)).await.unwrap(), None);
+        assert!(host.manager().set_up(ctx!(host, pod)).await.unwrap().volumes.is_empty());
+        assert_eq!(host.manager().refresh(ctx!(host, pod)).await.unwrap(), Freshness::default());
     });
 }
 

@@ -12,6 +12,7 @@ use super::{Next, Worker};
 use crate::failpoint;
 use crate::pod::crew::kept;
 use crate::pod::ephemeral;
+use crate::pod::inputs::following::Following;
 use crate::pod::status::{Trouble, crash_loop};
 use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus, LogOptions, SandboxId};
 use crate::telemetry::chain;
@@ -195,8 +196,14 @@ impl Worker {
             self.complain("FailedUnMount", chain(&error));
             return tokio::time::sleep(TRY_AGAIN).await;
         }
+        if let Err(error) = self.shared.addresses.close_ports(&self.reference.uid).await {
+            self.complain("FailedKillPod", chain(&error));
+            return tokio::time::sleep(TRY_AGAIN).await;
+        }
+        self.memory.ports_open = false;
         self.memory.places = None;
         self.memory.next_refresh = None;
+        self.memory.following = Following::default();
         self.memory.released = true;
     }
 
@@ -262,6 +269,11 @@ impl Worker {
         let uid = &self.reference.uid;
         if let Err(error) = self.shared.volumes.tear_down(uid).await {
             tracing::warn!(pod = %self.reference, error = chain(&error), "failed to remove the Pod's directory; trying again");
+            tokio::time::sleep(TRY_AGAIN).await;
+            return Next::Again;
+        }
+        if let Err(error) = self.shared.addresses.close_ports(uid).await {
+            tracing::warn!(pod = %self.reference, error = chain(&error), "failed to close the Pod's ports; trying again");
             tokio::time::sleep(TRY_AGAIN).await;
             return Next::Again;
         }

@@ -9,6 +9,7 @@ use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::time::Instant;
 
 use crate::pod::backoff::Backoff;
+use crate::pod::inputs::following::Following;
 use crate::pod::status::Trouble;
 use crate::pod::translate::Places;
 use crate::runtime::types::{ContainerConfig, ContainerId};
@@ -24,6 +25,8 @@ pub(super) struct Memory {
     pub(super) ended: Option<Trouble>,
     /// The Pod's address.
     pub(super) address: Option<IpAddr>,
+    /// Its ports on the host lead to it.
+    pub(super) ports_open: bool,
     /// Why containers wait.
     pub(super) waiting: BTreeMap<String, Trouble>,
     /// Until when containers are not tried.
@@ -54,6 +57,8 @@ pub(super) struct Memory {
     pub(super) reassert_at: Option<Instant>,
     /// When a token or other volume content must be renewed.
     pub(super) next_refresh: Option<Instant>,
+    /// The objects whose changes the volumes are to show at once.
+    pub(super) following: Following,
     /// When this node first saw the Pod.
     pub(super) start_time: Timestamp,
     /// The grace the containers were last told.

@@ -48,9 +48,10 @@ impl Worker {
         let (pod, facts) = (self.pod.clone(), self.shared.facts.borrow().clone());
         let context = PodContext { pod: &pod, key: &self.reference.uid, node: &facts, addresses: &[] };
         match self.shared.volumes.set_up(context).await {
-            Ok(volumes) => {
+            Ok(made) => {
                 failpoint::hit("mount");
-                let volumes = volumes.into_iter().map(|(name, v)| (name, (v.host_path, v.read_only))).collect();
+                let volumes = made.volumes.into_iter().map(|(name, v)| (name, (v.host_path, v.read_only))).collect();
+                self.shared.volumes.follow(&mut self.memory.following, made.uses);
                 self.memory.places = Some(Places { volumes, ..Places::default() });
                 self.memory.pod_hold = None;
                 self.memory.mount_failures = 0;
@@ -80,7 +81,10 @@ impl Worker {
         let addresses: Vec<_> = self.memory.address.into_iter().collect();
         let context = PodContext { pod: &pod, key: &self.reference.uid, node: &facts, addresses: &addresses };
         self.memory.next_refresh = match self.shared.volumes.refresh(context).await {
-            Ok(next) => next.map(|after| Instant::now() + after),
+            Ok(fresh) => {
+                self.shared.volumes.follow(&mut self.memory.following, fresh.uses);
+                fresh.period.map(|after| Instant::now() + after)
+            }
             Err(error) => {
                 self.shared.events.warning(&pod, None, "FailedMount", chain(&error));
                 Some(Instant::now() + backoff::RETRY)
@@ -170,6 +174,18 @@ impl Worker {
         Ok(())
     }
 
+    /// Leads ports of the host to the Pod, once per sandbox. A function's front answers at the Pod's address only.
+    async fn open_ports(&mut self) -> Result<(), String> {
+        let (Some(spec), Some(address)) = (&self.pod.spec, self.memory.address) else { return Ok(()) };
+        if self.memory.ports_open || self.seat.is_some() || self.function.is_some() {
+            return Ok(());
+        }
+        let opened = self.shared.addresses.open_ports(&self.reference.uid, address, spec).await;
+        opened.map_err(|error| format!("failed to open the Pod's ports on the host: {}", chain(&error)))?;
+        self.memory.ports_open = true;
+        Ok(())
+    }
+
     /// The Pod's addresses: its own, or the node's on the host's network.
     fn addresses(&self) -> Vec<std::net::IpAddr> {
         match self.memory.address {
@@ -216,9 +232,11 @@ impl Worker {
             self.set_up_volumes().await;
             return None;
         }
-        if self.memory.places.as_ref().is_some_and(|p| p.files.is_empty())
-            && let Err(message) = self.write_files()
-        {
+        let furnished = match self.memory.places.as_ref().is_some_and(|p| p.files.is_empty()) {
+            true => self.write_files(),
+            false => Ok(()),
+        };
+        if let Err(message) = self.open_ports().await.and(furnished) {
             let until = Timestamp::now() + backoff::RETRY;
             self.hold(name, Trouble::new("CreateContainerError", message), until);
             return None;
@@ -306,6 +324,9 @@ impl Worker {
         let log = self.termination_log(&container.name, attempt).map_err(|e| config_error(&e))?;
         let mut places = self.memory.places.clone().unwrap_or_default();
         places.termination_log = Some(log);
+        let volumes = &self.shared.volumes;
+        let parts = volumes.bind_sub_paths(&self.reference.uid, container, &places.volumes, &env).await;
+        places.sub_paths = parts.map_err(|e| config_error(&e))?;
         let config =
             translate::container(&self.shared.host, pod, container, image, &places).map_err(|e| config_error(&e))?;
         let expand =

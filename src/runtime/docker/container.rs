@@ -57,6 +57,7 @@ impl DockerRuntime {
         let around = Surroundings {
             cgroup_parent: self.cgroups.docker_parent(&config.cgroup_parent),
             oom_floor: self.oom_floor,
+            held: self.held.clone(),
             labels: labels::of_container(self.owner(), sandbox, config),
         };
         let body = spec::container_body(sandbox, config, extras, around);

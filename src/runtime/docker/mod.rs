@@ -14,6 +14,7 @@
 //! is found by the next one through the name being taken.
 
 mod attach;
+mod capabilities;
 mod cgroup;
 mod container;
 mod creates;
@@ -151,6 +152,7 @@ pub struct DockerRuntime {
     cable: Arc<dyn Cable>,
     cgroups: Cgroups,
     oom_floor: Option<i64>,
+    held: Option<capabilities::Held>,
     verdicts: oom::Verdicts,
     /// Whether this daemon leaves out the newline that ends a line longer than one log record.
     restores_newlines: bool,
@@ -192,6 +194,7 @@ impl DockerRuntime {
         let daemon = http::peer_pid(&options.socket).await.unwrap_or_else(std::process::id).cast_signed();
         let runtime = Self {
             oom_floor: oom::floor(daemon),
+            held: capabilities::held(daemon),
             verdicts: oom::Verdicts::default(),
             restores_newlines: (version.major_version, version.minor_version) < API_WITH_WHOLE_LINES,
             cgroups: Cgroups::of_host(systemd),

@@ -11,8 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::OFlag;
 
-/// CAP_SYS_RESOURCE in the capability sets of `/proc/<pid>/status`.
-const CAP_SYS_RESOURCE: u32 = 24;
+use super::capabilities;
 
 /// Containers whose end is remembered; those before were looked at long ago.
 const REMEMBERED: usize = 512;
@@ -87,16 +86,11 @@ fn is_kill_in(record: &str, id: &str) -> bool {
 /// as unrestricted, since that is the rule.
 pub(super) fn floor(pid: i32) -> Option<i64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    if effective_capabilities(&status)? & (1 << CAP_SYS_RESOURCE) != 0 {
+    if capabilities::effective(&status)? & capabilities::SYS_RESOURCE != 0 {
         return None;
     }
     let own = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).ok()?;
     Some(own.trim().parse::<i64>().ok()?.max(0))
-}
-
-fn effective_capabilities(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
-    u64::from_str_radix(line.trim(), 16).ok()
 }
 
 #[cfg(test)]
@@ -110,14 +104,5 @@ mod tests {
         assert!(is_kill_in(record, "c1"));
         assert!(!is_kill_in(record, "c2"));
         assert!(!is_kill_in("6,1,1,-;something about task_memcg=/l/pod1/c1", "c1"));
-    }
-
-    #[test]
-    fn the_effective_set_is_read_as_hexadecimal() {
-        let status = "Name:\tx\nCapPrm:\tff\nCapEff:\t000001fffeffffff\n";
-        let set = effective_capabilities(status).unwrap();
-        assert_eq!(set & (1 << CAP_SYS_RESOURCE), 0);
-        assert_ne!(set & 1, 0);
-        assert_eq!(effective_capabilities("Name:\tx\n"), None);
     }
 }

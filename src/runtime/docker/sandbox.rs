@@ -88,6 +88,7 @@ impl DockerRuntime {
         let around = Surroundings {
             cgroup_parent: self.cgroups.docker_parent(&config.cgroup_parent),
             oom_floor: self.oom_floor,
+            held: None,
             labels: labels::of_sandbox(self.owner(), config),
         };
         let own_image = pause::reference();

@@ -7,6 +7,7 @@ use bollard::models::{
     MountBindOptionsPropagationEnum, MountType,
 };
 
+use super::capabilities::{self, Held};
 use crate::runtime::types::{
     ContainerConfig, Mount, MountPropagation, NamespaceMode, Profile, Resources, SandboxConfig, SandboxId,
     SandboxNetwork, Security,
@@ -24,6 +25,8 @@ pub(super) struct Surroundings {
     pub(super) cgroup_parent: String,
     /// [`super::oom::floor`].
     pub(super) oom_floor: Option<i64>,
+    /// [`capabilities::held`].
+    pub(super) held: Option<Held>,
     pub(super) labels: HashMap<String, String>,
 }
 
@@ -106,7 +109,8 @@ fn host_config(sandbox: &SandboxId, config: &ContainerConfig, extras: Extras, ar
         config.resources.clone();
     let security = &config.security;
     let unmasked = security.unmasked_proc.then(Vec::new);
-    HostConfig {
+    let held = around.held.clone().filter(|_| security.privileged);
+    let wanted = HostConfig {
         network_mode: Some(format!("container:{sandbox}")),
         ipc_mode: Some(match config.ipc {
             NamespaceMode::Pod => format!("container:{sandbox}"),
@@ -140,6 +144,10 @@ fn host_config(sandbox: &SandboxId, config: &ContainerConfig, extras: Extras, ar
         log_config: Some(extras.log),
         cgroup_parent: Some(around.cgroup_parent),
         ..HostConfig::default()
+    };
+    match held {
+        Some(held) => capabilities::unbind(&held, wanted),
+        None => wanted,
     }
 }
 
@@ -240,7 +248,8 @@ mod tests {
 
     #[test]
     fn a_score_is_cut_to_the_hosts_floor() {
-        let around = |oom_floor| Surroundings { cgroup_parent: String::new(), oom_floor, labels: HashMap::new() };
+        let around =
+            |oom_floor| Surroundings { cgroup_parent: String::new(), oom_floor, held: None, labels: HashMap::new() };
         assert_eq!(around(None).oom_score(-998), -998);
         assert_eq!(around(Some(0)).oom_score(-998), 0);
         assert_eq!(around(Some(0)).oom_score(900), 900);

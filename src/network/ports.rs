@@ -1,0 +1,171 @@
+//! Ports of the host that lead to a Pod (`hostPort`), as rules of the packet filter.
+//!
+//! ```text
+//! PREROUTING, OUTPUT   to one of the host's addresses, this port -> the Pod's address and port
+//! POSTROUTING          what the Pod sends itself that way, or the host by its loopback -> under the gateway's address
+//! ```
+//!
+//! Each rule carries a comment with the bridge's name and the Pod's UID, so they are found again after a restart, and
+//! nothing else remembers them.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::PoisonError;
+
+use super::bridge::{Bridge, Settings};
+use super::firewall::{self, Rule};
+use super::{NetworkError, set_sysctl};
+
+/// A transport protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+impl Protocol {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Sctp => "sctp",
+        }
+    }
+}
+
+/// A port of the host that leads to one of a Pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPort {
+    /// Of both ports.
+    pub protocol: Protocol,
+    /// The host's address it is open at; `None` is every one.
+    pub host_ip: Option<IpAddr>,
+    /// The host's port.
+    pub host_port: u16,
+    /// The Pod's port.
+    pub pod_port: u16,
+}
+
+impl Bridge {
+    /// Makes exactly these ports of the host lead to the Pod `key` at `address`. Needs `iptables`.
+    ///
+    /// # Errors
+    /// As [`Bridge::ensure`]; some of the ports may be open then.
+    pub async fn open_ports(&self, key: &str, address: IpAddr, ports: Vec<HostPort>) -> Result<(), NetworkError> {
+        let key = key.to_owned();
+        self.work(move |settings| {
+            if address.is_ipv4() {
+                // Or packets with a loopback address are never sent out on the bridge.
+                set_sysctl(&format!("net/ipv4/conf/{}/route_localnet", settings.name), "1")?;
+            }
+            let tag = tag(&settings.name, &key);
+            let wanted = ports.iter().flat_map(|port| rules(&tag, address, port)).collect::<Vec<_>>();
+            keys(settings).insert(key);
+            firewall::settle(settings.range, &tag, &wanted)
+        })
+        .await
+    }
+
+    /// No port of the host leads to the Pod any more; Ok if none did.
+    ///
+    /// # Errors
+    /// As [`Bridge::ensure`]; some of the ports may still be open.
+    pub async fn close_ports(&self, key: &str) -> Result<(), NetworkError> {
+        let key = key.to_owned();
+        if !keys(self.settings()).contains(&key) {
+            return Ok(());
+        }
+        self.work(move |settings| {
+            firewall::settle(settings.range, &tag(&settings.name, &key), &[])?;
+            keys(settings).remove(&key);
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// The Pods that have rules.
+pub(super) fn open(bridge: &str, listed: &[(&'static str, String)]) -> BTreeSet<String> {
+    let prefix = tag(bridge, "");
+    let words = listed.iter().flat_map(|(_, line)| line.split_whitespace());
+    words.filter_map(|word| word.trim_matches('"').strip_prefix(&prefix)).map(str::to_owned).collect()
+}
+
+fn keys(settings: &Settings) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
+    settings.with_ports.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(super) fn tag(bridge: &str, key: &str) -> String {
+    format!("{}:{key}", firewall::comment(bridge))
+}
+
+fn rules(tag: &str, address: IpAddr, port: &HostPort) -> Vec<Rule> {
+    let rule = |chain: &str, text: String| Rule {
+        table: "nat",
+        chain: chain.to_owned(),
+        first: false,
+        text: text.split(' ').map(str::to_owned).collect(),
+    };
+    let (protocol, bits) = (port.protocol.name(), if address.is_ipv4() { 32 } else { 128 });
+    let comment = format!("-m comment --comment {tag}");
+    let at = match port.host_ip.filter(|ip| !ip.is_unspecified()) {
+        Some(ip) if ip.is_ipv4() == address.is_ipv4() => format!("-d {ip}/{bits} "),
+        Some(_) => return Vec::new(),
+        None => String::new(),
+    };
+    let to = SocketAddr::new(address, port.pod_port);
+    let lead = format!(
+        "{at}-p {protocol} -m {protocol} --dport {} -m addrtype --dst-type LOCAL {comment} -j DNAT --to-destination {to}",
+        port.host_port
+    );
+    let behind =
+        format!("-d {address}/{bits} -p {protocol} -m {protocol} --dport {} {comment} -j MASQUERADE", port.pod_port);
+    let mut rules = vec![
+        rule("PREROUTING", lead.clone()),
+        rule("OUTPUT", lead),
+        rule("POSTROUTING", format!("-s {address}/{bits} {behind}")),
+    ];
+    if address.is_ipv4() {
+        rules.push(rule("POSTROUTING", format!("-s 127.0.0.0/8 {behind}")));
+    }
+    rules
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_is_open_at_the_address_that_is_named_and_else_at_every_one() {
+        let port = |host_ip: Option<&str>| HostPort {
+            protocol: Protocol::Udp,
+            host_ip: host_ip.map(|ip| ip.parse().unwrap()),
+            host_port: 53,
+            pod_port: 5353,
+        };
+        let of = |host_ip| rules("lambdalet:lb0:u", "10.1.0.2".parse().unwrap(), &port(host_ip));
+        assert_eq!(of(Some("192.0.2.1"))[0].text[..2], ["-d", "192.0.2.1/32"]);
+        for everywhere in [None, Some("0.0.0.0")] {
+            let rules = of(everywhere);
+            assert_eq!(rules.len(), 4);
+            assert_eq!(rules[0].text[..2], ["-p", "udp"]);
+            assert_eq!(rules[1].text.last().unwrap(), "10.1.0.2:5353");
+        }
+        assert!(of(Some("2001:db8::1")).is_empty(), "an address of another family leads nowhere");
+    }
+
+    #[test]
+    fn pods_with_ports_are_found_by_their_rules() {
+        let listed = [
+            ("nat", "-A OUTPUT -p tcp -m comment --comment lambdalet:lb0:u-1 -j DNAT".to_owned()),
+            ("nat", "-A OUTPUT -p tcp -m comment --comment \"lambdalet:lb0:u-1\" -j DNAT".to_owned()),
+            ("nat", "-A OUTPUT -p tcp -m comment --comment lambdalet:lb1:u-2 -j DNAT".to_owned()),
+            ("nat", "-A POSTROUTING -m comment --comment lambdalet:lb0 -j MASQUERADE".to_owned()),
+        ];
+        assert_eq!(open("lb0", &listed), BTreeSet::from(["u-1".to_owned()]));
+    }
+}
