@@ -5,6 +5,7 @@
   conformance.py check SKIPPED PEER        whether the reason file may be believed
   conformance.py skip SKIPPED              one regular expression for the specs of the reason file
   conformance.py any FILE                  one regular expression for the lines of a file
+  conformance.py but FILE                  one for its lines that begin with "!"
 """
 
 import json
@@ -109,7 +110,9 @@ def main(command, *args):
         # ginkgo matches against the suite's description and the name.
         print("|".join(f" {re.escape(name)}$" for name in reasons(*args)))
     elif command == "any":
-        print("|".join(lines(*args)))
+        print("|".join(line for line in lines(*args) if not line.startswith("!")))
+    elif command == "but":
+        print("|".join(line[1:].strip() for line in lines(*args) if line.startswith("!")))
     else:
         sys.exit(__doc__)
     return 0
