@@ -4,7 +4,8 @@
 //! of; below it nobody knows what a Kubernetes Pod is. Drivers:
 //!
 //! * [`docker`]: a sandbox is a small container that holds the namespaces, members join it;
-//! * [`microvm`]: a sandbox is a virtual machine (its images, so far);
+//! * [`handler`]: several drivers side by side, chosen per sandbox;
+//! * [`microvm`]: a sandbox is a virtual machine (in memory only so far: no flag chooses it);
 //! * [`fake`]: in memory, with fault knobs, for tests and `--runtime fake`.
 //!
 //! The runtime is the memory of the node: after a restart everything is found again by listing. So each verb is
@@ -15,6 +16,7 @@ pub mod disk;
 pub mod docker;
 pub mod error;
 pub mod fake;
+pub mod handler;
 pub mod late;
 pub mod microvm;
 mod reference;

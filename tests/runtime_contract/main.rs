@@ -28,6 +28,18 @@ macro_rules! contract {
                 crate::bench::run(Some(crate::bench::Bench::fake()), crate::$room::$case).await;
             })*)*
         }
+        mod handled {
+            $($(#[tokio::test]
+            async fn $case() {
+                crate::bench::run(Some(crate::bench::Bench::handled()), crate::$room::$case).await;
+            })*)*
+        }
+        mod microvm_in_memory {
+            $($(#[tokio::test]
+            async fn $case() {
+                crate::bench::run(Some(crate::bench::Bench::microvm_in_memory().await), crate::$room::$case).await;
+            })*)*
+        }
         mod docker {
             $($(#[tokio::test]
             async fn $case() {

@@ -44,7 +44,8 @@ use tokio::sync::Semaphore;
 pub use self::config::ImageConfig;
 use self::daemon::Daemon;
 use self::erofs::Mkfs;
-use self::layer::{Blob, digest_of};
+use self::layer::Blob;
+pub(super) use self::layer::digest_of;
 use self::shelf::{Scratch, Shelf, Stored};
 use self::turns::Turns;
 use crate::runtime::reference::parse;
@@ -161,6 +162,13 @@ impl Drop for Pin {
                 index.pins.remove(&self.id);
             }
         }
+    }
+}
+
+impl BlockImage {
+    /// An image that nobody can remove.
+    pub(super) fn unpinned(path: PathBuf, config: ImageConfig) -> Self {
+        Self { path, config, _pin: None }
     }
 }
 
