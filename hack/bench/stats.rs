@@ -116,6 +116,7 @@ async fn pod(owner: &str, number: usize, runtime: &Arc<dyn Runtime>) -> anyhow::
     let name = format!("p{number}");
     let sandbox = SandboxConfig {
         pod: PodRef { uid: format!("uid-{name}"), namespace: "bench".into(), name: name.clone() },
+        handler: None,
         attempt: 0,
         hostname: name.clone(),
         network: SandboxNetwork::Pod { address: [10, 99, 0, 7].into() },

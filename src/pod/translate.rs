@@ -117,6 +117,7 @@ pub fn sandbox(host: &Host, pod: &Pod, spec: &PodSpec, hostname: &str, network: 
     let mut resources = qos::pod_resources(spec, host.cpu_quota);
     resources.pids_limit = host.pids_limit;
     SandboxConfig {
+        handler: None,
         attempt: 0,
         hostname: hostname.to_owned(),
         network,

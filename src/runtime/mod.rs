@@ -4,17 +4,23 @@
 //! of; below it nobody knows what a Kubernetes Pod is. Drivers:
 //!
 //! * [`docker`]: a sandbox is a small container that holds the namespaces, members join it;
+//! * [`handler`]: several drivers side by side, chosen per sandbox;
+//! * [`microvm`]: a sandbox is a virtual machine (in memory only so far: no flag chooses it);
 //! * [`fake`]: in memory, with fault knobs, for tests and `--runtime fake`.
 //!
 //! The runtime is the memory of the node: after a restart everything is found again by listing. So each verb is
 //! idempotent (see its text), and a driver keeps [`types::PodRef`], container name and attempt with the object itself.
 
+mod blocking;
 pub mod disk;
 pub mod docker;
 pub mod error;
 pub mod fake;
+pub mod handler;
 pub mod late;
+pub mod microvm;
 mod reference;
+mod registry;
 pub mod session;
 pub mod stats;
 pub mod traced;
@@ -27,6 +33,7 @@ use std::pin::Pin;
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 
+use blocking::blocking;
 pub use error::{Kind, Result, RuntimeError};
 use session::{AttachRequest, Duplex, ExecRequest, Session};
 use stats::{ImageFs, SandboxStats, StatsScope};

@@ -95,6 +95,8 @@ pub enum NamespaceMode {
 pub struct SandboxConfig {
     /// The Pod it is for.
     pub pod: PodRef,
+    /// Which driver runs it (`docker`, `microvm`), where there are several; `None` for the node's own.
+    pub handler: Option<String>,
     /// How many sandboxes this Pod had before (0 for the first); part of the sandbox's name.
     pub attempt: u32,
     /// Host name of every container in it, at most 63 bytes.

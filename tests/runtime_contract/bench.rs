@@ -15,6 +15,11 @@ use futures::{FutureExt, TryStreamExt};
 use lambdalet::runtime::Runtime;
 use lambdalet::runtime::docker::{DockerOptions, DockerRuntime, NoCable};
 use lambdalet::runtime::fake::FakeRuntime;
+use lambdalet::runtime::handler::{Handlers, Named};
+use lambdalet::runtime::microvm::fake::FakeVms;
+use lambdalet::runtime::microvm::logs::LogLimits;
+use lambdalet::runtime::microvm::volumes::Places;
+use lambdalet::runtime::microvm::{MicrovmOptions, MicrovmRuntime};
 use lambdalet::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, ImageId, LogChunk, LogOptions, Mount,
     MountPropagation, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxId, SandboxNetwork, Security,
@@ -38,6 +43,10 @@ pub(crate) struct Bench {
     pub(crate) image_ref: String,
     pub(crate) docker: Option<Docker>,
     pub(crate) owner: String,
+    /// What its sandboxes name as their handler.
+    handler: Option<String>,
+    /// Whether a sandbox can be on the host's network.
+    pub(crate) has_host_network: bool,
     folder: TempDir,
 }
 
@@ -67,8 +76,38 @@ impl Bench {
             image_ref,
             docker: None,
             owner: String::new(),
+            handler: None,
+            has_host_network: true,
             folder: tempfile::tempdir().unwrap(),
         }
+    }
+
+    /// Two fakes side by side, of which the second is under test.
+    pub(crate) fn handled() -> Self {
+        let (own, other) = (FakeRuntime::new(), FakeRuntime::new());
+        let fake = Self::fake();
+        for runtime in [&own, &other] {
+            assert_eq!(runtime.add_image(&fake.image_ref), fake.image);
+        }
+        let named = |handler: &str, runtime| Named { handler: handler.to_owned(), runtime: Arc::new(runtime) };
+        let runtime = Handlers::new(named("own", own), vec![named("other", other)], "own");
+        Self { runtime: Arc::new(runtime), handler: Some("other".to_owned()), ..fake }
+    }
+
+    /// The microVM driver on VMs in memory.
+    pub(crate) async fn microvm_in_memory() -> Self {
+        let fake = Self::fake();
+        let driver = async |name: &str| {
+            let vms = FakeVms::new();
+            assert_eq!(vms.engine.add_image(&fake.image_ref), fake.image);
+            let root = fake.folder.path().join(name);
+            let places = Places { host_paths: vec![fake.folder.path().to_owned()], ..Places::default() };
+            let options = MicrovmOptions { owner: name.to_owned(), root, places, logs: LogLimits::default() };
+            let images = Arc::new(vms.engine.clone());
+            Arc::new(MicrovmRuntime::open(options, Arc::new(vms), images).await.unwrap())
+        };
+        let (runtime, stranger) = (driver("own").await, driver("stranger").await);
+        Self { runtime, stranger, has_host_network: false, ..fake }
     }
 
     /// `None` unless the environment asks for it.
@@ -87,6 +126,8 @@ impl Bench {
             image_ref,
             docker: Some(docker),
             owner,
+            handler: None,
+            has_host_network: true,
             folder: tempfile::tempdir().unwrap(),
         };
         Some(bench)
@@ -134,6 +175,7 @@ impl Bench {
     pub(crate) fn sandbox_config(&self, pod: &str) -> SandboxConfig {
         SandboxConfig {
             pod: self.pod(pod),
+            handler: self.handler.clone(),
             attempt: 0,
             hostname: format!("host-{pod}"),
             network: SandboxNetwork::Pod { address: [10, 99, 0, 7].into() },

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bench;
+mod block_images;
 mod containers;
 mod docker_only;
 mod events;
@@ -25,6 +26,18 @@ macro_rules! contract {
             $($(#[tokio::test]
             async fn $case() {
                 crate::bench::run(Some(crate::bench::Bench::fake()), crate::$room::$case).await;
+            })*)*
+        }
+        mod handled {
+            $($(#[tokio::test]
+            async fn $case() {
+                crate::bench::run(Some(crate::bench::Bench::handled()), crate::$room::$case).await;
+            })*)*
+        }
+        mod microvm_in_memory {
+            $($(#[tokio::test]
+            async fn $case() {
+                crate::bench::run(Some(crate::bench::Bench::microvm_in_memory().await), crate::$room::$case).await;
             })*)*
         }
         mod docker {
@@ -126,6 +139,8 @@ macro_rules! on_docker {
 }
 
 on_docker! {
+    block_images:
+        an_image_of_the_daemon_is_present_and_becomes_a_block_image;
     docker_only:
         a_sandbox_whose_holder_was_killed_is_not_ready_and_is_replaced
         a_sandbox_without_its_holder_can_still_be_removed

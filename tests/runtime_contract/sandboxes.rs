@@ -103,6 +103,11 @@ pub(crate) async fn a_list_can_be_narrowed_to_one_pod(bench: &Bench) {
 
 pub(crate) async fn a_sandbox_on_the_hosts_network_has_no_address(bench: &Bench) {
     let config = SandboxConfig { network: SandboxNetwork::Host, ..bench.sandbox_config("p") };
+    if !bench.has_host_network {
+        let error = bench.runtime.run_pod_sandbox(&config).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported, "{error}");
+        return;
+    }
     let id = bench.runtime.run_pod_sandbox(&config).await.unwrap();
     let status = bench.runtime.pod_sandbox_status(&id).await.unwrap();
     assert_eq!((status.state, status.address), (SandboxState::Ready, None));

@@ -13,6 +13,7 @@ use super::container::INSPECTS_IN_FLIGHT;
 use super::failure::{self, failed, is_absent, status as http_status};
 use super::{DockerRuntime, http, plain_registry};
 use crate::runtime::reference::parse;
+use crate::runtime::registry::{others_may_succeed, tries};
 use crate::runtime::types::{Image, ImageId, RegistryAuth};
 use crate::runtime::{Kind, Result, RuntimeError};
 
@@ -36,10 +37,8 @@ impl DockerRuntime {
     pub(super) async fn pull(&self, reference: &str, auths: &[RegistryAuth]) -> Result<ImageId> {
         let parsed = parse(reference)?;
         let plain = self.options.insecure_registries.iter().any(|host| host == parsed.registry());
-        let tries: Vec<Option<&RegistryAuth>> =
-            if auths.is_empty() { vec![None] } else { auths.iter().map(Some).collect() };
         let mut refused = RuntimeError::new(Kind::Internal, format!("failed to pull image {reference}"));
-        for auth in tries {
+        for auth in tries(auths) {
             let pulled = if plain {
                 plain_registry::pull(self, &parsed, auth).await
             } else {
@@ -47,8 +46,7 @@ impl DockerRuntime {
             };
             match pulled {
                 Ok(id) => return Ok(id),
-                // A registry hides what the user may not see: other credentials may find it.
-                Err(error) if matches!(error.kind(), Kind::Unauthorized | Kind::NotFound) => refused = error,
+                Err(error) if others_may_succeed(&error) => refused = error,
                 Err(error) => return Err(error),
             }
         }
@@ -143,7 +141,8 @@ impl DockerRuntime {
     }
 }
 
-fn described(image: ImageInspect) -> Image {
+/// The image, from Docker's description of it.
+pub(in crate::runtime) fn described(image: ImageInspect) -> Image {
     let named = |names: Option<Vec<String>>| {
         names.unwrap_or_default().into_iter().filter(|name| !name.contains("<none>")).collect()
     };

@@ -24,7 +24,7 @@ mod failure;
 mod forward;
 mod freeze;
 mod http;
-mod image;
+pub(super) mod image;
 mod io;
 mod labels;
 mod left;

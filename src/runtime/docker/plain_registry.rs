@@ -8,20 +8,17 @@ use bollard::query_parameters::ImportImageOptions;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt, stream};
-use oci_client::client::{ClientConfig, ClientProtocol};
-use oci_client::errors::{OciDistributionError, OciErrorCode};
+use oci_client::Reference;
 use oci_client::manifest::OciImageManifest;
-use oci_client::secrets::RegistryAuth as OciAuth;
-use oci_client::{Client, Reference};
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt;
 use tokio_util::io::ReaderStream;
 
 use super::DockerRuntime;
 use super::failure::failed;
-use super::sandbox::blocking;
+use crate::runtime::registry::{client, credentials, refused};
 use crate::runtime::types::{ImageId, RegistryAuth};
-use crate::runtime::{Kind, Result, RuntimeError};
+use crate::runtime::{Kind, Result, RuntimeError, blocking};
 
 /// Bytes of a block of a tar archive.
 const TAR_BLOCK: usize = 512;
@@ -40,11 +37,8 @@ pub(super) async fn pull(
 ) -> Result<ImageId> {
     let tried = format!("failed to pull image {}", reference.whole());
     let local = |error: io::Error| RuntimeError::new(Kind::Internal, tried.clone()).with_source(error);
-    let client = Client::new(ClientConfig {
-        protocol: ClientProtocol::HttpsExcept(runtime.options.insecure_registries.clone()),
-        ..ClientConfig::default()
-    });
-    let auth = auth.map_or(OciAuth::Anonymous, |auth| OciAuth::Basic(auth.username.clone(), auth.password.clone()));
+    let client = client(&runtime.options.insecure_registries);
+    let auth = credentials(auth);
     let refused = |error| refused(&tried, error);
     let (manifest, _, config) = client.pull_manifest_and_config(reference, &auth).await.map_err(refused)?;
     let folder = tempfile::tempdir().map_err(local)?;
@@ -127,31 +121,6 @@ impl Entry {
 async fn open(path: &Path) -> io::Result<(u64, BoxStream<'static, io::Result<Bytes>>)> {
     let file = File::open(path).await?;
     Ok((file.metadata().await?.len(), ReaderStream::new(file).boxed()))
-}
-
-fn refused(tried: &str, error: OciDistributionError) -> RuntimeError {
-    use OciDistributionError as E;
-    let kind = match &error {
-        E::AuthenticationFailure(_) | E::UnauthorizedError { .. } => Kind::Unauthorized,
-        E::ImageManifestNotFoundError(_) => Kind::NotFound,
-        E::ServerError { code, .. } if *code >= 500 => Kind::Unavailable,
-        E::ServerError { code, .. } => super::failure::of_status(*code),
-        E::RegistryError { envelope, .. } => match envelope.errors.first().map(|error| &error.code) {
-            Some(OciErrorCode::Unauthorized | OciErrorCode::Denied) => Kind::Unauthorized,
-            Some(
-                OciErrorCode::ManifestUnknown
-                | OciErrorCode::NameUnknown
-                | OciErrorCode::NotFound
-                | OciErrorCode::BlobUnknown
-                | OciErrorCode::ManifestBlobUnknown,
-            ) => Kind::NotFound,
-            Some(OciErrorCode::NameInvalid) => Kind::Invalid,
-            _ => Kind::Internal,
-        },
-        E::RequestError(_) => Kind::Unavailable,
-        _ => Kind::Internal,
-    };
-    RuntimeError::new(kind, tried).with_source(error)
 }
 
 #[cfg(test)]

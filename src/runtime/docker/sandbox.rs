@@ -19,7 +19,7 @@ use super::labels::{self, Facts};
 use super::spec::{self, Surroundings};
 use super::{DockerRuntime, pause, turn};
 use crate::runtime::types::{SandboxConfig, SandboxId, SandboxNetwork, SandboxState, SandboxStatus};
-use crate::runtime::{Kind, Result, RuntimeError};
+use crate::runtime::{Kind, Result, RuntimeError, blocking};
 
 /// How often a create is tried anew after what held its name was removed, or its name was taken by something that is
 /// not to be seen yet (a create whose answer nobody waited for).
@@ -318,17 +318,5 @@ impl DockerRuntime {
             .try_filter_map(|seen| async move { Ok(seen) })
             .try_collect()
             .await
-    }
-}
-
-/// Runs file work that may wait for the kernel off the async threads.
-pub(super) async fn blocking<T: Send + 'static>(
-    tried: String,
-    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
-) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(RuntimeError::new(Kind::Internal, tried).with_source(error)),
-        Err(error) => Err(RuntimeError::new(Kind::Internal, tried).with_source(error)),
     }
 }

@@ -16,12 +16,12 @@ use jiff::Timestamp;
 use super::DockerRuntime;
 use super::container::{INSPECTS_IN_FLIGHT, pid, timestamp};
 use super::labels::{self, Facts};
-use super::sandbox::{Seen, blocking};
-use crate::runtime::Result;
+use super::sandbox::Seen;
 use crate::runtime::disk::Disk;
 use crate::runtime::stats::{ContainerStats, ImageFs, SandboxStats, StatsScope, Usage};
 use crate::runtime::types::{ContainerId, SandboxId};
 use crate::runtime::usage::{Trees, interfaces};
+use crate::runtime::{Result, blocking};
 
 /// What is known for statistics.
 #[derive(Debug)]

@@ -241,6 +241,7 @@ mod tests {
         let pod = PodRef { uid: "u".into(), namespace: "n".into(), name: "p".into() };
         let sandbox = SandboxConfig {
             pod: pod.clone(),
+            handler: None,
             attempt: 0,
             hostname: String::new(),
             network: SandboxNetwork::Host,

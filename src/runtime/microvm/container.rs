@@ -1,0 +1,376 @@
+//! Containers: create, start, stop, remove, status, log.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use super::checkpoint::{ContainerRecord, Phase};
+use super::image::{BlockImage, ImageConfig};
+use super::logs::LogBook;
+use super::sandbox::{Log, Sandbox, locked};
+use super::slots::Place;
+use super::vm::{GuestContainer, GuestMount, Vm, VolumeKind};
+use super::volumes::{Volume, of_mount};
+use super::{Inner, MicrovmRuntime, copy};
+use crate::runtime::types::{
+    ContainerConfig, ContainerId, ContainerState, ContainerStatus, EventKind, Grace, ImageId, LogChunk, LogOptions,
+    SandboxId,
+};
+use crate::runtime::{Kind, Result, RuntimeError, blocking};
+use crate::telemetry::chain;
+
+/// How long a killed process may take to be gone.
+const KILL_PATIENCE: Duration = Duration::from_secs(20);
+
+impl MicrovmRuntime {
+    /// The sandbox of a container that is there.
+    pub(super) fn of_container(&self, id: &ContainerId) -> Option<Arc<Sandbox>> {
+        let (sandbox, _) = id.as_str().rsplit_once('.')?;
+        self.sandbox(sandbox).filter(|sandbox| sandbox.record().containers.contains_key(id.as_str()))
+    }
+
+    pub(super) fn known_container(&self, id: &ContainerId) -> Result<Arc<Sandbox>> {
+        let absent = || RuntimeError::new(Kind::NotFound, format!("there is no container {id}"));
+        self.of_container(id).ok_or_else(absent)
+    }
+
+    /// The VM of a container that runs.
+    pub(super) async fn running(&self, id: &ContainerId) -> Result<Arc<dyn Vm>> {
+        let sandbox = self.known_container(id)?;
+        let status = self.status(id).await?;
+        let idle = || RuntimeError::new(Kind::Invalid, format!("container {id} does not run"));
+        sandbox.vm().filter(|_| status.state == ContainerState::Running).ok_or_else(idle)
+    }
+
+    pub(super) async fn create(&self, sandbox: &SandboxId, config: &ContainerConfig) -> Result<ContainerId> {
+        let tried = || format!("failed to create container {} of {}", config.name, config.pod);
+        let failed = |kind, what: &str| RuntimeError::new(kind, format!("{}: {what}", tried()));
+        let found = self.sandbox(sandbox.as_str());
+        let sandbox = found.ok_or_else(|| failed(Kind::NotFound, &format!("there is no sandbox {sandbox}")))?;
+        let _turn = sandbox.turn.lock().await;
+        let same = |(_, one): &(&String, &ContainerRecord)| one.name == config.name && one.attempt == config.attempt;
+        if let Some((id, _)) = sandbox.record().containers.iter().find(same) {
+            return Ok(id.as_str().into());
+        }
+        let elsewhere = |other: &Arc<Sandbox>| other.record().containers.iter().any(|one| same(&one));
+        if let Some(other) = self.sandboxes(Some(&config.pod.uid)).iter().find(|other| elsewhere(other)) {
+            return Err(failed(Kind::AlreadyExists, &format!("it exists in another sandbox, {}", other.id)));
+        }
+        let vm = sandbox.vm().filter(|_| sandbox.record().phase == Phase::Running);
+        let vm = vm.ok_or_else(|| failed(Kind::Invalid, &format!("sandbox {} is not ready", sandbox.id)))?;
+        self.check_target(&sandbox, config).await?;
+        let image = self.place(&sandbox, &vm, &config.image).await?;
+        let (mounts, returned) = self.mounts(&sandbox, &vm, config).await?;
+        let id = format!("{}.{:08x}", sandbox.id, rand::random::<u32>());
+        let merged = merged(config, &image);
+        let stop = config.stop_signal.clone().unwrap_or_else(|| image.stop_signal.clone());
+        let stop = if stop.is_empty() { "SIGTERM".to_owned() } else { stop };
+        let record = ContainerRecord::new(config, stop, returned);
+        sandbox.change(|known| known.containers.insert(id.clone(), record)).await?;
+        let made = vm.create(GuestContainer { id: id.clone(), config: merged, image, mounts }).await;
+        if let Err(error) = made {
+            // What the guest may have made of it goes with the sandbox, and is not listed.
+            sandbox.change(|known| known.containers.remove(&id)).await?;
+            return Err(error);
+        }
+        self.inner.open_log(&sandbox, &id, false).await?;
+        Ok(id.into())
+    }
+
+    async fn check_target(&self, sandbox: &Arc<Sandbox>, config: &ContainerConfig) -> Result<()> {
+        let Some(target) = &config.pid_target else { return Ok(()) };
+        let name = sandbox.record().containers.get(target.as_str()).map(|one| one.name.clone());
+        let (kind, what) = match name {
+            None => (Kind::NotFound, format!("there is no target container {target} in its sandbox")),
+            Some(name) => {
+                if self.status(target).await?.state == ContainerState::Running {
+                    return Ok(());
+                }
+                (Kind::Invalid, format!("its target container {name} does not run"))
+            }
+        };
+        Err(RuntimeError::new(kind, format!("failed to create container {} of {}: {what}", config.name, config.pod)))
+    }
+
+    /// Sees to it that the image lies behind a slot; what it says. The caller has the sandbox's turn.
+    async fn place(&self, sandbox: &Sandbox, vm: &Arc<dyn Vm>, image: &ImageId) -> Result<ImageConfig> {
+        let block = self.inner.images.block(image).await?;
+        let config = block.config.clone();
+        let place = {
+            let record = sandbox.record();
+            let used = |held: &ImageId| record.containers.values().any(|one| one.image == held.as_str());
+            record.slots.place(image, used)
+        };
+        let full = || {
+            let text = format!(
+                "image {image} has no place in sandbox {}: all {} are in use",
+                sandbox.id,
+                self.inner.vms.slots()
+            );
+            RuntimeError::new(Kind::Unsupported, text)
+        };
+        let slot = match place.ok_or_else(full)? {
+            Place::Taken(_) => {
+                keep(sandbox, image, block);
+                return Ok(config);
+            }
+            Place::Free(slot) => slot,
+            Place::Instead(slot, held) => {
+                vm.take_image(slot, &held).await?;
+                sandbox.change(|record| record.slots.take(slot)).await?;
+                locked(&sandbox.blocks).remove(&held);
+                slot
+            }
+        };
+        vm.put_image(slot, image, &block.path).await?;
+        sandbox.change(|record| record.slots.put(slot, image)).await?;
+        keep(sandbox, image, block);
+        Ok(config)
+    }
+
+    /// Makes the volumes of a container that are not there yet; its mounts, and what is to be copied back.
+    async fn mounts(
+        &self,
+        sandbox: &Sandbox,
+        vm: &Arc<dyn Vm>,
+        config: &ContainerConfig,
+    ) -> Result<(Vec<GuestMount>, Vec<(String, std::path::PathBuf)>)> {
+        let (mut mounts, mut returned) = (Vec::new(), Vec::new());
+        for mount in &config.mounts {
+            let refused = |why: String| {
+                let text = format!("failed to mount {} in container {}: {why}", mount.container_path, config.name);
+                RuntimeError::new(Kind::Unsupported, text)
+            };
+            let volume = of_mount(mount, &self.inner.options.places).map_err(refused)?;
+            let name = volume.name();
+            let file = self.inner.make_volume(sandbox, vm, &name, &volume).await?;
+            if let Volume::Returned(path) = &volume {
+                returned.push((name.clone(), path.clone()));
+            }
+            mounts.push(GuestMount {
+                volume: name,
+                file,
+                container_path: mount.container_path.clone(),
+                read_only: mount.read_only,
+            });
+        }
+        Ok((mounts, returned))
+    }
+
+    pub(super) async fn start(&self, id: &ContainerId) -> Result<()> {
+        let sandbox = self.known_container(id)?;
+        match self.status(id).await?.state {
+            ContainerState::Running => return Ok(()),
+            ContainerState::Exited => {
+                let text = format!("failed to start container {id}: it has exited already");
+                return Err(RuntimeError::new(Kind::Invalid, text));
+            }
+            ContainerState::Created => {}
+        }
+        let gone =
+            || RuntimeError::new(Kind::Invalid, format!("failed to start container {id}: its microVM has ended"));
+        let vm = sandbox.vm().ok_or_else(gone)?;
+        let started = vm.start(id.as_str()).await;
+        self.inner.open_log(&sandbox, id.as_str(), true).await?;
+        self.inner.look(&sandbox).await;
+        started
+    }
+
+    pub(super) async fn stop(&self, id: &ContainerId, grace: Grace) -> Result<()> {
+        let Some(sandbox) = self.of_container(id) else { return Ok(()) };
+        if self.status(id).await?.state != ContainerState::Running {
+            return Ok(());
+        }
+        let Some(vm) = sandbox.vm() else { return Ok(()) };
+        // One that is frozen heeds no signal; of one that has just ended there is nothing to thaw.
+        let _ = vm.set_frozen(id.as_str(), false).await;
+        let signal = sandbox.record().containers.get(id.as_str()).map(|one| one.stop_signal.clone());
+        let mut ended = false;
+        if !grace.is_zero() {
+            vm.signal(id.as_str(), signal.as_deref().unwrap_or("SIGTERM"), false).await?;
+            ended = matches!(timeout(grace, vm.wait(id.as_str())).await, Ok(Ok(())));
+        }
+        if !ended {
+            vm.signal(id.as_str(), "SIGKILL", true).await?;
+            let late =
+                |_| RuntimeError::new(Kind::Unavailable, format!("container {id} still runs after it was killed"));
+            timeout(KILL_PATIENCE, vm.wait(id.as_str())).await.map_err(late)??;
+        }
+        self.inner.look(&sandbox).await;
+        Ok(())
+    }
+
+    pub(super) async fn remove(&self, id: &ContainerId) -> Result<()> {
+        let Some(sandbox) = self.of_container(id) else { return Ok(()) };
+        let _turn = sandbox.turn.lock().await;
+        if let Some(vm) = sandbox.vm() {
+            vm.remove(id.as_str()).await?;
+        }
+        if let Some(log) = locked(&sandbox.logs).remove(id.as_str()) {
+            log.book.close();
+        }
+        let directory = log_directory(&sandbox, id.as_str());
+        blocking(format!("failed to remove the log of container {id}"), move || {
+            match std::fs::remove_dir_all(directory) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            }
+        })
+        .await?;
+        let removed = sandbox.change(|record| record.containers.remove(id.as_str())).await?;
+        if removed.is_some() {
+            self.inner.tell(&sandbox, EventKind::Removed);
+        }
+        Ok(())
+    }
+
+    pub(super) async fn status(&self, id: &ContainerId) -> Result<ContainerStatus> {
+        let sandbox = self.known_container(id)?;
+        let ended = sandbox.record().containers.get(id.as_str()).is_some_and(|one| one.ended.is_some());
+        // An end is final: of it the guest need not be asked.
+        let guests = if ended { Vec::new() } else { sandbox.guests().await };
+        let guest = guests.iter().find(|guest| guest.id == id.as_str());
+        let vmm = sandbox.vm().map(|vm| vm.pid());
+        let status = sandbox.record().status(id.as_str(), guest, vmm);
+        status.ok_or_else(|| RuntimeError::new(Kind::NotFound, format!("there is no container {id}")))
+    }
+
+    pub(super) async fn list(&self, pod_uid: Option<&str>) -> Vec<ContainerStatus> {
+        let of_each = self.sandboxes(pod_uid).into_iter().map(|sandbox| async move {
+            let guests = sandbox.guests().await;
+            let vmm = sandbox.vm().map(|vm| vm.pid());
+            let record = sandbox.record();
+            let guest = |id: &str| guests.iter().find(|guest| guest.id == id);
+            record.containers.keys().filter_map(|id| record.status(id, guest(id), vmm)).collect::<Vec<_>>()
+        });
+        futures::future::join_all(of_each).await.concat()
+    }
+
+    pub(super) async fn read_log(
+        &self,
+        id: &ContainerId,
+        options: &LogOptions,
+    ) -> Result<BoxStream<'static, Result<LogChunk>>> {
+        let sandbox = self.known_container(id)?;
+        let log = locked(&sandbox.logs).get(id.as_str()).cloned();
+        let absent = || RuntimeError::new(Kind::NotFound, format!("there is no log of container {id}"));
+        log.ok_or_else(absent)?.book.read(options).await
+    }
+}
+
+impl Inner {
+    /// Opens a container's log, and fetches it from the guest if it was started.
+    pub(super) async fn open_log(&self, sandbox: &Arc<Sandbox>, id: &str, fetch: bool) -> Result<()> {
+        let known = locked(&sandbox.logs).get(id).map(|log| Arc::clone(&log.book));
+        let book = match known {
+            Some(book) => book,
+            None => {
+                let (directory, limits) = (log_directory(sandbox, id), self.options.logs);
+                let opened = blocking(format!("failed to open the log of container {id}"), move || {
+                    LogBook::open(&directory, limits)
+                });
+                Arc::new(opened.await?)
+            }
+        };
+        let (told, whole) = watch::channel(!fetch);
+        locked(&sandbox.logs).insert(id.to_owned(), Log { book: Arc::clone(&book), whole });
+        if let (true, Some(vm)) = (fetch, sandbox.vm()) {
+            let id = id.to_owned();
+            sandbox.spawn(async move {
+                fetch_log(vm.as_ref(), &id, &book).await;
+                book.close();
+                told.send_replace(true);
+            });
+        } else if sandbox.vm().is_none() {
+            book.close();
+        }
+        Ok(())
+    }
+
+    /// Makes a volume in the guest unless it is there; the file in it, if it is of one file.
+    pub(super) async fn make_volume(
+        &self,
+        sandbox: &Sandbox,
+        vm: &Arc<dyn Vm>,
+        name: &str,
+        volume: &Volume,
+    ) -> Result<String> {
+        let path = volume.path().to_owned();
+        let tried = format!("failed to read {} for the guest", path.display());
+        let is_there = sandbox.record().volumes.contains_key(name);
+        if let Volume::Empty(_) = volume {
+            if !is_there {
+                let kind = blocking(tried, move || copy::empty_kind(&path)).await?;
+                vm.make_volume(name, kind).await?;
+                sandbox.change(|record| record.volumes.insert(name.to_owned(), volume.clone())).await?;
+            }
+            return Ok(String::new());
+        }
+        let copied = blocking(tried, move || copy::read(&path)).await?;
+        if !is_there {
+            vm.make_volume(name, VolumeKind::Pushed).await?;
+            vm.push_files(name, copied.layout, copied.files).await?;
+            sandbox.change(|record| record.volumes.insert(name.to_owned(), volume.clone())).await?;
+        }
+        Ok(copied.file)
+    }
+}
+
+fn keep(sandbox: &Sandbox, image: &ImageId, block: BlockImage) {
+    locked(&sandbox.blocks).insert(image.clone(), block);
+}
+
+fn log_directory(sandbox: &Sandbox, id: &str) -> std::path::PathBuf {
+    sandbox.directory.join("logs").join(id)
+}
+
+/// Copies a log from the guest to the host until the container has exited, or its VM.
+async fn fetch_log(vm: &dyn Vm, id: &str, book: &Arc<LogBook>) {
+    loop {
+        let fetched = async {
+            let mut batches = vm.logs(id, book.next()).await?;
+            while let Some(batch) = batches.next().await {
+                let (batch, book) = (batch?, Arc::clone(book));
+                let tried = format!("failed to write the log of container {id}");
+                blocking(tried, move || book.append(&batch.chunks, batch.next)).await?;
+            }
+            Ok::<_, RuntimeError>(())
+        };
+        match fetched.await {
+            Ok(()) => return,
+            // The session was lost: the next one goes on where this one was.
+            Err(error) if error.kind() == Kind::Unavailable => {
+                tracing::debug!(container = id, error = chain(&error), "its log is asked for again");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            Err(error) => {
+                tracing::warn!(container = id, error = chain(&error), "its log is fetched no further");
+                return;
+            }
+        }
+    }
+}
+
+/// The container's config with what the image says where nothing else is said.
+fn merged(config: &ContainerConfig, image: &ImageConfig) -> ContainerConfig {
+    let command = match (config.command.is_empty(), config.args.is_empty()) {
+        (false, _) => [config.command.clone(), config.args.clone()].concat(),
+        (true, false) => [image.entrypoint.clone(), config.args.clone()].concat(),
+        (true, true) => [image.entrypoint.clone(), image.cmd.clone()].concat(),
+    };
+    let of_image = image.env.iter().map(|line| line.split_once('=').unwrap_or((line.as_str(), "")));
+    let of_image = of_image.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let working_dir =
+        config.working_dir.clone().or_else(|| Some(image.working_dir.clone()).filter(|dir| !dir.is_empty()));
+    ContainerConfig {
+        command,
+        args: Vec::new(),
+        env: of_image.chain(config.env.iter().cloned()).collect(),
+        working_dir,
+        ..config.clone()
+    }
+}

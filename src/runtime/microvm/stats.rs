@@ -1,0 +1,66 @@
+//! Statistics: what guests say they use, in the sandboxes' terms.
+
+use std::path::Path;
+
+use jiff::Timestamp;
+
+use super::MicrovmRuntime;
+use super::sandbox::{Sandbox, locked};
+use super::vm::GuestStats;
+use crate::runtime::stats::{ContainerStats, DiskUsage, SandboxStats, StatsScope};
+use crate::runtime::types::ContainerStatus;
+use crate::telemetry::chain;
+
+impl MicrovmRuntime {
+    /// Of every sandbox whose guest answers.
+    pub(super) async fn read_stats(&self, scope: StatsScope) -> Vec<SandboxStats> {
+        let of_each = self.sandboxes(None).into_iter().map(|sandbox| async move {
+            let vm = sandbox.vm()?;
+            match vm.stats(scope).await {
+                Ok(stats) => Some(told(&sandbox, stats, scope)),
+                Err(error) => {
+                    tracing::debug!(sandbox = sandbox.id, error = chain(&error), "a guest does not say what it uses");
+                    None
+                }
+            }
+        });
+        futures::future::join_all(of_each).await.into_iter().flatten().collect()
+    }
+}
+
+fn told(sandbox: &Sandbox, stats: GuestStats, scope: StatsScope) -> SandboxStats {
+    let record = sandbox.record();
+    let cgroup = record.cgroup.trim_start_matches('/').to_owned();
+    let containers = stats.containers.into_iter().filter_map(|(id, usage, writable_layer)| {
+        let status: ContainerStatus = record.status(&id, None, None)?;
+        let log = (scope == StatsScope::All).then(|| log_size(sandbox, &id)).flatten();
+        Some(ContainerStats {
+            name: status.name,
+            attempt: status.attempt,
+            image_ref: status.image_ref,
+            started_at: status.started_at,
+            // Of the guest's own tree; here it stands for the container as the host's does elsewhere.
+            cgroup: Path::new(&cgroup).join(&id).display().to_string(),
+            id: status.id,
+            usage,
+            writable_layer,
+            log,
+        })
+    });
+    SandboxStats {
+        id: sandbox.id.as_str().into(),
+        pod: record.pod(),
+        started_at: Some(record.created_at()),
+        usage: stats.usage,
+        network: stats.network,
+        containers: containers.collect(),
+        cgroup: cgroup.clone(),
+    }
+}
+
+/// What a log takes on the host: a handful of files.
+fn log_size(sandbox: &Sandbox, id: &str) -> Option<DiskUsage> {
+    let log = locked(&sandbox.logs).get(id).cloned()?;
+    let bytes = log.book.size().ok()?;
+    Some(DiskUsage { time: Timestamp::now(), bytes, inodes: 1 })
+}

@@ -1,0 +1,251 @@
+//! The driver on VMs in memory: what a restart, a death and a lost file leave.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use futures::TryStreamExt;
+use tempfile::TempDir;
+use tokio::time::timeout;
+
+use super::fake::FakeVms;
+use super::*;
+use crate::runtime::types::{EventKind, NamespaceMode, PodRef, Resources, SandboxNetwork, SandboxState, Security};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A host on which one driver after another runs.
+struct Host {
+    vms: FakeVms,
+    root: TempDir,
+}
+
+impl Host {
+    fn new() -> Self {
+        Self { vms: FakeVms::new(), root: tempfile::tempdir().unwrap() }
+    }
+
+    async fn driver(&self) -> MicrovmRuntime {
+        let options = MicrovmOptions {
+            owner: "me".into(),
+            root: self.root.path().into(),
+            places: Places::default(),
+            logs: LogLimits::default(),
+        };
+        let images = Arc::new(self.vms.engine.clone());
+        MicrovmRuntime::open(options, Arc::new(self.vms.clone()), images).await.unwrap()
+    }
+
+    fn container(&self, name: &str, image: &str, command: &[&str]) -> ContainerConfig {
+        ContainerConfig {
+            pod: pod(),
+            name: name.into(),
+            attempt: 0,
+            image: self.vms.engine.add_image(image),
+            image_ref: image.into(),
+            command: command.iter().map(|part| (*part).to_owned()).collect(),
+            args: Vec::new(),
+            working_dir: None,
+            env: Vec::new(),
+            mounts: Vec::new(),
+            stdin: false,
+            stdin_once: false,
+            tty: false,
+            resources: Resources::default(),
+            security: Security::default(),
+            cgroup_parent: "/pod".into(),
+            pid: NamespaceMode::Container,
+            pid_target: None,
+            ipc: NamespaceMode::Pod,
+            stop_signal: None,
+            annotations: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
+        }
+    }
+}
+
+fn pod() -> PodRef {
+    PodRef { uid: "u".into(), namespace: "n".into(), name: "p".into() }
+}
+
+async fn sandbox(driver: &MicrovmRuntime) -> SandboxId {
+    let config = SandboxConfig {
+        pod: pod(),
+        handler: None,
+        attempt: 0,
+        hostname: "h".into(),
+        network: SandboxNetwork::Pod { address: [10, 0, 0, 1].into() },
+        ipc: NamespaceMode::Pod,
+        pid: NamespaceMode::Container,
+        sysctls: BTreeMap::new(),
+        cgroup_parent: "/pod".into(),
+        resources: Resources::default(),
+    };
+    driver.run_pod_sandbox(&config).await.unwrap()
+}
+
+async fn started(driver: &MicrovmRuntime, config: &ContainerConfig) -> ContainerId {
+    let id = driver.create_container(&sandbox(driver).await, config).await.unwrap();
+    driver.start_container(&id).await.unwrap();
+    id
+}
+
+async fn exited(driver: &MicrovmRuntime, id: &ContainerId) -> ContainerStatus {
+    let look = async {
+        loop {
+            let status = driver.container_status(id).await.unwrap();
+            if status.state == ContainerState::Exited {
+                return status;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, look).await.expect("it exits")
+}
+
+async fn log(driver: &MicrovmRuntime, id: &ContainerId, follow: bool) -> String {
+    let options = LogOptions { follow, ..LogOptions::default() };
+    let chunks = driver.logs(id, &options).await.unwrap().try_collect::<Vec<_>>();
+    let chunks = timeout(PATIENCE, chunks).await.expect("the log ends").unwrap();
+    chunks.iter().map(|chunk| String::from_utf8_lossy(&chunk.bytes).into_owned()).collect()
+}
+
+#[tokio::test]
+async fn a_new_process_takes_over_what_runs() {
+    let host = Host::new();
+    let first = host.driver().await;
+    let speaks = host.container("c", "i", &["print", "one", "sleep", "300", "print", "two", "exit", "7"]);
+    let (id, idle) = (started(&first, &speaks).await, started(&first, &host.container("d", "i", &["idle"])).await);
+    let before = first.container_status(&idle).await.unwrap();
+    let sandboxes = first.list_pod_sandboxes(None).await.unwrap();
+    drop(first);
+    // What it says and does meanwhile is not lost.
+    let second = host.driver().await;
+    let found = second.list_pod_sandboxes(Some("u")).await.unwrap();
+    assert_eq!((found.len(), &found[0].id, found[0].state), (1, &sandboxes[0].id, SandboxState::Ready));
+    assert_eq!((found[0].created_at, found[0].address), (sandboxes[0].created_at, sandboxes[0].address));
+    let after = second.container_status(&idle).await.unwrap();
+    assert_eq!(
+        (after.state, after.started_at, &after.annotations),
+        (ContainerState::Running, before.started_at, &before.annotations)
+    );
+    assert_eq!(log(&second, &id, true).await, "one\ntwo\n");
+    assert_eq!(exited(&second, &id).await.exit_code, 7);
+    assert_eq!(sandbox(&second).await, found[0].id, "it is still the one");
+    drop(second);
+    let third = host.driver().await;
+    assert_eq!(third.container_status(&id).await.unwrap().exit_code, 7);
+    assert_eq!(log(&third, &id, true).await, "one\ntwo\n");
+}
+
+#[tokio::test]
+async fn statuses_and_logs_survive_the_vms_death() {
+    let host = Host::new();
+    let driver = host.driver().await;
+    let runs = started(&driver, &host.container("c", "i", &["print", "one", "idle"])).await;
+    let done = started(&driver, &host.container("d", "i", &["exit", "3"])).await;
+    exited(&driver, &done).await;
+    let waits = driver.create_container(&sandbox(&driver).await, &host.container("e", "i", &["idle"])).await.unwrap();
+    while log(&driver, &runs, false).await.is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let mut events = driver.events().await.unwrap();
+    host.vms.kill_all().await;
+    let event = timeout(PATIENCE, events.next()).await.unwrap().unwrap();
+    assert_eq!((event.pod_uid.as_str(), event.kind), ("u", EventKind::Exited));
+    for driver in [&driver, &host.driver().await] {
+        let sandboxes = driver.list_pod_sandboxes(None).await.unwrap();
+        assert_eq!((sandboxes[0].state, sandboxes[0].pid), (SandboxState::NotReady, None));
+        let status = driver.container_status(&runs).await.unwrap();
+        assert_eq!((status.state, status.exit_code, status.pid), (ContainerState::Exited, 137, None));
+        assert!(status.finished_at.is_some() && status.message.contains("microVM has ended"));
+        assert_eq!(driver.container_status(&done).await.unwrap().exit_code, 3);
+        assert_eq!(driver.container_status(&waits).await.unwrap().state, ContainerState::Created);
+        assert_eq!(log(driver, &runs, true).await, "one\n");
+        assert_eq!(driver.start_container(&waits).await.unwrap_err().kind(), Kind::Invalid);
+    }
+}
+
+#[tokio::test]
+async fn a_vm_that_ended_between_two_processes_is_written_down() {
+    let host = Host::new();
+    let driver = host.driver().await;
+    let id = started(&driver, &host.container("c", "i", &["idle"])).await;
+    drop(driver);
+    host.vms.kill_all().await;
+    let driver = host.driver().await;
+    assert_eq!(driver.container_status(&id).await.unwrap().exit_code, 137);
+    let before = driver.list_pod_sandboxes(None).await.unwrap();
+    let next = sandbox(&driver).await;
+    assert_ne!(next, before[0].id);
+    assert_eq!(driver.list_pod_sandboxes(None).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn images_that_no_container_uses_give_way_and_those_in_use_do_not() {
+    let host = Host::new();
+    let driver = host.driver().await;
+    let slots = host.vms.slots();
+    let mut ids = Vec::new();
+    for number in 0..slots {
+        let name = format!("i{number}");
+        ids.push(started(&driver, &host.container(&name, &name, &["idle"])).await);
+    }
+    // Another container of an image that is there already takes no slot.
+    started(&driver, &host.container("again", "i0", &["idle"])).await;
+    let more = host.container("more", "more", &["idle"]);
+    let error = driver.create_container(&sandbox(&driver).await, &more).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert!(error.to_string().contains("all 8 are in use"), "{error}");
+    driver.remove_container(&ids[3]).await.unwrap();
+    started(&driver, &more).await;
+    let back = host.container("back", "i3", &["idle"]);
+    assert!(driver.create_container(&sandbox(&driver).await, &back).await.is_err());
+}
+
+#[tokio::test]
+async fn removal_leaves_nothing_and_may_be_repeated() {
+    let host = Host::new();
+    let driver = host.driver().await;
+    for _ in 0..20 {
+        let id = started(&driver, &host.container("c", "i", &["print", "one", "idle"])).await;
+        let sandbox = sandbox(&driver).await;
+        driver.remove_container(&id).await.unwrap();
+        started(&driver, &host.container("d", "i", &["idle"])).await;
+        for _ in 0..2 {
+            driver.remove_pod_sandbox(&sandbox).await.unwrap();
+        }
+    }
+    assert_eq!(host.vms.count(), 0);
+    assert_eq!(std::fs::read_dir(host.root.path().join("sandboxes")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_makes_no_sense_hides_no_other() {
+    let host = Host::new();
+    let driver = host.driver().await;
+    let id = sandbox(&driver).await;
+    drop(driver);
+    let lost = host.root.path().join("sandboxes/lost");
+    std::fs::create_dir(&lost).unwrap();
+    std::fs::write(lost.join("sandbox.json"), "{").unwrap();
+    let driver = host.driver().await;
+    let found = driver.list_pod_sandboxes(None).await.unwrap();
+    assert_eq!((found.len(), &found[0].id), (1, &id));
+    assert!(lost.exists());
+}
+
+#[tokio::test]
+async fn what_a_guest_cannot_have_is_refused_with_the_reason() {
+    let host = Host::new();
+    let driver = host.driver().await;
+    let mount = crate::runtime::types::Mount {
+        host_path: "/etc".into(),
+        container_path: "/host".into(),
+        read_only: true,
+        propagation: Default::default(),
+    };
+    let config = ContainerConfig { mounts: vec![mount], ..host.container("c", "i", &["idle"]) };
+    let error = driver.create_container(&sandbox(&driver).await, &config).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert!(error.to_string().contains("/etc is not shared"), "{error}");
+    assert!(driver.list_containers(None).await.unwrap().is_empty());
+}
