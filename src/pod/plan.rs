@@ -154,7 +154,9 @@ enum Need {
 pub fn plan(view: &View<'_>) -> Step {
     match view.goal {
         Goal::End(grace) => plan_end(view, grace),
-        Goal::Run if finished(view.spec, view.observed).is_some() => plan_end(view, grace_of(view.spec, None)),
+        Goal::Run if finished(view.spec, view.observed, view.health).is_some() => {
+            plan_end(view, grace_of(view.spec, None))
+        }
         Goal::Run => plan_run(view),
     }
 }
@@ -339,8 +341,9 @@ fn need(view: &View<'_>, container: &Container, init: bool) -> Need {
     };
     let Some(current) = present(view.spec, view.observed, &container.name) else {
         let latest = view.observed.latest(&container.name).filter(|latest| counts(view.spec, view.observed, latest));
-        let done_before = latest
-            .is_some_and(|latest| latest.state == ContainerState::Exited && !restarts(view.spec, container, latest));
+        let done_before = latest.is_some_and(|latest| {
+            latest.state == ContainerState::Exited && !restarts(view.spec, container, latest, view.health)
+        });
         // What ended in an earlier sandbox stays ended, but each sandbox is initialised anew.
         return if done_before && !init { Need::Nothing } else { Need::Start(next()) };
     };
@@ -348,7 +351,7 @@ fn need(view: &View<'_>, container: &Container, init: bool) -> Need {
         ContainerState::Created => Need::Start(current.attempt),
         ContainerState::Running if init => Need::Busy,
         ContainerState::Running => Need::Nothing,
-        ContainerState::Exited if restarts(view.spec, container, current) => Need::Start(next()),
+        ContainerState::Exited if restarts(view.spec, container, current, view.health) => Need::Start(next()),
         ContainerState::Exited if init && current.exit_code != 0 => Need::Failed,
         ContainerState::Exited => Need::Nothing,
     }

@@ -118,7 +118,7 @@ fn phase(input: &StatusInput<'_>, spec: &PodSpec, statuses: &[ApiContainerStatus
     // A function goes on whatever its restart policy says. Where an ephemeral container still runs, a Pod has ended once
     // that has been ended too: nothing of a terminal Pod runs.
     let over = input.replicas.is_none() && input.observed.running().next().is_none();
-    match plan::finished(spec, input.observed).filter(|_| over) {
+    match plan::finished(spec, input.observed, input.health).filter(|_| over) {
         Some(Finish::Succeeded) => return "Succeeded",
         Some(Finish::Failed) => return "Failed",
         None => {}

@@ -103,16 +103,15 @@ fn a_rule_restarts_every_container_of_the_pod() {
             "restartPolicyRules": [{"action": "RestartAllContainers", "exitCodes": {"operator": "In", "values": [88]}}],
             "volumeMounts": [{"name": "v", "mountPath": "/v"}],
         });
-        let script = "test -e /v/tried && exit 0; touch /v/tried; exit 88";
+        // All of them have run once before the rule strikes.
+        let wait = |count: &str| format!("while [ \"$(grep -c other /v/order)\" -lt {count} ]; do sleep 0.1; done");
+        let script = format!("test -e /v/tried && exit 0; {}; touch /v/tried; exit 88", wait("1"));
         let setup = mounted(container("setup", "echo setup >>/v/order"));
-        let other = mounted(container(
-            "other",
-            "echo other >>/v/order; while [ $(grep -c other /v/order) -lt 2 ]; do sleep 0.1; done",
-        ));
+        let other = mounted(container("other", &format!("echo other >>/v/order; {}", wait("2"))));
         let spec = json!({
             "volumes": [{"name": "v", "emptyDir": {}}],
             "initContainers": [setup],
-            "containers": [busybox_with(script, own), other],
+            "containers": [busybox_with(&script, own), other],
         });
         let pod = t.run_pod("again", spec).await;
         assert_eq!(phase(&pod), "Succeeded");

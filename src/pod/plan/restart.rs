@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, ContainerRestartRule, Pod, PodSpec};
 
 use crate::pod::observed::Observed;
+use crate::pod::probes::Health;
 use crate::pod::qos::is_sidecar;
 use crate::runtime::types::{ContainerState, ContainerStatus};
 
@@ -29,7 +30,10 @@ pub fn restarts_on_failure(spec: &PodSpec, container: &Container) -> bool {
 }
 
 /// Whether an exited container is started again. An init container that succeeded is not, whatever the policy.
-pub(super) fn restarts(spec: &PodSpec, container: &Container, status: &ContainerStatus) -> bool {
+pub(super) fn restarts(spec: &PodSpec, container: &Container, status: &ContainerStatus, health: &Health) -> bool {
+    if health.has_killed(&status.id) && restarts_on_failure(spec, container) {
+        return true;
+    }
     let code = status.exit_code;
     let init = spec.init_containers.iter().flatten().any(|c| c.name == container.name);
     if init && is_sidecar(container) {
@@ -104,9 +108,9 @@ fn applies(rule: &ContainerRestartRule, code: i32) -> bool {
 }
 
 /// Whether an exited container of this Pod is started again.
-pub fn would_restart(pod: &Pod, status: &ContainerStatus) -> bool {
+pub fn would_restart(pod: &Pod, status: &ContainerStatus, health: &Health) -> bool {
     let Some(spec) = &pod.spec else { return false };
-    lasting(spec).find(|c| c.name == status.name).is_some_and(|container| restarts(spec, container, status))
+    lasting(spec).find(|c| c.name == status.name).is_some_and(|container| restarts(spec, container, status, health))
 }
 
 /// How a Pod ended by itself.
@@ -119,10 +123,10 @@ pub enum Finish {
 }
 
 /// Whether the Pod has run to its end: nothing of it is started again. Sidecars neither hold it up nor count.
-pub fn finished(spec: &PodSpec, observed: &Observed) -> Option<Finish> {
+pub fn finished(spec: &PodSpec, observed: &Observed, health: &Health) -> Option<Finish> {
     let ended = |c: &Container| {
         let exited = observed.latest(&c.name).filter(|s| s.state == ContainerState::Exited);
-        exited.filter(|s| !restarts(spec, c, s) && counts(spec, observed, s)).map(|s| s.exit_code)
+        exited.filter(|s| !restarts(spec, c, s, health) && counts(spec, observed, s)).map(|s| s.exit_code)
     };
     if spec.init_containers.iter().flatten().filter_map(ended).any(|code| code != 0) {
         return Some(Finish::Failed);

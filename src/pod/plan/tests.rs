@@ -72,12 +72,15 @@ struct World {
     goal: Goal,
     health: Health,
     clock: Timestamp,
+    /// Exit code of what is killed for its health.
+    killed_with: i32,
 }
 
 impl World {
     fn new(spec: PodSpec) -> Self {
         let (observed, health) = (Observed::default(), Health::default());
-        Self { spec, observed, volumes: false, released: false, goal: Goal::Run, health, clock: now() }
+        let (volumes, released, goal) = (false, false, Goal::Run);
+        Self { spec, observed, volumes, released, goal, health, clock: now(), killed_with: 137 }
     }
 
     /// Makes the init container of that name a sidecar.
@@ -133,7 +136,8 @@ impl World {
             }
             Step::Kill { container, .. } => {
                 let name = self.observed.running().find(|c| c.id == *container).expect("it runs").name.clone();
-                self.end(&name, 137);
+                self.health.kill(container.clone());
+                self.end(&name, self.killed_with);
             }
             Step::Reset(ids) => {
                 let hit: Vec<_> = self.observed.running().filter(|c| ids.contains(&c.id)).cloned().collect();
@@ -205,7 +209,7 @@ fn a_failed_init_container_ends_a_never_pod_and_is_retried_otherwise() {
     never.settle();
     never.end("i", 1);
     assert_eq!(never.settle(), [Step::Release]);
-    assert_eq!(finished(&never.spec, &never.observed), Some(Finish::Failed));
+    assert_eq!(finished(&never.spec, &never.observed, &never.health), Some(Finish::Failed));
 
     let mut always = World::new(spec("Always", &["i"], &["a"]));
     always.settle();
@@ -263,7 +267,11 @@ fn an_ephemeral_container_is_started_once_and_holds_nothing_up() {
     world.end("i", 0);
     world.settle();
     world.end("a", 0);
-    assert_eq!(finished(&world.spec, &world.observed), Some(Finish::Succeeded), "nor does its end count");
+    assert_eq!(
+        finished(&world.spec, &world.observed, &world.health),
+        Some(Finish::Succeeded),
+        "nor does its end count"
+    );
 }
 
 #[test]
@@ -473,7 +481,7 @@ fn a_pod_ends_with_its_main_containers_and_takes_its_sidecars_along_with_grace()
     world.end("s", 1);
     assert_eq!(names(&world.settle()), ["s"], "whatever the Pod's policy");
     world.end("a", 0);
-    assert_eq!(finished(&world.spec, &world.observed), Some(Finish::Succeeded));
+    assert_eq!(finished(&world.spec, &world.observed, &world.health), Some(Finish::Succeeded));
     let stop = Step::Stop { containers: vec!["s-1".into()], grace: Duration::from_secs(7) };
     assert_eq!(world.settle(), [stop, Step::Release]);
 }
@@ -503,6 +511,18 @@ fn a_container_that_failed_its_probe_for_good_is_killed_once() {
     });
     assert_eq!(under_way, Step::Wait(None));
     assert_eq!(world.settle(), [kill, Step::Start { name: "a".into(), attempt: 1 }]);
+}
+
+#[test]
+fn what_was_killed_for_its_health_has_failed_whatever_its_exit_code() {
+    for (policy, again) in [("OnFailure", true), ("Never", false)] {
+        let mut world = World::new(spec(policy, &[], &["a"]));
+        world.killed_with = 0;
+        world.settle();
+        world.probed("a", true, Some(Kind::Liveness));
+        let steps = world.settle();
+        assert_eq!(names(&steps) == ["a"], again, "{steps:?}");
+    }
 }
 
 #[test]
@@ -548,7 +568,7 @@ fn a_rule_may_have_every_container_begin_anew() {
     world.clock += Duration::from_secs(1);
     world.end("a", 88);
     world.clock += Duration::from_secs(1);
-    assert!(finished(&world.spec, &world.observed).is_none(), "what has ended begins anew too");
+    assert!(finished(&world.spec, &world.observed, &world.health).is_none(), "what has ended begins anew too");
     assert_eq!(names(&world.settle()), ["i"]);
     world.end("i", 0);
     assert_eq!(names(&world.settle()), ["a", "b"]);
@@ -562,7 +582,7 @@ fn a_rule_may_have_every_container_begin_anew() {
     world.settle();
     world.end("a", 0);
     world.end("b", 0);
-    assert_eq!(finished(&world.spec, &world.observed), Some(Finish::Succeeded));
+    assert_eq!(finished(&world.spec, &world.observed, &world.health), Some(Finish::Succeeded));
 }
 
 /// What may happen to a Pod between two settlements.
@@ -619,7 +639,7 @@ proptest! {
             prop_assert!(!(main_runs && init_runs), "init and main containers ran together");
             let sidecars_run = stay.iter().all(|name| world.running().contains(name));
             prop_assert!(!main_runs || sidecars_run, "a sidecar is missing");
-            if finished(&world.spec, &world.observed).is_some() {
+            if finished(&world.spec, &world.observed, &world.health).is_some() {
                 prop_assert!(world.running().is_empty() && world.released);
                 break;
             }

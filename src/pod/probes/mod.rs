@@ -22,7 +22,7 @@ pub(super) mod http;
 pub mod machine;
 mod tally;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Container;
@@ -37,17 +37,31 @@ use crate::runtime::types::ContainerId;
 
 /// What probes say of the running containers of a Pod. A container without probes has started and is ready.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Health(BTreeMap<ContainerId, Results>);
+pub struct Health {
+    results: BTreeMap<ContainerId, Results>,
+    killed: BTreeSet<ContainerId>,
+}
 
 impl Health {
     /// What they say of one attempt.
     pub fn of(&self, id: &ContainerId) -> Results {
-        self.0.get(id).copied().unwrap_or_default()
+        self.results.get(id).copied().unwrap_or_default()
+    }
+
+    /// Whether the attempt was killed for its health: then it has failed, whatever its exit code. This is forgotten when
+    /// the process is replaced, as by a kubelet.
+    pub fn has_killed(&self, id: &ContainerId) -> bool {
+        self.killed.contains(id)
     }
 
     /// Notes results.
     pub fn put(&mut self, id: ContainerId, results: Results) {
-        self.0.insert(id, results);
+        self.results.insert(id, results);
+    }
+
+    /// Notes that the attempt is killed for its health.
+    pub fn kill(&mut self, id: ContainerId) {
+        self.killed.insert(id);
     }
 }
 
@@ -90,7 +104,17 @@ impl Probes {
         let results = self.attendants.iter().map(|(id, attendant)| (id.clone(), attendant.results()));
         let mut all: BTreeMap<_, _> = results.collect();
         all.extend(self.held_back.clone());
-        self.health = Health(all);
+        self.health.results = all;
+    }
+
+    /// The attempt is killed for its health.
+    pub(super) fn kill(&mut self, id: &ContainerId) {
+        self.health.kill(id.clone());
+    }
+
+    /// The attempt was removed.
+    pub(super) fn forget(&mut self, id: &ContainerId) {
+        self.health.killed.remove(id);
     }
 
     /// The Pod ends: nothing is killed for its liveness any more, and readiness goes on being told.

@@ -205,6 +205,7 @@ impl Worker {
         let again = pod.spec.as_ref().is_some_and(|spec| plan::restarts_on_failure(spec, &container));
         let (what, then) = (kind.name().to_lowercase(), if again { ", will be restarted" } else { "" });
         self.tell(Some(&name), "Killing", format!("Container {name} failed {what} probe{then}"));
+        self.probes.kill(id);
         self.begin_endings(std::slice::from_ref(id), Instant::now() + grace);
     }
 

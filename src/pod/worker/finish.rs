@@ -88,7 +88,7 @@ impl Worker {
         let until = backoff.until(status.finished_at.unwrap_or(now), max).filter(|until| *until > now);
         if let Some(until) = until {
             self.memory.holds.insert(status.name.clone(), until);
-            if crate::pod::plan::would_restart(&pod, status) {
+            if crate::pod::plan::would_restart(&pod, status, self.probes.health()) {
                 let trouble = crash_loop(&status.name, &self.reference, backoff.delay());
                 let text = format!(
                     "Back-off restarting failed container {} in pod {}_{}({})",
@@ -175,6 +175,7 @@ impl Worker {
         self.memory.digested.remove(id);
         self.memory.messages.remove(id);
         self.endings.forget(id);
+        self.probes.forget(id);
     }
 
     /// Gives back what an ended Pod does not need any more. Containers stay for their logs while the Pod object exists

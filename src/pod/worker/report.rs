@@ -17,7 +17,8 @@ impl Worker {
     /// The status now.
     pub(super) fn status(&self, goal: Goal) -> PodStatus {
         let facts = self.shared.facts.borrow();
-        let finished = self.pod.spec.as_ref().is_some_and(|s| plan::finished(s, &self.observed).is_some());
+        let health = self.probes.health();
+        let finished = self.pod.spec.as_ref().is_some_and(|s| plan::finished(s, &self.observed, health).is_some());
         // A container in the sandbox proves that the volumes are there, also right after a restart of this process.
         let has_volumes = self.memory.places.is_some() || self.observed.containers().next().is_some();
         let ready_to_start = self.observed.ready_sandbox().is_some() && (has_volumes || self.function.is_some());
@@ -31,7 +32,7 @@ impl Worker {
             host_addresses: &facts.addresses,
             waiting: &waiting,
             messages: &self.memory.messages,
-            health: self.probes.health(),
+            health,
             ended: self.memory.ended.as_ref(),
             terminal: (goal != Goal::Run || finished) && !self.is_up(),
             runtime_name: if shown.is_some() { function::SCHEME } else { &self.shared.runtime_name },
