@@ -4,7 +4,8 @@
 //! of; below it nobody knows what a Kubernetes Pod is. Drivers:
 //!
 //! * [`docker`]: a sandbox is a small container that holds the namespaces, members join it;
-//! * [`fake`]: in memory, with fault knobs, for tests and `--runtime fake`.
+//! * [`fake`]: in memory, with fault knobs, for tests and `--runtime fake`;
+//! * [`microvm`]: a sandbox is a virtual machine (its parts; no driver yet).
 //!
 //! The runtime is the memory of the node: after a restart everything is found again by listing. So each verb is
 //! idempotent (see its text), and a driver keeps [`types::PodRef`], container name and attempt with the object itself.
@@ -14,6 +15,7 @@ pub mod docker;
 pub mod error;
 pub mod fake;
 pub mod late;
+pub mod microvm;
 mod reference;
 pub mod session;
 pub mod stats;
