@@ -39,6 +39,17 @@ impl Asset {
         Self::of(path, File::from(file))
     }
 
+    /// The file of that name right in a directory that a VMM may write to; a link is none.
+    pub(super) fn open_beneath(dir: &Path, name: &str) -> Result<Self> {
+        let path = dir.join(name);
+        let opened = File::open(dir).and_then(|dir| {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+            let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+            Ok(openat2(&dir, name, flags, Mode::empty(), resolve)?)
+        });
+        Self::of(&path, File::from(opened.map_err(MachineError::file("open", &path))?))
+    }
+
     fn of(path: &Path, file: File) -> Result<Self> {
         let metadata = file.metadata().map_err(MachineError::file("look at", path))?;
         if !metadata.is_file() {
@@ -55,6 +66,10 @@ impl Asset {
     /// The file itself.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    pub(super) fn shared_file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
     }
 
     /// Changes whenever the file is replaced or written: device, inode, size and time of change.

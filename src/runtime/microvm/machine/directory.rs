@@ -55,9 +55,8 @@ pub struct Checkpoint {
     pub boot_id: String,
     /// How many image slots it has.
     pub image_slots: u8,
-    /// Where its template goes, if it is there to become one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub template: Option<PathBuf>,
+    /// What its cgroup was made in.
+    pub cgroup_parent: String,
 }
 
 // === impl VmId ===
@@ -229,12 +228,14 @@ impl VmDir {
         }
     }
 
-    /// Opens the console for a VMM to write to, at its end.
-    pub(super) fn open_console(&self) -> Result<File> {
+    /// Opens the console for a VMM to write to, at its end; it may open it again itself.
+    pub(super) fn open_console(&self, uid: u32, gid: u32) -> Result<File> {
         let path = self.console();
         let mut options = fs::OpenOptions::new();
         options.append(true).create(true).mode(0o644);
-        options.open(&path).map_err(MachineError::file("open", &path))
+        let file = options.open(&path).map_err(MachineError::file("open", &path))?;
+        std::os::unix::fs::fchown(&file, Some(uid), Some(gid)).map_err(MachineError::file("give away", &path))?;
+        Ok(file)
     }
 
     /// The last bytes of the console, as text.
@@ -391,7 +392,7 @@ mod tests {
             start_time: 8,
             boot_id: "b".to_owned(),
             image_slots: 2,
-            template: None,
+            cgroup_parent: "l".to_owned(),
         };
         dir.write_checkpoint(&checkpoint).unwrap();
         assert_eq!(dir.read_checkpoint(), Some(checkpoint));
@@ -424,7 +425,7 @@ mod tests {
         dir.create(uid, gid).unwrap();
         assert_eq!(dir.console_tail(10), "");
         dir.trim_console().unwrap();
-        let mut console = dir.open_console().unwrap();
+        let mut console = dir.open_console(uid, gid).unwrap();
         console.write_all(b"first last").unwrap();
         assert_eq!(dir.console_tail(4), "last");
         console.write_all(&vec![b'x'; 1 << 20]).unwrap();

@@ -146,10 +146,9 @@ impl MachineError {
             | Self::Mismatch { .. } => Kind::Internal,
         }
     }
-}
 
-impl From<MachineError> for RuntimeError {
-    fn from(error: MachineError) -> Self {
-        Self::new(error.kind(), "a machine failed").with_source(error)
+    /// As a failed verb of the runtime, which says what was tried.
+    pub fn during(self, tried: impl Into<String>) -> RuntimeError {
+        RuntimeError::new(self.kind(), tried).with_source(self)
     }
 }

@@ -15,20 +15,28 @@
 //! hostile: sockets are opened without following links, answers are bounded.
 
 pub mod asset;
+mod cgroup;
 pub mod directory;
 pub mod error;
+mod host;
+mod jail;
+mod process;
+pub mod qemu;
+pub mod template;
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use std::os::fd::OwnedFd;
 
-pub use asset::Asset;
+pub use asset::{Asset, AssetDirs};
 pub use directory::{VmDir, VmDirs, VmId};
 pub use error::{MachineError, Result};
+pub use jail::VmmUser;
+pub use template::Template;
 
 use crate::runtime::session::Duplex;
 
@@ -87,14 +95,6 @@ pub struct TapLink {
     pub device: Option<Arc<OwnedFd>>,
 }
 
-/// What a machine may be restored from: the whole state of a guest of one kernel, guest bundle and size. It holds
-/// nothing of any Pod.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Template {
-    /// The directory that holds it: memory, device state and what it is of.
-    pub path: PathBuf,
-}
-
 /// How a VMM ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VmExit {
@@ -109,6 +109,33 @@ pub enum VmExit {
 /// Why a manager cannot work on this host, in words for `lambdalet check`: what is missing, and what that means.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Why(pub String);
+
+impl MachineSpec {
+    /// Whether a machine could be like that at all.
+    ///
+    /// # Errors
+    /// [`MachineError::Invalid`], with the value.
+    pub fn validate(&self) -> Result<()> {
+        let invalid = |what: String, reason: &str| Err(MachineError::Invalid { what, reason: reason.to_owned() });
+        if self.memory == 0 || !self.memory.is_multiple_of(1 << 20) {
+            return invalid(format!("memory of {} bytes", self.memory), "it must be whole MiB");
+        }
+        if self.vcpus == 0 {
+            return invalid("0 vCPUs".to_owned(), "there must be one");
+        }
+        if self.image_slots > MAX_IMAGE_SLOTS {
+            return invalid(format!("{} image slots", self.image_slots), "a machine has 8 at the most");
+        }
+        if self.scratch.parent() != Some(self.dir.inside().as_path()) {
+            let reason = "it must lie in what the VMM sees of the machine's directory";
+            return invalid(format!("scratch disk {}", self.scratch.display()), reason);
+        }
+        if let Some(argument) = self.kernel_args.iter().find(|argument| argument.contains(['\0', '\n'])) {
+            return invalid(format!("kernel argument {argument:?}"), "it must be one line");
+        }
+        Ok(())
+    }
+}
 
 impl fmt::Display for Why {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -170,8 +197,8 @@ pub trait Machine: Send + Sync + fmt::Debug {
     /// Its directory.
     fn dir(&self) -> &VmDir;
 
-    /// A byte stream to the guest's agent. A machine has one: opening it again ends what was open before, and what
-    /// was on its way then may still come.
+    /// A byte stream to the guest's agent. There is one at a time: drop what was open before. What was on its way then
+    /// may still come.
     async fn agent(&self) -> Result<Pin<Box<dyn Duplex>>>;
 
     /// Puts an image behind a slot, in the place of what was there; the guest sees its size before this returns or
