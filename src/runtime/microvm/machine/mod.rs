@@ -18,6 +18,7 @@ pub mod asset;
 mod cgroup;
 pub mod directory;
 pub mod error;
+pub mod firecracker;
 mod host;
 mod jail;
 mod process;
