@@ -14,6 +14,7 @@
 //! Nothing here knows Pods or containers. All a guest or a VMM can write (its directory, its sockets) is taken for
 //! hostile: sockets are opened without following links, answers are bounded.
 
+pub mod arguments;
 pub mod asset;
 mod cgroup;
 pub mod directory;
@@ -21,9 +22,12 @@ pub mod error;
 pub mod firecracker;
 mod host;
 mod jail;
+pub mod pin;
+pub mod pool;
 mod process;
 pub mod qemu;
 pub mod template;
+pub mod warm;
 
 use std::fmt;
 use std::os::fd::OwnedFd;
