@@ -76,10 +76,10 @@ fn a_handed_tap_ends_with_its_device_and_a_named_one_when_it_is_removed() {
     on_a_host(|| async {
         let bridge = bridge().await;
         let handed = bridge.make_tap("vm-a", None).await.unwrap();
-        let named = bridge.make_tap("vm-b", Some(64055)).await.unwrap();
+        let named = bridge.make_tap("vm-b", Some(65520)).await.unwrap();
         assert!(named.device.is_none());
         assert_eq!(taps_there().len(), 2);
-        assert!(shell(&format!("ip -d link show {}", named.name)).contains("user 64055"));
+        assert!(shell(&format!("ip -d link show {}", named.name)).contains("user 65520"));
         drop(handed);
         assert_eq!(taps_there(), [named.name]);
         let again = bridge.make_tap("vm-b", None).await.unwrap();

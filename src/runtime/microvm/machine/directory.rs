@@ -279,20 +279,42 @@ impl VmDir {
         serde_json::from_slice(&fs::read(self.checkpoint_path()).ok()?).ok()
     }
 
+    /// Gives a regular file that the VMM sees, and may have put a link in the place of, to its user; its size.
+    pub(super) fn give_inside(&self, name: &str, uid: u32, gid: u32) -> Result<u64> {
+        let inside = self.inside();
+        let give = || -> io::Result<u64> {
+            let file = File::from(open_without_links(&inside, name, OFlags::WRONLY | OFlags::NONBLOCK)?);
+            let seen = file.metadata()?;
+            if !seen.is_file() {
+                return Err(io::Error::other("it is not a regular file"));
+            }
+            std::os::unix::fs::fchown(&file, Some(uid), Some(gid))?;
+            Ok(seen.len())
+        };
+        give().map_err(MachineError::file("give away", &inside.join(name)))
+    }
+
+    /// Gives a file that the VMM sees, and may have put a link in the place of, this size.
+    pub(super) fn resize_inside(&self, name: &str, size: u64) -> Result<()> {
+        let inside = self.inside();
+        let file = open_without_links(&inside, name, OFlags::WRONLY | OFlags::NONBLOCK).map(File::from);
+        file.and_then(|file| file.set_len(size)).map_err(MachineError::file("resize", &inside.join(name)))
+    }
+
     /// Connects to a socket that the VMM has made in `directory`, which is in this one: to that one and nothing else,
     /// even if it has put a link in its place since.
     pub(super) async fn connect(&self, directory: &Path, name: &str) -> io::Result<UnixStream> {
-        let socket = open_without_links(directory, name)?;
+        let socket = open_without_links(directory, name, OFlags::PATH)?;
         // By its descriptor: also because a path in the address of a socket has 107 bytes at the most.
         UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await
     }
 }
 
-/// The file of that name in the directory, only to be named; a link is an error.
-fn open_without_links(directory: &Path, name: &str) -> io::Result<OwnedFd> {
+/// The file of that name in the directory; a link is an error.
+fn open_without_links(directory: &Path, name: &str, flags: OFlags) -> io::Result<OwnedFd> {
     let dir = File::open(directory)?;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-    Ok(openat2(&dir, name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?)
+    Ok(openat2(&dir, name, flags | OFlags::CLOEXEC, Mode::empty(), resolve)?)
 }
 
 /// Writes a file of its own beside the place, and then puts it there.
@@ -413,6 +435,12 @@ mod tests {
         symlink(base.path(), dir.inside().join("sub")).unwrap();
         assert!(dir.connect(&dir.inside(), "sub/docker.sock").await.is_err());
         assert!(dir.connect(&dir.inside(), "../../../docker.sock").await.is_err());
+        for name in ["agent.sock", "sub/docker.sock", "sub"] {
+            assert!(dir.resize_inside(name, 1).is_err() && dir.give_inside(name, uid, gid).is_err(), "{name}");
+        }
+        fs::write(dir.inside().join("file"), "").unwrap();
+        dir.resize_inside("file", 7).unwrap();
+        assert_eq!(dir.give_inside("file", uid, gid).unwrap(), 7);
         fs::rename(&outside, dir.inside().join("qmp.sock")).unwrap();
         dir.connect(&dir.inside(), "qmp.sock").await.unwrap();
     }

@@ -44,9 +44,9 @@ pub struct VmmUser {
 }
 
 impl Default for VmmUser {
-    /// 64055, which Debian gives to `libvirt-qemu`: a user that owns nothing else.
+    /// 65520, which neither Debian nor systemd gives to anybody: a user that owns nothing else.
     fn default() -> Self {
-        Self { uid: 64055, gid: 64055 }
+        Self { uid: 65520, gid: 65520 }
     }
 }
 

@@ -29,6 +29,7 @@ pub mod qemu;
 pub mod template;
 pub mod warm;
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -116,6 +117,12 @@ pub enum VmExit {
 pub struct Why(pub String);
 
 impl MachineSpec {
+    /// The scratch disk's name in its directory.
+    fn scratch_name(&self) -> &str {
+        // Whatever else it is, `validate` has refused it.
+        self.scratch.file_name().and_then(OsStr::to_str).unwrap_or(SCRATCH)
+    }
+
     /// Whether a machine could be like that at all.
     ///
     /// # Errors
@@ -131,7 +138,9 @@ impl MachineSpec {
         if self.image_slots > MAX_IMAGE_SLOTS {
             return invalid(format!("{} image slots", self.image_slots), "a machine has 8 at the most");
         }
-        if self.scratch.parent() != Some(self.dir.inside().as_path()) {
+        let plain = |name: &str| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+        let named = self.scratch.file_name().and_then(OsStr::to_str).is_some_and(plain);
+        if !named || self.scratch.parent() != Some(self.dir.inside().as_path()) {
             let reason = "it must lie in what the VMM sees of the machine's directory";
             return invalid(format!("scratch disk {}", self.scratch.display()), reason);
         }
@@ -235,4 +244,50 @@ pub trait Machine: Send + Sync + fmt::Debug {
 
     /// Returns once it has ended, however often it is asked.
     async fn exited(&self) -> VmExit;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A small machine that is never started.
+    pub(super) fn spec() -> MachineSpec {
+        let dirs = VmDirs::new(Path::new("/run/vms"), "default").unwrap();
+        let dir = dirs.of(&VmId::new("one").unwrap());
+        let kernel = Asset::open(Path::new("/proc/version")).unwrap();
+        MachineSpec {
+            scratch: dir.inside().join("scratch.img"),
+            dir,
+            initramfs: kernel.clone(),
+            kernel,
+            kernel_args: vec!["VMID=one".to_owned()],
+            memory: 128 << 20,
+            vcpus: 1,
+            cpus: None,
+            numa_node: None,
+            tap: None,
+            image_slots: 1,
+            cgroup_parent: "l/pod".to_owned(),
+            template: None,
+        }
+    }
+
+    #[test]
+    fn a_machine_that_cannot_be_is_refused() {
+        spec().validate().unwrap();
+        let scratch = |name: &str| MachineSpec { scratch: spec().dir.inside().join(name), ..spec() };
+        for bad in [
+            MachineSpec { memory: 0, ..spec() },
+            MachineSpec { memory: (1 << 20) + 1, ..spec() },
+            MachineSpec { vcpus: 0, ..spec() },
+            MachineSpec { image_slots: MAX_IMAGE_SLOTS + 1, ..spec() },
+            MachineSpec { kernel_args: vec!["a\nb".to_owned()], ..spec() },
+            MachineSpec { scratch: "/etc/passwd".into(), ..spec() },
+            scratch("../scratch"),
+            scratch("below/scratch"),
+            scratch("a,readonly=on"),
+        ] {
+            assert!(matches!(bad.validate(), Err(MachineError::Invalid { .. })), "{bad:?}");
+        }
+    }
 }

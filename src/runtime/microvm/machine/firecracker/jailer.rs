@@ -3,7 +3,7 @@
 //! The jail is prepared before the jailer enters it: a kernel, an initramfs and disks are put there as second names of
 //! the same files, so nothing is copied; where that is not possible, from another file system, they are copied.
 
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -55,12 +55,27 @@ pub(super) fn show(asset: &Asset, root: &Path, name: &str) -> Result<()> {
     show_file(asset.file(), root, name).map_err(MachineError::file("show to the VMM", asset.path()))
 }
 
-fn show_file(file: &fs::File, root: &Path, name: &str) -> io::Result<()> {
-    let target = root.join(name);
-    match fs::remove_file(&target) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+/// Makes a file of zeroes in the jail, in the place of what is there.
+pub(super) fn make_blank(root: &Path, name: &str, size: u64) -> Result<()> {
+    let path = root.join(name);
+    let make = || -> io::Result<()> {
+        remove_file(&path)?;
+        // Not through a link that a VMM before has left: there is none any more.
+        File::create_new(&path)?.set_len(size)
+    };
+    make().map_err(MachineError::file("make", &path))
+}
+
+fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
     }
+}
+
+fn show_file(file: &File, root: &Path, name: &str) -> io::Result<()> {
+    let target = root.join(name);
+    remove_file(&target)?;
     // By its descriptor, so that it is the file which was looked at.
     let open = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file));
     let flags = rustix::fs::AtFlags::SYMLINK_FOLLOW;

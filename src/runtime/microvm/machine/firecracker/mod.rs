@@ -15,7 +15,6 @@ mod machine;
 mod tests;
 mod vsock;
 
-use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -160,13 +159,10 @@ impl Firecracker {
         jailer::prepare(&root, self.user)?;
         jailer::show(&spec.kernel, &root, KERNEL)?;
         jailer::show(&spec.initramfs, &root, INITRAMFS)?;
-        jailer::show(&Asset::open(&spec.scratch)?, &root, SCRATCH)?;
-        let scratch = root.join(SCRATCH);
-        std::os::unix::fs::chown(&scratch, Some(uid), Some(gid)).map_err(MachineError::file("give away", &scratch))?;
+        spec.dir.give_inside(spec.scratch_name(), uid, gid)?;
+        jailer::show(&Asset::open_beneath(&spec.dir.inside(), spec.scratch_name())?, &root, SCRATCH)?;
         for slot in 0..spec.image_slots {
-            let path = root.join(blank(slot));
-            let file = fs::File::create(&path).map_err(MachineError::file("make", &path))?;
-            file.set_len(BLANK_SIZE).map_err(MachineError::file("size", &path))?;
+            jailer::make_blank(&root, &blank(slot), BLANK_SIZE)?;
         }
         Ok(root)
     }

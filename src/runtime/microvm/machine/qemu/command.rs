@@ -3,8 +3,6 @@
 //! All paths in it are those of the jail. The order of devices decides which address each has in the guest, so it is
 //! the same in every machine: a template could not be restored otherwise.
 
-use std::path::Path;
-
 use crate::runtime::microvm::machine::{MachineSpec, SCRATCH, slot_name};
 
 /// Where things are in the jail.
@@ -79,8 +77,7 @@ fn devices(line: &mut Line, spec: &MachineSpec) {
     line.add("-device", "virtio-serial-device,max_ports=2");
     line.add("-chardev", format!("socket,id=agent,path={AGENT_SOCKET},server=on,wait=off"));
     line.add("-device", format!("virtserialport,chardev=agent,name={AGENT_PORT}"));
-    let scratch = spec.scratch.file_name().map(Path::new).unwrap_or(Path::new(SCRATCH));
-    let file = format!("driver=file,node-name=scratch-file,filename={VM}/{},discard=unmap", scratch.display());
+    let file = format!("driver=file,node-name=scratch-file,filename={VM}/{},discard=unmap", spec.scratch_name());
     line.add("-blockdev", file);
     line.add("-blockdev", "driver=raw,node-name=scratch,file=scratch-file,discard=unmap");
     line.add("-device", format!("virtio-blk-device,drive=scratch,serial={SCRATCH}"));
@@ -141,31 +138,11 @@ impl Line {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::runtime::microvm::machine::{Asset, TapLink, VmDirs, VmId};
+    use crate::runtime::microvm::machine::TapLink;
+    use crate::runtime::microvm::machine::tests::spec;
 
     const SMALL: &str = include_str!("golden/small.txt");
     const CLONE: &str = include_str!("golden/clone.txt");
-
-    fn spec() -> MachineSpec {
-        let dirs = VmDirs::new(Path::new("/run/vms"), "default").unwrap();
-        let dir = dirs.of(&VmId::new("one").unwrap());
-        let kernel = Asset::open(Path::new("/proc/version")).unwrap();
-        MachineSpec {
-            scratch: dir.inside().join("scratch.img"),
-            dir,
-            initramfs: kernel.clone(),
-            kernel,
-            kernel_args: vec!["VMID=one".to_owned()],
-            memory: 128 << 20,
-            vcpus: 1,
-            cpus: None,
-            numa_node: None,
-            tap: None,
-            image_slots: 1,
-            cgroup_parent: "l/pod".to_owned(),
-            template: None,
-        }
-    }
 
     /// As in the files: an option and its value on one line.
     fn lines(arguments: &[String]) -> String {

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use serde_json::json;
 use tokio::sync::Mutex;
 
-use super::command::AGENT_SOCKET;
+use super::command::{AGENT_SOCKET, blank_file};
 use super::qmp::Qmp;
 use super::{MIGRATION_PATIENCE, slots};
 use crate::runtime::microvm::machine::cgroup::VmCgroup;
@@ -85,6 +85,8 @@ impl Machine for QemuMachine {
         let image = Asset::open(image)?;
         let size = image.file().metadata().map_err(MachineError::file("look at", image.path()))?.len();
         let _asking = self.asking.lock().await;
+        // QEMU itself may not make a file that large.
+        self.dir.resize_inside(&blank_file(slot), size)?;
         slots::put(&mut Qmp::connect(&self.dir).await?, slot, image.file(), size).await
     }
 

@@ -183,7 +183,9 @@ impl Qemu {
         };
         spec.dir.write_checkpoint(&checkpoint)?;
         answers(machine).await?;
-        let places = PROGRAMS.iter().map(PathBuf::from).chain([self.program.clone()]).collect();
+        // QEMU answers commands once it has read all it starts from.
+        let read = PROGRAMS.iter().chain(&[KERNEL, INITRAMFS, MEMORY]);
+        let places = read.map(PathBuf::from).chain([self.program.clone()]).collect();
         let stripped = strip(machine.pid(), places).await;
         stripped.map_err(|Failed { step, source }| MachineError::Start { action: step, id: id.clone(), source })
     }
@@ -198,8 +200,7 @@ impl Qemu {
         for slot in 0..spec.image_slots {
             own_file(&spec.dir.inside().join(blank_file(slot)), self.user)?;
         }
-        std::os::unix::fs::chown(&spec.scratch, Some(uid), Some(gid))
-            .map_err(MachineError::file("give away", &spec.scratch))?;
+        let scratch = spec.dir.give_inside(spec.scratch_name(), uid, gid)?;
         let mut binds: Vec<Bind> = PROGRAMS.iter().map(|path| bind(Path::new(path), path, BindKind::Program)).collect();
         binds.push(Bind {
             what: Source::Path(self.program.clone()),
@@ -216,7 +217,6 @@ impl Qemu {
         if let Some(template) = template {
             binds.push(bind(&template.memory(), MEMORY, BindKind::Writable));
         }
-        let scratch = fs::metadata(&spec.scratch).map_err(MachineError::file("look at", &spec.scratch))?.len();
         Ok(Jail {
             root,
             binds,

@@ -2,7 +2,8 @@
 //!
 //! A slot is a node of format `raw` over a file, and stays; the file below it is exchanged (`blockdev-reopen`). QEMU
 //! tells the guest of a new size only after `block_resize`, which changes the file. So the slot first goes to its blank,
-//! a sparse file of the VMM's own, that is resized there; then to the image, which is as large and read-only.
+//! a sparse file of the VMM's own, that is resized there; then to the image, which is as large and read-only. The blank
+//! was given that size before, so that QEMU, which may not write large files, has nothing to add.
 
 use std::fs::File;
 

@@ -164,10 +164,10 @@ async fn images_are_swapped_while_the_guest_runs() {
     let machine = bench.qemu.boot(&bench.spec()).await.unwrap();
     let mut guest = Guest::of(machine.as_ref()).await;
     guest.ready().await;
-    let (small, large) = (bench.image("small", "small", 4096), bench.image("large", "large", 64 << 20));
+    let (small, large) = (bench.image("small", "small", 4096), bench.image("large", "large", 256 << 20));
     assert_eq!(guest.ask("size image0").await, "0");
     for round in 0..3 {
-        for (image, sectors) in [(&small, "8"), (&large, "131072")] {
+        for (image, sectors) in [(&small, "8"), (&large, "524288")] {
             let begun = Instant::now();
             machine.put_image(0, image).await.unwrap();
             println!("round {round}: {sectors} sectors put in {:?}", begun.elapsed());
@@ -268,6 +268,36 @@ async fn clones_of_a_template_answer_at_once_and_share_its_memory() {
         machine.kill().await;
     }
     assert!(bench.cgroups().is_empty(), "{:?}", bench.cgroups());
+}
+
+#[tokio::test]
+async fn machines_that_come_and_go_together_leave_nothing() {
+    let Some(bench) = Bench::new() else { return };
+    let templates = Templates::new(bench.place.path().join("templates"));
+    let template = bench.template(&templates).await;
+    let one = |number: usize| {
+        let (bench, template, spec) = (&bench, &template, bench.spec());
+        async move {
+            let machine = bench.qemu.restore(&spec, template).await.unwrap();
+            let mut guest = Guest::of(machine.as_ref()).await;
+            assert_eq!(guest.ask(&format!("ping {number}")).await, format!("pong {number}"));
+            machine.kill().await;
+            spec.dir.remove().unwrap();
+            machine.pid()
+        }
+    };
+    let begun = Instant::now();
+    let pids = futures::future::join_all((0..20).map(one)).await;
+    println!("20 machines came and went in {:?}", begun.elapsed());
+    assert!(bench.cgroups().is_empty(), "{:?}", bench.cgroups());
+    assert_eq!(bench.dirs.list().unwrap().len(), 1, "that of the template's machine");
+    let place = bench.place.path().to_str().unwrap();
+    assert!(!fs::read_to_string("/proc/self/mounts").unwrap().contains(place), "mounts are left");
+    for pid in pids {
+        // The number may be another's by now.
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        assert!(!line.contains("-sandbox"), "{pid} still runs: {line}");
+    }
 }
 
 /// In KiB.

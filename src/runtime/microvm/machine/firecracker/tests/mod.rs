@@ -2,6 +2,7 @@
 
 mod stand_in;
 
+use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::pin::Pin;
 

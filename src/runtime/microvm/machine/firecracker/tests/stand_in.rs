@@ -236,7 +236,7 @@ impl StandIn {
             }
             ("PUT", ["machine-config"]) => {
                 let vcpus = body["vcpu_count"].as_u64().unwrap_or_default();
-                if body.get("smt") == Some(&json!(true)) && vcpus != 1 && vcpus % 2 != 0 {
+                if body.get("smt") == Some(&json!(true)) && vcpus != 1 && !vcpus.is_multiple_of(2) {
                     return Err("The vCPU number is invalid!".to_owned());
                 }
             }

@@ -25,8 +25,15 @@ async fn a_vmm_sees_its_own_directory_and_has_no_rights() {
     let machine = bench.qemu.boot(&spec).await.unwrap();
     Guest::of(machine.as_ref()).await.ready().await;
     let pid = machine.pid();
+    it_sees_its_directory(pid);
+    it_has_no_rights(pid);
+    it_is_bounded(pid, &bench, &spec);
+    it_holds_its_own_files(pid, spec.dir.path());
+    machine.kill().await;
+}
 
-    // Files: nothing of the host but devices; the kernel and the initramfs are only read.
+/// Nothing of the host but devices; what it was started from is gone.
+fn it_sees_its_directory(pid: i32) {
     let root = format!("/proc/{pid}/root");
     println!("root: {:?}", names(&root));
     let devices = names(&format!("{root}/dev"));
@@ -44,6 +51,7 @@ async fn a_vmm_sees_its_own_directory_and_has_no_rights() {
     }
     let mounts = fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap();
     println!("{mounts}");
+    assert_eq!(mounts.lines().count(), 3, "its root, its directory, its console");
     for line in mounts.lines() {
         let fields: Vec<&str> = line.split(' ').collect();
         let options: Vec<&str> = fields[3].split(',').collect();
@@ -51,8 +59,10 @@ async fn a_vmm_sees_its_own_directory_and_has_no_rights() {
         assert_eq!(options.contains(&"rw"), writable, "{line}");
         assert!(options.contains(&"nosuid") && options.contains(&"noexec"), "{line}");
     }
+}
 
-    // Rights: a user of its own, no capability, no way to new ones, a filter on system calls.
+/// A user of its own without a capability or a way to one, a filter on system calls, namespaces of its own.
+fn it_has_no_rights(pid: i32) {
     let user = VmmUser::default();
     assert_eq!(status(pid, "Uid"), [user.uid; 4].map(|uid| uid.to_string()).join(" "));
     assert_eq!(status(pid, "Gid"), [user.gid; 4].map(|gid| gid.to_string()).join(" "));
@@ -70,8 +80,9 @@ async fn a_vmm_sees_its_own_directory_and_has_no_rights() {
     assert!(status(pid, "NSpid").ends_with(" 1"), "{}", status(pid, "NSpid"));
     let routes = fs::read_to_string(format!("/proc/{pid}/net/route")).unwrap();
     assert_eq!(routes.lines().skip(1).count(), 0, "{routes}");
+}
 
-    // Bounds.
+fn it_is_bounded(pid: i32, bench: &Bench, spec: &MachineSpec) {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     let limit = |name: &str| limits.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
     assert!(limit("Max open files").starts_with("1024 "), "{limits}");
@@ -82,18 +93,19 @@ async fn a_vmm_sees_its_own_directory_and_has_no_rights() {
     assert!(cgroup.lines().filter(|line| line.ends_with(&own)).count() >= 1, "{cgroup}");
     let tasks = bench.cgroups().iter().filter_map(|path| fs::read_to_string(path.join("pids.max")).ok()).next();
     assert_eq!(tasks.as_deref().map(str::trim), Some("256"));
+}
 
-    // What it has open: its own files and sockets, nothing of this process.
+/// Its own files and sockets, nothing of this process.
+fn it_holds_its_own_files(pid: i32, dir: &Path) {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
     let open: BTreeSet<String> =
         descriptors.filter_map(|entry| Some(fs::read_link(entry.path()).ok()?.display().to_string())).collect();
     println!("open: {open:?}");
     let known = ["/vm/", "/console", "/dev/null", "/dev/urandom", "/dev/kvm", "socket:", "anon_inode:", "pipe:"];
-    let dir = spec.dir.path().display().to_string();
+    let dir = dir.display().to_string();
     let strange: Vec<&String> = open
         .iter()
         .filter(|path| !known.iter().any(|known| path.starts_with(known)) && !path.starts_with(&dir))
         .collect();
     assert!(strange.is_empty(), "{strange:?}");
-    machine.kill().await;
 }
