@@ -4,9 +4,9 @@
 //! of, written last: without that it is none. Templates are found by what they are of, so those of an older kernel,
 //! guest or VMM are never found again, and [`Templates::sweep`] removes them.
 //!
-//! Nobody is to write to a template's memory again. Firecracker opens it to read; QEMU (up to 8.1 at least) opens what it
-//! maps privately for writing, so a VMM that its guest has taken over could: that is noticed before the next machine is
-//! made of it, not undone in those that run.
+//! Nobody is to write to a template's memory again. Firecracker opens it to read, as does QEMU since 8.2; an older QEMU
+//! opens for writing even what it maps privately, so a VMM that its guest has taken over could: that is noticed before
+//! the next machine is made of it, not undone in those that run.
 
 use std::fs::{self, DirBuilder};
 use std::io;

@@ -39,7 +39,10 @@ pub(super) enum Memory {
     /// In the file of a template that is being made.
     Template,
     /// A private view of a template's file: what is only read is shared by all.
-    Clone,
+    Clone {
+        /// The file is opened to be read only, which QEMU can since 8.2.
+        read_only: bool,
+    },
 }
 
 /// The arguments of one machine.
@@ -55,7 +58,11 @@ pub(super) fn arguments(spec: &MachineSpec, accel: Accel, memory: Memory) -> Vec
     };
     line.add("-m", format!("{}k", spec.memory / 1024)).add("-smp", spec.vcpus.to_string());
     if memory != Memory::Own {
-        let share = if memory == Memory::Template { "on" } else { "off" };
+        let share = match memory {
+            Memory::Template => "on",
+            Memory::Own | Memory::Clone { read_only: false } => "off",
+            Memory::Clone { read_only: true } => "off,readonly=on,rom=off",
+        };
         line.add("-object", format!("memory-backend-file,id=ram,size={},mem-path={MEMORY},share={share}", spec.memory));
     }
     line.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").add("-display", "none");
@@ -65,7 +72,7 @@ pub(super) fn arguments(spec: &MachineSpec, accel: Accel, memory: Memory) -> Vec
     line.add("-mon", "chardev=qmp,mode=control");
     line.add("-chardev", format!("file,id=console,path={CONSOLE},append=on")).add("-serial", "chardev:console");
     devices(&mut line, spec);
-    if memory == Memory::Clone {
+    if matches!(memory, Memory::Clone { .. }) {
         line.add("-incoming", "defer").flag("-S");
     }
     line.0
@@ -165,18 +172,19 @@ mod tests {
     fn a_clone_with_kvm_two_cpus_and_a_network_has_this_command_line() {
         let tap = TapLink { name: "lt0".to_owned(), mac: [2, 108, 10, 1, 2, 255], device: None };
         let spec = MachineSpec { vcpus: 2, tap: Some(tap), image_slots: 2, ..spec() };
-        assert_eq!(lines(&arguments(&spec, Accel::Kvm, Memory::Clone)), CLONE);
+        assert_eq!(lines(&arguments(&spec, Accel::Kvm, Memory::Clone { read_only: false })), CLONE);
     }
 
     #[test]
     fn a_template_differs_from_its_clones_only_in_whose_memory_it_is() {
         let tcg = Accel::Tcg { tsc_khz: 1 };
-        let mut clone = arguments(&spec(), tcg, Memory::Clone);
+        let mut clone = arguments(&spec(), tcg, Memory::Clone { read_only: true });
         assert_eq!(clone.split_off(clone.len() - 3), ["-incoming", "defer", "-S"]);
         let template = arguments(&spec(), tcg, Memory::Template);
         let differ: Vec<_> = clone.iter().zip(&template).filter(|(a, b)| a != b).collect();
         assert_eq!(clone.len(), template.len());
         assert_eq!(differ.len(), 1, "{differ:?}");
-        assert!(differ[0].1.ends_with("share=on"), "{differ:?}");
+        assert!(differ[0].1.ends_with(",share=on"), "{differ:?}");
+        assert!(differ[0].0.ends_with(",share=off,readonly=on,rom=off"), "{differ:?}");
     }
 }

@@ -137,8 +137,8 @@ impl Machine for QemuMachine {
     }
 }
 
-/// Makes a template's memory root's. QEMU opens even what it only reads for writing, so its group may do that: but who
-/// is not the owner cannot hide that he has written (see `Template::check`).
+/// Makes a template's memory root's. QEMU before 8.2 opens even what it only reads for writing, so its group may do that:
+/// but who is not the owner cannot hide that he has written (see `Template::check`).
 fn seal(memory: &Path) -> io::Result<()> {
     let file = File::open(memory)?;
     std::os::unix::fs::fchown(&file, Some(0), None)?;

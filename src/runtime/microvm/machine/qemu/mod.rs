@@ -215,7 +215,9 @@ impl Qemu {
         binds.push(asset(&spec.kernel, KERNEL)?);
         binds.push(asset(&spec.initramfs, INITRAMFS)?);
         if let Some(template) = template {
-            binds.push(bind(&template.memory(), MEMORY, BindKind::Writable));
+            let kind =
+                if memory == (Memory::Clone { read_only: true }) { BindKind::ReadOnly } else { BindKind::Writable };
+            binds.push(bind(&template.memory(), MEMORY, kind));
         }
         Ok(Jail {
             root,
@@ -271,7 +273,8 @@ impl MachineManager for Qemu {
         template.check(&self.template_kind(spec).await?)?;
         let path = template.state();
         let state = File::open(&path).map_err(MachineError::file("open", &path))?;
-        let machine = self.start(spec, Memory::Clone, Some(template)).await?;
+        let read_only = can_map_what_it_reads(self.version().await.map_err(unsupported)?);
+        let machine = self.start(spec, Memory::Clone { read_only }, Some(template)).await?;
         match resume_from(&spec.dir, &state).await {
             Ok(()) => Ok(Box::new(machine)),
             Err(error) => {
@@ -293,6 +296,12 @@ impl MachineManager for Qemu {
         };
         Ok(Some(Box::new(QemuMachine::new(dir.clone(), process, cgroup, checkpoint.image_slots))))
     }
+}
+
+/// Whether this version opens memory that it maps privately without asking to write (`rom=off` with `readonly=on`).
+fn can_map_what_it_reads(version: &str) -> bool {
+    let mut numbers = version.split(['.', ' ']).map(|part| part.parse::<u32>().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (8, 2)
 }
 
 /// Reads a template's state and lets the guest run.

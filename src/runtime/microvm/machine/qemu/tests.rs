@@ -128,6 +128,15 @@ impl Guest {
     }
 }
 
+#[test]
+fn newer_versions_only_read_a_template() {
+    for (version, reads) in
+        [("7.2.22 (Debian 1:7.2)", false), ("8.1.0", false), ("8.2.2", true), ("10.0.0", true), ("?", false)]
+    {
+        assert_eq!(can_map_what_it_reads(version), reads, "{version}");
+    }
+}
+
 #[tokio::test]
 async fn a_guest_boots_answers_and_its_own_end_is_told() {
     let Some(bench) = Bench::new() else { return };
