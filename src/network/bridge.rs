@@ -4,6 +4,8 @@
 //! sandbox's network namespace. So the kernel is the memory: what is plugged is found again by name, and a namespace
 //! that goes away takes both ends with it.
 
+mod tap;
+
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
@@ -23,7 +25,7 @@ use tracing::debug;
 
 use super::netlink::{Mac, Netlink, Pair};
 use super::routes::Routes;
-use super::{Cable, NetworkError, firewall, set_sysctl};
+use super::{Cable, NetworkError, firewall, guard, set_sysctl};
 
 /// Name of the interface inside a sandbox, as every Pod network has it.
 const INTERFACE: &str = "eth0";
@@ -87,6 +89,9 @@ impl Bridge {
         let settings = Arc::clone(&self.settings);
         on_thread(move || {
             firewall::remove(&settings.name, settings.range)?;
+            if guard::is_there() {
+                guard::remove(&settings.name)?;
+            }
             let mut host = open_netlink()?;
             let unroute = |source| kernel(&format!("remove the route to {}", settings.range), source);
             settings.routes.remove(&mut host).map_err(unroute)?;
@@ -145,14 +150,18 @@ impl Cable for Bridge {
 
 /// The host end's name: deterministic, so that it is found again, and within the 15 bytes of an interface name.
 fn port_name(sandbox: &str) -> String {
+    hashed(PORT_PREFIX, sandbox)
+}
+
+fn hashed(prefix: &str, sandbox: &str) -> String {
     let hash = Sha256::digest(sandbox.as_bytes());
     let digits: String = hash.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    format!("{PORT_PREFIX}{digits}")
+    format!("{prefix}{digits}")
 }
 
 /// A locally administered hardware address that follows from the IP address: whoever remembers the one for the other
 /// (the host's neighbour table does) is right about a remade sandbox too.
-fn mac_of(address: IpAddr) -> Mac {
+pub fn mac_of(address: IpAddr) -> Mac {
     match address {
         IpAddr::V4(address) => {
             let [a, b, c, d] = address.octets();

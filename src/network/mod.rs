@@ -5,6 +5,7 @@
 //! ```text
 //! pod::worker --allocate/release--> Ipam (one file per address)
 //! driver      --plug/unplug-------> Cable = Bridge --netlink--> veth pair: lv<hash> on the bridge, eth0 in the sandbox
+//!             --make_tap/lead-----> Taps  = Bridge -----------> tap: lt<hash> on the bridge, guarded by nft
 //! ```
 //!
 //! A Pod reaches everything, its neighbours too, through the gateway: the address has the range's prefix length, yet
@@ -16,11 +17,13 @@
 
 pub mod bridge;
 mod firewall;
+mod guard;
 pub mod inside;
 pub mod ipam;
 mod netlink;
 pub mod ports;
 mod routes;
+pub mod tap;
 pub mod uplink;
 
 use std::io;

@@ -167,6 +167,11 @@ impl Netlink {
         self.set(LinkUnspec::new_with_index(index).controller(bridge).up().build())
     }
 
+    /// Gives the interface an MTU.
+    pub(super) fn set_mtu(&mut self, index: u32, mtu: u32) -> io::Result<()> {
+        self.set(LinkUnspec::new_with_index(index).mtu(mtu).build())
+    }
+
     /// Gives the interface a hardware address and an MTU, and sets it up.
     pub(super) fn configure(&mut self, index: u32, mac: Mac, mtu: u32) -> io::Result<()> {
         self.set(LinkUnspec::new_with_index(index).address(mac.to_vec()).mtu(mtu).up().build())

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use super::bridge::Bridge;
+use super::tap::{Tap, Taps};
 use super::{Cable, NetworkError};
 
 /// A cable that waits for its bridge.
@@ -22,26 +23,40 @@ impl Uplink {
         (Self { bridge }, sender)
     }
 
-    async fn bridge(&self) -> Option<Bridge> {
+    async fn bridge(&self) -> Result<Bridge, NetworkError> {
         let mut bridge = self.bridge.clone();
-        bridge.wait_for(Option::is_some).await.ok()?.clone()
+        let found = bridge.wait_for(Option::is_some).await.ok().and_then(|bridge| bridge.clone());
+        found.ok_or_else(ending)
     }
 }
 
 #[async_trait]
 impl Cable for Uplink {
     async fn plug(&self, pid: i32, sandbox: &str, address: IpAddr) -> Result<(), NetworkError> {
-        match self.bridge().await {
-            Some(bridge) => bridge.plug(pid, sandbox, address).await,
-            None => Err(ending()),
-        }
+        self.bridge().await?.plug(pid, sandbox, address).await
     }
 
     async fn unplug(&self, sandbox: &str) -> Result<(), NetworkError> {
-        match self.bridge().await {
-            Some(bridge) => bridge.unplug(sandbox).await,
-            None => Err(ending()),
-        }
+        self.bridge().await?.unplug(sandbox).await
+    }
+}
+
+#[async_trait]
+impl Taps for Uplink {
+    async fn make_tap(&self, sandbox: &str, owner: Option<u32>) -> Result<Tap, NetworkError> {
+        self.bridge().await?.make_tap(sandbox, owner).await
+    }
+
+    async fn lead(&self, sandbox: &str, address: IpAddr) -> Result<(), NetworkError> {
+        self.bridge().await?.lead(sandbox, address).await
+    }
+
+    async fn remove_tap(&self, sandbox: &str) -> Result<(), NetworkError> {
+        self.bridge().await?.remove_tap(sandbox).await
+    }
+
+    async fn remove_other_taps(&self, sandboxes: &[String]) -> Result<usize, NetworkError> {
+        self.bridge().await?.remove_other_taps(sandboxes).await
     }
 }
 

@@ -1,5 +1,7 @@
 //! What the bridge and its cables look like from the kernel, in a network namespace of the test's own.
 
+mod taps;
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Command;

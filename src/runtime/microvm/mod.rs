@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! driver (sandbox, container) --verbs--> vm::Vm      one VM: machine on the host, agent in the guest
+//!   |-- machine      one VMM process each: QEMU or Firecracker, its directory, its jail, templates it is restored from
 //!   |-- checkpoint   what is remembered of a sandbox; a new process finds its VMs again by it
 //!   |-- image        a reference becomes a read-only block image, one for all VMs; slots: where it lies in a VM
 //!   |-- logs         fetched from the guest by offset into bounded files of the host
@@ -15,6 +16,7 @@ mod copy;
 pub mod fake;
 pub mod image;
 pub mod logs;
+pub mod machine;
 mod refresh;
 mod sandbox;
 mod slots;

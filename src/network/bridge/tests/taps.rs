@@ -1,0 +1,112 @@
+//! Taps, with the test in the place of a guest: it writes frames to the device and reads what comes.
+
+use std::os::fd::OwnedFd;
+
+use super::*;
+use crate::network::tap::{Mac, Taps};
+
+/// A question by ARP from this card as this address: who is the gateway?
+fn question(mac: Mac, from: [u8; 4]) -> Vec<u8> {
+    let mut frame = vec![0xff; 6];
+    frame.extend(mac);
+    frame.extend([0x08, 0x06, 0, 1, 0x08, 0, 6, 4, 0, 1]);
+    frame.extend(mac);
+    frame.extend(from);
+    frame.extend([0; 6]);
+    frame.extend([10, 77, 0, 1]);
+    frame
+}
+
+/// Whether the host answers.
+fn is_answered(device: &OwnedFd, frame: &[u8]) -> bool {
+    rustix::io::write(device, frame).unwrap();
+    let end = Instant::now() + Duration::from_millis(500);
+    while Instant::now() < end {
+        let mut polled = [nix::poll::PollFd::new(device.as_fd(), nix::poll::PollFlags::POLLIN)];
+        if nix::poll::poll(&mut polled, 50_u16).unwrap() == 0 {
+            continue;
+        }
+        let mut read = [0; 2048];
+        let length = rustix::io::read(device, &mut read).unwrap();
+        // An answer by ARP, to us.
+        if length >= 42 && read[12..14] == [0x08, 0x06] && read[20..22] == [0, 2] && read[..6] == frame[6..12] {
+            return true;
+        }
+    }
+    false
+}
+
+fn taps_there() -> Vec<String> {
+    let mut host = open_netlink().unwrap();
+    host.links().unwrap().into_iter().map(|link| link.name).filter(|name| name.starts_with("lt")).collect()
+}
+
+#[test]
+fn a_guest_speaks_as_itself_or_not_at_all() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let tap = bridge.make_tap("vm-a", None).await.unwrap();
+        let device = tap.device.unwrap();
+        let (own, other) = ([10, 77, 0, 2], [10, 77, 0, 3]);
+        let mac = mac_of(IpAddr::from(own));
+        assert!(!is_answered(&device, &question(mac, own)), "it has no address yet");
+        bridge.lead("vm-a", IpAddr::from(own)).await.unwrap();
+        assert!(is_answered(&device, &question(mac, own)));
+        assert!(!is_answered(&device, &question(mac, other)), "another's address");
+        assert!(!is_answered(&device, &question(mac_of(IpAddr::from(other)), own)), "another's card");
+        let mut lies = question(mac, own);
+        lies[22..28].copy_from_slice(&mac_of(IpAddr::from(other)));
+        assert!(!is_answered(&device, &lies), "another's card inside");
+        let mut tagged = question(mac, own);
+        tagged.splice(12..12, [0x81, 0, 0, 1]);
+        assert!(!is_answered(&device, &tagged), "in another network");
+        assert!(is_answered(&device, &question(mac, own)));
+        bridge.lead("vm-a", IpAddr::from(other)).await.unwrap();
+        assert!(!is_answered(&device, &question(mac, own)), "an address it had before");
+        assert!(is_answered(&device, &question(mac_of(IpAddr::from(other)), other)));
+        let routes = shell("ip route show dev lb0");
+        assert!(routes.contains("10.77.0.3") && !routes.contains("10.77.0.2"), "{routes}");
+        bridge.remove().await.unwrap();
+        assert!(!shell("nft list tables").contains("lambdalet_lb0"));
+    });
+}
+
+#[test]
+fn a_handed_tap_ends_with_its_device_and_a_named_one_when_it_is_removed() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let handed = bridge.make_tap("vm-a", None).await.unwrap();
+        let named = bridge.make_tap("vm-b", Some(65520)).await.unwrap();
+        assert!(named.device.is_none());
+        assert_eq!(taps_there().len(), 2);
+        assert!(shell(&format!("ip -d link show {}", named.name)).contains("user 65520"));
+        drop(handed);
+        assert_eq!(taps_there(), [named.name]);
+        let again = bridge.make_tap("vm-b", None).await.unwrap();
+        assert_eq!(taps_there().len(), 1, "one of that name is replaced");
+        drop(again);
+        bridge.remove_tap("vm-a").await.unwrap();
+        bridge.remove_tap("vm-a").await.unwrap();
+        bridge.remove_tap("vm-b").await.unwrap();
+        assert!(taps_there().is_empty());
+        assert!(matches!(bridge.lead("vm-b", ip("10.77.0.9")).await, Err(NetworkError::Kernel { .. })));
+    });
+}
+
+#[test]
+fn what_an_earlier_process_left_is_found_by_name() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        assert_eq!(bridge.remove_other_taps(&[]).await.unwrap(), 0);
+        bridge.make_tap("vm-a", Some(1)).await.unwrap();
+        let kept = bridge.make_tap("vm-b", Some(1)).await.unwrap();
+        // Of this one only the rules are left.
+        drop(bridge.make_tap("vm-c", None).await.unwrap());
+        let pod = Namespace::new();
+        bridge.plug(pod.tid, "sandbox-a", ip("10.77.0.2")).await.unwrap();
+        assert_eq!(bridge.remove_other_taps(&["vm-b".to_owned()]).await.unwrap(), 2);
+        assert_eq!(taps_there(), [kept.name]);
+        assert!(shell("ip -o link").contains(" lv"), "a cable is no tap");
+        assert_eq!(bridge.remove_other_taps(&["vm-b".to_owned()]).await.unwrap(), 0);
+    });
+}

@@ -1,0 +1,53 @@
+//! The cable of a machine: a tap device on the node's bridge, in the place of a Docker Pod's veth pair.
+//!
+//! What leaves a guest is filtered before the bridge looks at it (see `guard`): a guest that has no address yet
+//! reaches nobody, and one that has sends as itself or not at all.
+
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use super::NetworkError;
+pub use super::bridge::mac_of;
+
+/// A hardware address.
+pub type Mac = [u8; 6];
+
+/// A tap device on the bridge.
+#[derive(Clone, Debug)]
+pub struct Tap {
+    /// The interface on the host.
+    pub name: String,
+    /// The open device, if it was made for nobody else: it goes away when the last one who has it closes it.
+    pub device: Option<Arc<OwnedFd>>,
+}
+
+/// Joins machines to the node's Pod network.
+#[async_trait]
+pub trait Taps: Send + Sync {
+    /// Makes the tap of this sandbox, in the place of one that is there; its guest reaches nobody yet.
+    ///
+    /// With an `owner` the device stays until it is removed, for a process of that user to open by name. Otherwise it
+    /// is returned open.
+    ///
+    /// # Errors
+    /// The kernel's refusal; nothing is left behind that [`remove_tap`](Self::remove_tap) does not remove.
+    async fn make_tap(&self, sandbox: &str, owner: Option<u32>) -> Result<Tap, NetworkError>;
+
+    /// Gives the guest behind the sandbox's tap its address: the hardware address that goes with it, which the guest has
+    /// to have ([`mac_of`]), is all it may send from, and packets are led there that were refused before. A process must
+    /// have the device open. Doing it again with another address is fine.
+    ///
+    /// # Errors
+    /// [`NetworkError::Kernel`] if there is no such tap, or nobody has opened it.
+    async fn lead(&self, sandbox: &str, address: IpAddr) -> Result<(), NetworkError>;
+
+    /// Takes the tap away; from then on its address refuses. Removing what is not there is Ok.
+    async fn remove_tap(&self, sandbox: &str) -> Result<(), NetworkError>;
+
+    /// Takes away every tap but those of these sandboxes; how many there were. To be called after a restart, once it is
+    /// known which sandboxes there are.
+    async fn remove_other_taps(&self, sandboxes: &[String]) -> Result<usize, NetworkError>;
+}

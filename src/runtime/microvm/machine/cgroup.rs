@@ -1,0 +1,221 @@
+//! The cgroup of one VMM, in that of its Pod: so the Pod's limits hold for the whole machine, and a VMM that runs wild
+//! has bounds of its own.
+//!
+//! Both versions are served: v1 as one tree per controller below `/sys/fs/cgroup`, v2 as a single tree.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use super::VmId;
+
+const ROOT: &str = "/sys/fs/cgroup";
+/// The v1 trees that a VMM has its place in.
+const TREES: [&str; 6] = ["cpu", "cpuacct", "memory", "pids", "blkio", "freezer"];
+/// Threads and processes of one VMM: far above what QEMU needs for vCPUs and disks, far below what hurts a host.
+const MOST_TASKS: u64 = 256;
+/// What a VMM may take besides the guest's memory: its own, page tables, and the translated code of TCG.
+const OVERHEAD: u64 = 256 << 20;
+/// A process just killed keeps its cgroup busy for a moment: how often and how long to wait for it.
+const RMDIR_TRIES: u32 = 50;
+const RMDIR_PAUSE: Duration = Duration::from_millis(4);
+
+/// The cgroup of one VMM.
+#[derive(Clone, Debug)]
+pub(super) struct VmCgroup {
+    root: PathBuf,
+    unified: bool,
+    relative: PathBuf,
+}
+
+/// What a VMM is held to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Limits {
+    /// Of the guest, in bytes; the VMM's own memory is added.
+    pub(super) guest_memory: u64,
+    /// The host's CPUs it may run on; `None`: all.
+    pub(super) cpus: Option<Vec<u32>>,
+    /// The NUMA node its memory comes from; `None`: any.
+    pub(super) numa_node: Option<u32>,
+}
+
+impl Limits {
+    fn memory(&self) -> u64 {
+        self.guest_memory + OVERHEAD
+    }
+
+    fn is_pinned(&self) -> bool {
+        self.cpus.is_some() || self.numa_node.is_some()
+    }
+}
+
+// === impl VmCgroup ===
+
+impl VmCgroup {
+    /// That of the machine, below `parent`.
+    pub(super) fn of_host(parent: &str, id: &VmId) -> Self {
+        Self::at(Path::new(ROOT), parent, id)
+    }
+
+    fn at(root: &Path, parent: &str, id: &VmId) -> Self {
+        // Nothing in it may lead out of the tree.
+        let parts = parent.split('/').filter(|part| !matches!(*part, "" | "." | ".."));
+        let mut relative: PathBuf = parts.collect();
+        relative.push(format!("vmm-{id}"));
+        Self { root: root.to_owned(), unified: root.join("cgroup.controllers").exists(), relative }
+    }
+
+    /// Makes it, with its limits. Doing it again is harmless.
+    pub(super) fn make(&self, limits: &Limits) -> io::Result<()> {
+        if self.unified { self.make_v2(limits) } else { self.make_v1(limits) }
+    }
+
+    fn make_v1(&self, limits: &Limits) -> io::Result<()> {
+        for tree in TREES.into_iter().filter(|tree| self.root.join(tree).is_dir()) {
+            fs::create_dir_all(self.root.join(tree).join(&self.relative))?;
+        }
+        let files = [("memory", "memory.limit_in_bytes", limits.memory()), ("pids", "pids.max", MOST_TASKS)];
+        for (tree, file, value) in files {
+            let directory = self.root.join(tree).join(&self.relative);
+            if directory.is_dir() {
+                fs::write(directory.join(file), value.to_string())?;
+            }
+        }
+        if limits.is_pinned() { self.make_v1_cpuset(limits) } else { Ok(()) }
+    }
+
+    /// In v1 a set of CPUs is empty until it is written, that of each directory on the way too.
+    fn make_v1_cpuset(&self, limits: &Limits) -> io::Result<()> {
+        let mut directory = self.root.join("cpuset");
+        for part in &self.relative {
+            let above = directory.clone();
+            directory.push(part);
+            fs::create_dir_all(&directory)?;
+            for file in ["cpuset.cpus", "cpuset.mems"] {
+                if fs::read_to_string(directory.join(file)).unwrap_or_default().trim().is_empty() {
+                    fs::write(directory.join(file), fs::read_to_string(above.join(file))?.trim())?;
+                }
+            }
+        }
+        self.pin(&directory, limits)
+    }
+
+    fn make_v2(&self, limits: &Limits) -> io::Result<()> {
+        let mut directory = self.root.clone();
+        for part in &self.relative {
+            for controller in ["+cpu", "+memory", "+pids", "+io", "+cpuset"] {
+                // One that this host does not delegate is refused; a limit of it then fails below, with the file's name.
+                let _ = fs::write(directory.join("cgroup.subtree_control"), controller);
+            }
+            directory.push(part);
+            fs::create_dir_all(&directory)?;
+        }
+        fs::write(directory.join("memory.max"), limits.memory().to_string())?;
+        fs::write(directory.join("pids.max"), MOST_TASKS.to_string())?;
+        self.pin(&directory, limits)
+    }
+
+    fn pin(&self, directory: &Path, limits: &Limits) -> io::Result<()> {
+        if let Some(cpus) = &limits.cpus {
+            let list: Vec<String> = cpus.iter().map(u32::to_string).collect();
+            fs::write(directory.join("cpuset.cpus"), list.join(","))?;
+        }
+        if let Some(node) = limits.numa_node {
+            fs::write(directory.join("cpuset.mems"), node.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Moves a process into it.
+    pub(super) fn join(&self, pid: i32) -> io::Result<()> {
+        for directory in self.directories() {
+            if directory.is_dir() {
+                fs::write(directory.join("cgroup.procs"), pid.to_string())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes it. Removing what is not there is Ok. Blocks for a moment if a process has only just ended.
+    pub(super) fn remove(&self) -> io::Result<()> {
+        self.directories().iter().try_for_each(|directory| remove(directory))
+    }
+
+    fn directories(&self) -> Vec<PathBuf> {
+        if self.unified {
+            return vec![self.root.join(&self.relative)];
+        }
+        TREES.iter().chain(&["cpuset"]).map(|tree| self.root.join(tree).join(&self.relative)).collect()
+    }
+}
+
+fn remove(directory: &Path) -> io::Result<()> {
+    for _ in 0..RMDIR_TRIES {
+        match fs::remove_dir(directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => thread::sleep(RMDIR_PAUSE),
+            done => return done,
+        }
+    }
+    fs::remove_dir(directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id() -> VmId {
+        VmId::new("one").unwrap()
+    }
+
+    fn read(path: PathBuf) -> String {
+        fs::read_to_string(path).unwrap()
+    }
+
+    #[test]
+    fn v1_limits_stand_in_each_tree_and_a_set_of_cpus_is_handed_down() {
+        let root = tempfile::tempdir().unwrap();
+        for tree in ["cpu", "memory", "pids", "cpuset"] {
+            fs::create_dir(root.path().join(tree)).unwrap();
+        }
+        fs::write(root.path().join("cpuset/cpuset.cpus"), "0-3\n").unwrap();
+        fs::write(root.path().join("cpuset/cpuset.mems"), "0-1\n").unwrap();
+        let cgroup = VmCgroup::at(root.path(), "/l/../pod1", &id());
+        let limits = Limits { guest_memory: 1 << 20, cpus: Some(vec![1, 3]), numa_node: None };
+        cgroup.make(&limits).unwrap();
+        cgroup.join(42).unwrap();
+        let own = |tree: &str| root.path().join(tree).join("l/pod1/vmm-one");
+        assert_eq!(read(own("memory").join("memory.limit_in_bytes")), (257 << 20).to_string());
+        assert_eq!(read(own("pids").join("pids.max")), "256");
+        assert_eq!(read(own("cpuset").join("cpuset.cpus")), "1,3");
+        assert_eq!(read(own("cpuset").join("cpuset.mems")), "0-1");
+        assert_eq!(read(root.path().join("cpuset/l/cpuset.cpus")), "0-3");
+        for tree in ["cpu", "memory", "pids", "cpuset"] {
+            assert_eq!(read(own(tree).join("cgroup.procs")), "42", "{tree}");
+        }
+    }
+
+    #[test]
+    fn v2_limits_stand_in_one_directory() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("cgroup.controllers"), "cpu memory pids").unwrap();
+        let cgroup = VmCgroup::at(root.path(), "l/pod1", &id());
+        let limits = Limits { guest_memory: 0, cpus: None, numa_node: Some(1) };
+        cgroup.make(&limits).unwrap();
+        cgroup.join(42).unwrap();
+        let own = root.path().join("l/pod1/vmm-one");
+        assert_eq!(read(own.join("memory.max")), OVERHEAD.to_string());
+        assert_eq!(read(own.join("pids.max")), "256");
+        assert_eq!(read(own.join("cpuset.mems")), "1");
+        assert_eq!(read(own.join("cgroup.procs")), "42");
+        assert!(!own.join("cpuset.cpus").exists());
+    }
+
+    #[test]
+    fn removing_what_is_not_there_is_fine() {
+        let root = tempfile::tempdir().unwrap();
+        VmCgroup::at(root.path(), "l", &id()).remove().unwrap();
+    }
+}

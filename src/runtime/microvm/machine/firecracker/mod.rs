@@ -1,0 +1,382 @@
+//! Machines of Firecracker, in its jailer, driven by its API.
+//!
+//! ```text
+//! boot    jail prepared -> jailer -> PUT machine-config, boot-source, drives, network-interfaces, vsock -> InstanceStart
+//! restore jail prepared -> jailer -> PUT snapshot/load (File or Uffd), resumed
+//! ```
+//! Firecracker gives disks no serial of our choice: the guest tells them by their order, which the kernel argument
+//! `lambdalet.disks=scratch,image0,...` names: the first is `/dev/vda`. The agent is reached by vsock at
+//! [`AGENT_VSOCK_PORT`], which it is told by `lambdalet.agent=vsock`.
+
+mod api;
+mod jailer;
+mod machine;
+#[cfg(test)]
+mod tests;
+mod vsock;
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use tokio::sync::OnceCell;
+
+pub use api::BackendType;
+use api::{
+    Action, Api, BootSource, Drive, MachineConfig, MemoryBackend, NetworkInterface, NetworkOverride, SnapshotLoad,
+    Vsock,
+};
+use machine::FirecrackerMachine;
+
+use super::cgroup::{Limits, VmCgroup};
+use super::directory::Checkpoint;
+use super::jail::VmmUser;
+use super::process::{Process, boot_id, start_time};
+use super::template::TemplateKind;
+use super::{
+    Asset, Machine, MachineError, MachineManager, MachineSpec, Result, SCRATCH, TapUse, Template, VmDir, VmExit, Why,
+    host, slot_name,
+};
+
+/// Where the guest's agent listens.
+pub const AGENT_VSOCK_PORT: u32 = 1024;
+
+const NAME: &str = "firecracker";
+/// The one guest behind each vsock device; they do not see each other.
+const GUEST_CID: u32 = 3;
+/// Files in the jail.
+const API_SOCKET: &str = "firecracker.sock";
+const VSOCK_SOCKET: &str = "vsock.sock";
+const KERNEL: &str = "kernel";
+const INITRAMFS: &str = "initramfs";
+const SNAPSHOT: &str = "state";
+const MEMORY: &str = "memory";
+/// The guest's name for its network card, on the host's side of the API.
+const INTERFACE: &str = "eth0";
+/// Firecracker's limit on vCPUs.
+const MOST_VCPUS: u32 = 32;
+/// A disk of one sector is behind a slot without an image.
+const BLANK_SIZE: u64 = 512;
+/// How long the jailer and Firecracker may take until the API answers; some 20 ms on an idle host.
+const START_PATIENCE: Duration = Duration::from_secs(20);
+/// How often that is tried meanwhile: there is no event for "it listens now".
+const START_PAUSE: Duration = Duration::from_millis(1);
+/// How much of a console is shown with an error.
+const SHOWN: u64 = 2000;
+
+/// The manager of Firecracker's machines.
+#[derive(Debug)]
+pub struct Firecracker {
+    program: PathBuf,
+    jailer: PathBuf,
+    user: VmmUser,
+    backend: BackendType,
+    version: OnceCell<String>,
+}
+
+// === impl Firecracker ===
+
+impl Firecracker {
+    /// `program` and `jailer` are those of version 1.10 or newer; `backend` is where the memory of restored machines comes
+    /// from. With [`BackendType::Uffd`] somebody has to listen on `uffd.sock` in the machine's jail before it is restored.
+    pub fn new(program: PathBuf, jailer: PathBuf, user: VmmUser, backend: BackendType) -> Self {
+        Self { program, jailer, user, backend, version: OnceCell::new() }
+    }
+
+    /// What a template of such a machine is of.
+    ///
+    /// # Errors
+    /// [`MachineError::Unsupported`] if Firecracker does not work here.
+    pub async fn template_kind(&self, spec: &MachineSpec) -> Result<TemplateKind> {
+        let version = self.version().await.map_err(unsupported)?;
+        TemplateKind::of(&format!("{NAME} {version}"), spec)
+    }
+
+    async fn version(&self) -> Result<&str, Why> {
+        let ask = || async {
+            let shown = self.program.display();
+            let asked = tokio::process::Command::new(&self.program).arg("--version").kill_on_drop(true).output();
+            let output = tokio::time::timeout(START_PATIENCE, asked).await;
+            let output = output.map_err(|_| Why(format!("{shown} --version does not end")))?;
+            let output = output.map_err(|error| Why(format!("{shown} cannot be run: {error}")))?;
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            let version = text.lines().next().and_then(|line| line.strip_prefix("Firecracker "));
+            version.map(str::to_owned).ok_or_else(|| Why(format!("{shown} is not Firecracker")))
+        };
+        self.version.get_or_try_init(ask).await.map(String::as_str)
+    }
+
+    /// A Firecracker that answers, in its jail, with nothing configured.
+    async fn start(&self, spec: &MachineSpec) -> Result<FirecrackerMachine> {
+        spec.validate()?;
+        let id = spec.dir.id().to_string();
+        let step = |action: &str| {
+            let (action, id) = (action.to_owned(), id.clone());
+            move |source| MachineError::Start { action, id, source }
+        };
+        let root = self.prepare(spec)?;
+        let cgroup = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
+        let limits = Limits { guest_memory: spec.memory, cpus: spec.cpus.clone(), numa_node: spec.numa_node };
+        cgroup.make(&limits).map_err(step("make a cgroup"))?;
+        let started = self.run_jailer(spec, &root).await;
+        let process = match started {
+            Ok(process) => process,
+            Err(error) => {
+                // Nothing is in it; what cannot be removed now is found by its name.
+                let _ = cgroup.remove();
+                return Err(error);
+            }
+        };
+        let machine = FirecrackerMachine {
+            dir: spec.dir.clone(),
+            api: Api::new(spec.dir.clone(), root.clone(), API_SOCKET),
+            root,
+            process,
+            cgroup,
+            image_slots: spec.image_slots,
+            template: None,
+        };
+        let finished = async {
+            machine.cgroup.join(machine.pid()).map_err(step("enter the cgroup"))?;
+            answers(&machine).await
+        };
+        match finished.await {
+            Ok(()) => Ok(machine),
+            Err(error) => {
+                machine.kill().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// The jail with all files in it.
+    fn prepare(&self, spec: &MachineSpec) -> Result<PathBuf> {
+        let VmmUser { uid, gid } = self.user;
+        spec.dir.create(uid, gid)?;
+        let root = jailer::root(&spec.dir, &self.program);
+        jailer::prepare(&root, self.user)?;
+        jailer::show(&spec.kernel, &root, KERNEL)?;
+        jailer::show(&spec.initramfs, &root, INITRAMFS)?;
+        spec.dir.give_inside(spec.scratch_name(), uid, gid)?;
+        jailer::show(&Asset::open_beneath(&spec.dir.inside(), spec.scratch_name())?, &root, SCRATCH)?;
+        for slot in 0..spec.image_slots {
+            jailer::make_blank(&root, &blank(slot), BLANK_SIZE)?;
+        }
+        Ok(root)
+    }
+
+    /// Runs the jailer to its end and writes the checkpoint of the Firecracker it left: on a thread, so that this is done
+    /// even if the caller stops waiting.
+    async fn run_jailer(&self, spec: &MachineSpec, root: &Path) -> Result<Process> {
+        let console = spec.dir.open_console(self.user.uid, self.user.gid)?;
+        let mut command = Command::new(&self.jailer);
+        command.args(jailer::arguments(&spec.dir, &self.program, self.user, API_SOCKET)?);
+        let (dir, root, program) = (spec.dir.clone(), root.to_owned(), self.program.clone());
+        let (image_slots, cgroup_parent) = (spec.image_slots, spec.cgroup_parent.clone());
+        let run = move || {
+            let step = |action: &str| {
+                let (action, id) = (action.to_owned(), dir.id().to_string());
+                move |source| MachineError::Start { action, id, source }
+            };
+            let errors = console.try_clone().map_err(step("open the console"))?;
+            command.env_clear().process_group(0).stdin(Stdio::null()).stdout(console).stderr(errors);
+            let status = command.status().map_err(step("run the jailer"))?;
+            let Some(pid) = jailer::pid(&root, &program).filter(|_| status.success()) else {
+                return Err(ended(&dir, status.code().map_or(VmExit::Unknown, VmExit::Code)));
+            };
+            let checkpoint = Checkpoint {
+                manager: NAME.to_owned(),
+                pid,
+                start_time: start_time(pid).unwrap_or_default(),
+                boot_id: boot_id().map_err(step("look at the host"))?,
+                image_slots,
+                cgroup_parent,
+            };
+            dir.write_checkpoint(&checkpoint)?;
+            Process::open(pid).map_err(step("watch the VMM"))
+        };
+        let died = |error| MachineError::Start {
+            action: "run the jailer".to_owned(),
+            id: spec.dir.id().to_string(),
+            source: std::io::Error::other(error),
+        };
+        tokio::task::spawn_blocking(run).await.map_err(died)?
+    }
+
+    async fn configure(&self, api: &Api, spec: &MachineSpec) -> Result<()> {
+        let vcpus = u8::try_from(spec.vcpus).ok().filter(|_| spec.vcpus <= MOST_VCPUS);
+        let too_many = || MachineError::Invalid {
+            what: format!("{} vCPUs", spec.vcpus),
+            reason: format!("Firecracker has {MOST_VCPUS} at the most"),
+        };
+        let vcpu_count = vcpus.ok_or_else(too_many)?;
+        api.machine_config(&MachineConfig { vcpu_count, mem_size_mib: spec.memory >> 20 }).await?;
+        let source = BootSource {
+            kernel_image_path: KERNEL.to_owned(),
+            initrd_path: INITRAMFS.to_owned(),
+            boot_args: kernel_line(spec),
+        };
+        api.boot_source(&source).await?;
+        for drive in drives(spec.image_slots) {
+            api.drive(&drive).await?;
+        }
+        if let Some(tap) = &spec.tap {
+            let interface = NetworkInterface {
+                iface_id: INTERFACE.to_owned(),
+                host_dev_name: tap.name.clone(),
+                guest_mac: tap.mac.map(|byte| format!("{byte:02x}")).join(":"),
+            };
+            api.network_interface(&interface).await?;
+        }
+        api.vsock(&Vsock { guest_cid: GUEST_CID, uds_path: VSOCK_SOCKET.to_owned() }).await
+    }
+
+    async fn load(&self, api: &Api, spec: &MachineSpec) -> Result<()> {
+        let path = match self.backend {
+            BackendType::File => MEMORY,
+            BackendType::Uffd => "uffd.sock",
+        };
+        let tap = spec.tap.iter();
+        let load = SnapshotLoad {
+            snapshot_path: SNAPSHOT.to_owned(),
+            mem_backend: MemoryBackend { backend_type: self.backend, backend_path: path.to_owned() },
+            resume_vm: true,
+            network_overrides: tap
+                .map(|tap| NetworkOverride { iface_id: INTERFACE.to_owned(), host_dev_name: tap.name.clone() })
+                .collect(),
+        };
+        api.load_snapshot(&load).await
+    }
+}
+
+#[async_trait]
+impl MachineManager for Firecracker {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn tap_use(&self) -> TapUse {
+        TapUse::Named { uid: self.user.uid }
+    }
+
+    async fn check(&self) -> Result<String, Why> {
+        let version = self.version().await?;
+        if !self.jailer.is_file() {
+            return Err(Why(format!("{version} is there, but not its jailer, {}", self.jailer.display())));
+        }
+        if !nix::unistd::geteuid().is_root() {
+            return Err(Why("not root: the jailer needs it".to_owned()));
+        }
+        host::usable_kvm().map_err(|reason| Why(format!("Firecracker needs KVM: {reason}")))?;
+        Ok(format!("Firecracker {version} with KVM"))
+    }
+
+    async fn boot(&self, spec: &MachineSpec) -> Result<Box<dyn Machine>> {
+        let kind = match spec.template {
+            Some(_) => Some(self.template_kind(spec).await?),
+            None => None,
+        };
+        let machine = self.start(spec).await?;
+        let booted = async {
+            self.configure(&machine.api, spec).await?;
+            machine.api.action(Action::InstanceStart).await
+        };
+        if let Err(error) = booted.await {
+            machine.kill().await;
+            return Err(error);
+        }
+        let template = spec.template.clone().map(|path| Template { path }).zip(kind);
+        Ok(Box::new(FirecrackerMachine { template, ..machine }))
+    }
+
+    async fn restore(&self, spec: &MachineSpec, template: &Template) -> Result<Box<dyn Machine>> {
+        template.check(&self.template_kind(spec).await?)?;
+        let root = jailer::root(&spec.dir, &self.program);
+        spec.dir.create(self.user.uid, self.user.gid)?;
+        jailer::prepare(&root, self.user)?;
+        jailer::show(&Asset::open(&template.state())?, &root, SNAPSHOT)?;
+        jailer::show(&Asset::open(&template.memory())?, &root, MEMORY)?;
+        let machine = self.start(spec).await?;
+        if let Err(error) = self.load(&machine.api, spec).await {
+            machine.kill().await;
+            return Err(error);
+        }
+        Ok(Box::new(machine))
+    }
+
+    async fn adopt(&self, dir: &VmDir) -> Result<Option<Box<dyn Machine>>> {
+        let Some(checkpoint) = dir.read_checkpoint().filter(|checkpoint| checkpoint.manager == NAME) else {
+            return Ok(None);
+        };
+        let cgroup = VmCgroup::of_host(&checkpoint.cgroup_parent, dir.id());
+        let Some(process) = Process::adopt(&checkpoint) else {
+            cgroup.remove().map_err(MachineError::file("remove the cgroup of", dir.path()))?;
+            return Ok(None);
+        };
+        let root = jailer::root(dir, &self.program);
+        Ok(Some(Box::new(FirecrackerMachine {
+            dir: dir.clone(),
+            api: Api::new(dir.clone(), root.clone(), API_SOCKET),
+            root,
+            process,
+            cgroup,
+            image_slots: checkpoint.image_slots,
+            template: None,
+        })))
+    }
+}
+
+/// Waits until the API answers.
+async fn answers(machine: &FirecrackerMachine) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let error = match machine.api.instance().await {
+            Ok(_) => return Ok(()),
+            Err(error) => error,
+        };
+        if let Some(exit) = machine.process.try_ended() {
+            return Err(ended(machine.dir(), exit));
+        }
+        if begun.elapsed() > START_PATIENCE {
+            return Err(error);
+        }
+        tokio::time::sleep(START_PAUSE).await;
+    }
+}
+
+/// In the order in which the guest sees them.
+fn drives(image_slots: u8) -> Vec<Drive> {
+    let drive = |drive_id: &str, path_on_host: String, is_read_only| Drive {
+        drive_id: drive_id.to_owned(),
+        path_on_host,
+        is_root_device: false,
+        is_read_only,
+    };
+    let mut drives = vec![drive(SCRATCH, SCRATCH.to_owned(), false)];
+    drives.extend((0..image_slots).map(|slot| drive(&slot_name(slot), blank(slot), true)));
+    drives
+}
+
+fn blank(slot: u8) -> String {
+    format!("blank{slot}")
+}
+
+fn kernel_line(spec: &MachineSpec) -> String {
+    let own = "console=ttyS0 reboot=k panic=-1 quiet pci=off i8042.noaux i8042.nomux i8042.dumbkbd random.trust_cpu=on";
+    let disks: Vec<String> = drives(spec.image_slots).into_iter().map(|drive| drive.drive_id).collect();
+    let mut words =
+        vec![own.to_owned(), "lambdalet.agent=vsock".to_owned(), format!("lambdalet.disks={}", disks.join(","))];
+    words.extend(spec.kernel_args.iter().cloned());
+    words.join(" ")
+}
+
+fn ended(dir: &VmDir, exit: VmExit) -> MachineError {
+    let said = dir.console_tail(SHOWN).trim().to_owned();
+    MachineError::Ended { vmm: "Firecracker", id: dir.id().to_string(), exit, said }
+}
+
+fn unsupported(why: Why) -> MachineError {
+    MachineError::Unsupported { vmm: "Firecracker", what: format!("run here: {why}") }
+}

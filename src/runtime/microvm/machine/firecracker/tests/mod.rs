@@ -1,0 +1,278 @@
+//! Firecracker: driven against a stand-in that refuses what its API refuses, and for real where it can run.
+
+mod stand_in;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::pin::Pin;
+
+use stand_in::StandIn;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+use super::*;
+use crate::runtime::microvm::machine::template::Templates;
+use crate::runtime::microvm::machine::{TapLink, VmDirs, VmId};
+use crate::runtime::session::Duplex;
+
+/// Does what is seen of the jailer: leaves a process and its number.
+const JAILER: &str = r#"#!/bin/sh
+while [ "$1" != -- ]; do
+  case $1 in --id) id=$2 ;; --chroot-base-dir) base=$2 ;; --exec-file) program=${2##*/} ;; esac
+  shift
+done
+sleep 1000 </dev/null >/dev/null 2>&1 &
+echo $! >"$base/$program/$id/root/$program.pid"
+"#;
+
+/// A place for machines whose Firecracker is the stand-in.
+struct Bench {
+    place: tempfile::TempDir,
+    dirs: VmDirs,
+    manager: Firecracker,
+    cgroup: String,
+}
+
+impl Bench {
+    fn new(backend: BackendType) -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: a VMM is jailed by root");
+            return None;
+        }
+        let place = tempfile::tempdir().unwrap();
+        let script = |name: &str, text: &str| {
+            let path = place.path().join(name);
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            path
+        };
+        let program = script("firecracker", "#!/bin/sh\necho Firecracker v1.16.1\n");
+        let jailer = script("jailer", JAILER);
+        let dirs = VmDirs::new(&place.path().join("vms"), "default").unwrap();
+        let manager = Firecracker::new(program, jailer, VmmUser::default(), backend);
+        Some(Self { place, dirs, manager, cgroup: format!("lambdalet-test-{}", VmId::random()) })
+    }
+
+    fn spec(&self) -> MachineSpec {
+        let dir = self.dirs.of(&VmId::random());
+        dir.create(0, 0).unwrap();
+        let scratch = dir.inside().join("scratch.img");
+        fs::write(&scratch, vec![0; 4096]).unwrap();
+        let file = |name: &str| {
+            let path = self.place.path().join(name);
+            if !path.exists() {
+                fs::write(&path, name).unwrap();
+            }
+            Asset::open(&path).unwrap()
+        };
+        MachineSpec {
+            dir,
+            kernel: file("vmlinux"),
+            initramfs: file("initramfs.cpio"),
+            kernel_args: vec!["VMID=x".to_owned()],
+            memory: 128 << 20,
+            vcpus: 2,
+            cpus: None,
+            numa_node: None,
+            tap: Some(TapLink { name: "lt0".to_owned(), mac: [2, 108, 10, 1, 2, 3], device: None }),
+            scratch,
+            image_slots: 8,
+            cgroup_parent: self.cgroup.clone(),
+            template: None,
+        }
+    }
+
+    fn stand_in(&self, spec: &MachineSpec) -> StandIn {
+        StandIn::listen(jailer::root(&spec.dir, &self.manager.program), API_SOCKET)
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        for tree in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+            let _ = fs::remove_dir(tree.path().join(&self.cgroup));
+        }
+    }
+}
+
+async fn said_back(stream: Pin<Box<dyn Duplex>>) -> String {
+    let mut stream = BufReader::new(stream);
+    stream.write_all(b"hello\n").await.unwrap();
+    let mut line = String::new();
+    stream.read_line(&mut line).await.unwrap();
+    line
+}
+
+#[tokio::test]
+async fn a_machine_is_configured_in_an_order_that_firecracker_takes() {
+    let Some(bench) = Bench::new(BackendType::File) else { return };
+    let spec = bench.spec();
+    let server = bench.stand_in(&spec);
+    let machine = bench.manager.boot(&spec).await.unwrap();
+    let asked = server.asked();
+    println!("{asked:#?}");
+    assert!(asked.iter().all(|line| line.ends_with("-> 204") || line.starts_with("GET / -> 200")), "{asked:?}");
+    assert_eq!(asked.last().unwrap(), "PUT /actions -> 204");
+    assert_eq!(asked.iter().filter(|line| line.starts_with("PUT /drives/")).count(), 9);
+    assert_eq!(said_back(machine.agent().await.unwrap()).await, "hello\n");
+
+    let root = jailer::root(&spec.dir, &bench.manager.program);
+    let images =
+        || fs::read_dir(&root).unwrap().flatten().filter(|e| e.file_name().to_str().unwrap().contains('-')).count();
+    let image = bench.place.path().join("image");
+    fs::write(&image, vec![1; 4096]).unwrap();
+    machine.put_image(0, &image).await.unwrap();
+    machine.put_image(0, &image).await.unwrap();
+    assert_eq!(images(), 1, "the one before is removed");
+    machine.take_image(0).await.unwrap();
+    assert_eq!(images(), 0);
+    assert!(matches!(machine.put_image(8, &image).await, Err(MachineError::NoSlot { .. })));
+    for _ in 0..2 {
+        machine.pause().await.unwrap();
+    }
+    for _ in 0..2 {
+        machine.resume().await.unwrap();
+    }
+    let patched = server.asked().iter().filter(|line| *line == "PATCH /vm -> 204").count();
+    assert_eq!(patched, 2, "pausing and resuming what is so already asks nothing");
+    assert!(machine.save().await.is_err(), "it was not booted for that");
+
+    let pid = machine.pid();
+    drop(machine);
+    let machine = bench.manager.adopt(&spec.dir).await.unwrap().expect("it runs");
+    assert_eq!(machine.pid(), pid);
+    machine.kill().await;
+    machine.exited().await;
+    assert!(bench.manager.adopt(&spec.dir).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_snapshot_is_saved_and_loaded_from_either_backend() {
+    let Some(bench) = Bench::new(BackendType::File) else { return };
+    let templates = Templates::new(bench.place.path().join("templates"));
+    let spec = MachineSpec { template: Some(templates.begin().unwrap()), ..bench.spec() };
+    let server = bench.stand_in(&spec);
+    let machine = bench.manager.boot(&spec).await.unwrap();
+    let kind = bench.manager.template_kind(&spec).await.unwrap();
+    let template = templates.commit(machine.save().await.unwrap(), &kind).unwrap();
+    assert!(server.asked().contains(&"PUT /snapshot/create -> 204".to_owned()), "{:?}", server.asked());
+    assert_eq!(fs::read_to_string(template.memory()).unwrap(), "mem_file_path");
+    assert_eq!(fs::read_to_string(template.state()).unwrap(), "snapshot_path");
+
+    let clone = MachineSpec { kernel: spec.kernel.clone(), initramfs: spec.initramfs.clone(), ..bench.spec() };
+    let server = bench.stand_in(&clone);
+    let machine = bench.manager.restore(&clone, &template).await.unwrap();
+    assert_eq!(server.asked().last().unwrap(), "PUT /snapshot/load -> 204");
+    assert_eq!(said_back(machine.agent().await.unwrap()).await, "hello\n");
+    machine.kill().await;
+
+    let Some(mut other) = Bench::new(BackendType::Uffd) else { return };
+    other.manager.program = bench.manager.program.clone();
+    let clone = MachineSpec { kernel: spec.kernel.clone(), initramfs: spec.initramfs.clone(), ..other.spec() };
+    let server = other.stand_in(&clone);
+    let refused = other.manager.restore(&clone, &template).await.unwrap_err();
+    assert!(refused.to_string().contains("uffd.sock"), "nobody listens: {refused}");
+    assert_eq!(server.asked().last().unwrap(), "PUT /snapshot/load -> 400");
+}
+
+#[tokio::test]
+async fn a_start_that_fails_leaves_nothing_running() {
+    let Some(bench) = Bench::new(BackendType::File) else { return };
+    let spec = MachineSpec { vcpus: 33, ..bench.spec() };
+    let server = bench.stand_in(&spec);
+    let error = bench.manager.boot(&spec).await.unwrap_err();
+    assert!(error.to_string().contains("33 vCPUs"), "{error}");
+    assert!(server.asked().iter().all(|line| !line.contains("/actions")), "{:?}", server.asked());
+    let checkpoint = spec.dir.read_checkpoint().unwrap();
+    assert_eq!(start_time(checkpoint.pid), None);
+    fs::write(&bench.manager.jailer, "#!/bin/sh\necho no such user >&2\nexit 1\n").unwrap();
+    let error = bench.manager.boot(&bench.spec()).await.unwrap_err();
+    let MachineError::Ended { exit: VmExit::Code(1), said, .. } = &error else { panic!("{error}") };
+    assert_eq!(said, "no such user");
+}
+
+/// What the server says to a request of nobody's client.
+async fn raw(root: &Path, method: &str, path: &str, body: &str) -> u16 {
+    let mut stream = UnixStream::connect(root.join(API_SOCKET)).await.unwrap();
+    let length = body.len();
+    let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream.write_all(body.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn the_stand_in_refuses_what_firecracker_refuses() {
+    let place = tempfile::tempdir().unwrap();
+    let root = place.path().to_owned();
+    let _server = StandIn::listen(root.clone(), API_SOCKET);
+    fs::write(root.join("k"), "").unwrap();
+    let put = |path: &'static str, body: &'static str| raw(&root, "PUT", path, body);
+    let patch = |path: &'static str, body: &'static str| raw(&root, "PATCH", path, body);
+    // Missing, unknown, of another type, out of range, not there.
+    assert_eq!(put("/boot-source", r#"{}"#).await, 400);
+    assert_eq!(put("/boot-source", r#"{"kernel_image_path":"k","kernel":"k"}"#).await, 400);
+    assert_eq!(put("/boot-source", r#"{"kernel_image_path":1}"#).await, 400);
+    assert_eq!(put("/boot-source", r#"{"kernel_image_path":"nowhere"}"#).await, 400);
+    assert_eq!(put("/machine-config", r#"{"vcpu_count":33,"mem_size_mib":128}"#).await, 400);
+    assert_eq!(put("/machine-config", r#"{"vcpu_count":1,"mem_size_mib":"128"}"#).await, 400);
+    assert_eq!(put("/machine-config", r#"{"vcpu_count":1,"mem_size_mib":128,"ht_enabled":false}"#).await, 400);
+    assert_eq!(put("/vsock", r#"{"guest_cid":2,"uds_path":"v"}"#).await, 400);
+    assert_eq!(put("/drives/a", r#"{"drive_id":"b","path_on_host":"k","is_root_device":false}"#).await, 400);
+    assert_eq!(put("/drives/a-b", r#"{"drive_id":"a-b","path_on_host":"k","is_root_device":false}"#).await, 400);
+    assert_eq!(put("/drives/a", r#"{"drive_id":"a","path_on_host":"k"}"#).await, 400);
+    assert_eq!(put("/actions", r#"{"action_type":"instance_start"}"#).await, 400);
+    assert_eq!(put("/nowhere", r#"{}"#).await, 400);
+    assert_eq!(put("/snapshot/load", r#"{"snapshot_path":"k"}"#).await, 400);
+    // Too early.
+    assert_eq!(put("/actions", r#"{"action_type":"InstanceStart"}"#).await, 400);
+    assert_eq!(patch("/vm", r#"{"state":"Paused"}"#).await, 400);
+    assert_eq!(patch("/drives/a", r#"{"drive_id":"a","path_on_host":"k"}"#).await, 400);
+    // Right.
+    assert_eq!(put("/boot-source", r#"{"kernel_image_path":"k"}"#).await, 204);
+    assert_eq!(put("/snapshot/load", r#"{"snapshot_path":"k","mem_file_path":"k"}"#).await, 400, "configured");
+    assert_eq!(put("/actions", r#"{"action_type":"InstanceStart"}"#).await, 204);
+    // Too late, or not in this state.
+    assert_eq!(put("/actions", r#"{"action_type":"InstanceStart"}"#).await, 400);
+    assert_eq!(put("/boot-source", r#"{"kernel_image_path":"k"}"#).await, 400);
+    assert_eq!(put("/snapshot/create", r#"{"snapshot_path":"s","mem_file_path":"m"}"#).await, 400);
+    assert_eq!(patch("/drives/a", r#"{"drive_id":"a","path_on_host":"k"}"#).await, 400, "no such drive");
+    assert_eq!(patch("/vm", r#"{"state":"Paused"}"#).await, 204);
+    assert_eq!(put("/snapshot/create", r#"{"snapshot_path":"s","mem_file_path":"m"}"#).await, 204);
+}
+
+#[tokio::test]
+async fn a_real_firecracker_boots_a_guest() {
+    let Some(guest) = std::env::var_os("LAMBDALET_TEST_TINY_GUEST").map(PathBuf::from) else {
+        println!("skipped: LAMBDALET_TEST_TINY_GUEST names no guest (hack/tiny-guest makes one)");
+        return;
+    };
+    let Some(bench) = Bench::new(BackendType::File) else { return };
+    let programs = ("/usr/bin/firecracker".into(), "/usr/bin/jailer".into());
+    let manager = Firecracker::new(programs.0, programs.1, VmmUser::default(), BackendType::File);
+    if let Err(why) = manager.check().await {
+        println!("skipped: {why}");
+        return;
+    }
+    let kernel = Asset::open(&guest.join("vmlinux")).unwrap();
+    let initramfs = Asset::open(&guest.join("initramfs.cpio")).unwrap();
+    let machine = manager.boot(&MachineSpec { kernel, initramfs, tap: None, ..bench.spec() }).await.unwrap();
+    machine.pause().await.unwrap();
+    machine.resume().await.unwrap();
+    machine.kill().await;
+}
+
+#[tokio::test]
+async fn what_is_missing_is_said() {
+    let nowhere = || PathBuf::from("/nowhere/firecracker");
+    let manager = Firecracker::new(nowhere(), nowhere(), VmmUser::default(), BackendType::File);
+    let why = manager.check().await.unwrap_err().to_string();
+    assert!(why.contains("/nowhere/firecracker cannot be run"), "{why}");
+    let Some(bench) = Bench::new(BackendType::File) else { return };
+    println!("{:?}", bench.manager.check().await);
+    if host::usable_kvm().is_err() {
+        assert!(bench.manager.check().await.unwrap_err().to_string().contains("Firecracker needs KVM"));
+    }
+}

@@ -1,0 +1,234 @@
+//! Setups: what a machine needs before there is one, made ahead of time: its directory and its tap.
+//!
+//! ```text
+//! fill(n) --build, in parallel--> idle (oldest first) --get--> occupied --give_back--> cleaned --> idle (at its end)
+//!                                   '- none: get builds one, without holding anybody up
+//! ```
+//! A setup is cleaned before it is idle again: nothing of the machine before is there for the next. What cannot be
+//! cleaned is destroyed; its id is then free, and nothing of this ends the process.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use futures::future::join_all;
+
+use super::jail::VmmUser;
+use super::{MachineError, Result, TapLink, TapUse, VmDir, VmDirs, VmId};
+use crate::network::NetworkError;
+use crate::network::tap::{Taps, mac_of};
+
+/// What a machine is started in.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Its directory, empty; its id is the machine's.
+    pub dir: VmDir,
+    /// Its tap, which leads nowhere yet; the hardware address in it counts until the guest is told its own.
+    pub tap: TapLink,
+}
+
+/// Makes setups.
+#[async_trait]
+pub trait Setups: Send + Sync {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// Nothing is left behind.
+    async fn build(&self) -> Result<Setup>;
+
+    /// Makes a used one as if it were new; no machine uses it any more.
+    async fn clean(&self, setup: &Setup) -> Result<Setup>;
+
+    /// Removes all of it. Removing what is half there is Ok.
+    async fn destroy(&self, setup: &Setup) -> Result<()>;
+}
+
+/// Setups on this host.
+pub struct HostSetups {
+    dirs: VmDirs,
+    taps: Arc<dyn Taps>,
+    user: VmmUser,
+    tap_use: TapUse,
+}
+
+/// The pool of one node.
+pub struct SetupPool<S> {
+    setups: S,
+    most_idle: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    idle: VecDeque<Setup>,
+    occupied: HashMap<VmId, Setup>,
+}
+
+// === impl HostSetups ===
+
+impl HostSetups {
+    /// For machines of that user, with taps as their manager uses them.
+    pub fn new(dirs: VmDirs, taps: Arc<dyn Taps>, user: VmmUser, tap_use: TapUse) -> Self {
+        Self { dirs, taps, user, tap_use }
+    }
+
+    async fn make(&self, dir: VmDir) -> Result<Setup> {
+        let owner = match self.tap_use {
+            TapUse::Handed => None,
+            TapUse::Named { uid } => Some(uid),
+        };
+        let failed = |error| tap_error("make the tap", &dir, error);
+        let tap = self.taps.make_tap(dir.id().as_str(), owner).await.map_err(failed)?;
+        // Of nobody: the tap is led to another once there is an address.
+        let mac = mac_of(IpAddr::from([0, 0, 0, 0]));
+        Ok(Setup { dir, tap: TapLink { name: tap.name, mac, device: tap.device } })
+    }
+
+    async fn remove(&self, dir: &VmDir) -> Result<()> {
+        let removed = self.taps.remove_tap(dir.id().as_str()).await;
+        // The directory goes even if the tap does not.
+        dir.remove()?;
+        removed.map_err(|error| tap_error("remove the tap", dir, error))
+    }
+}
+
+#[async_trait]
+impl Setups for HostSetups {
+    async fn build(&self) -> Result<Setup> {
+        let dir = self.dirs.of(&VmId::random());
+        let built = match dir.create(self.user.uid, self.user.gid) {
+            Ok(()) => self.make(dir.clone()).await,
+            Err(error) => Err(error),
+        };
+        if built.is_err() {
+            // The first error says what is wrong.
+            let _ = self.remove(&dir).await;
+        }
+        built
+    }
+
+    async fn clean(&self, setup: &Setup) -> Result<Setup> {
+        setup.dir.clean(self.user.uid, self.user.gid)?;
+        self.make(setup.dir.clone()).await
+    }
+
+    async fn destroy(&self, setup: &Setup) -> Result<()> {
+        self.remove(&setup.dir).await
+    }
+}
+
+fn tap_error(action: &str, dir: &VmDir, error: NetworkError) -> MachineError {
+    MachineError::Start { action: action.to_owned(), id: dir.id().to_string(), source: std::io::Error::other(error) }
+}
+
+// === impl SetupPool ===
+
+impl<S: Setups> SetupPool<S> {
+    /// An empty pool that keeps at most `most_idle` setups ready; what is given back above that is destroyed.
+    pub fn new(setups: S, most_idle: usize) -> Self {
+        Self { setups, most_idle, state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // It is never half changed, so a panic elsewhere does not spoil it.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many are idle, and occupied.
+    pub fn count(&self) -> (usize, usize) {
+        let state = self.state();
+        (state.idle.len(), state.occupied.len())
+    }
+
+    /// Makes `count` more, all at once. Those above the pool's bound are not made.
+    ///
+    /// # Errors
+    /// The first one; the others stay in the pool.
+    pub async fn fill(&self, count: usize) -> Result<()> {
+        let room = self.most_idle.saturating_sub(self.count().0);
+        let made = join_all((0..count.min(room)).map(|_| self.setups.build())).await;
+        let mut first = Ok(());
+        for setup in made {
+            match setup {
+                Ok(setup) => self.state().idle.push_back(setup),
+                Err(error) if first.is_ok() => first = Err(error),
+                Err(_) => {}
+            }
+        }
+        first
+    }
+
+    /// The setup that is idle for longest, or a new one; it is occupied until it is given back.
+    ///
+    /// # Errors
+    /// Those of making one.
+    pub async fn get(&self) -> Result<Setup> {
+        if let Some(setup) = self.take_idle() {
+            return Ok(setup);
+        }
+        let setup = self.setups.build().await?;
+        self.state().occupied.insert(setup.dir.id().clone(), setup.clone());
+        Ok(setup)
+    }
+
+    fn take_idle(&self) -> Option<Setup> {
+        let mut state = self.state();
+        let setup = state.idle.pop_front()?;
+        state.occupied.insert(setup.dir.id().clone(), setup.clone());
+        Some(setup)
+    }
+
+    /// Takes a setup for occupied that an earlier process of this node gave out: its machine was adopted.
+    pub fn adopt(&self, setup: Setup) {
+        self.state().occupied.insert(setup.dir.id().clone(), setup);
+    }
+
+    /// Gives a setup back: it is cleaned, and idle as the last.
+    ///
+    /// # Errors
+    /// [`MachineError::NotAssigned`] if it is not occupied; and those of cleaning: it is then destroyed, not idle.
+    pub async fn give_back(&self, id: &VmId) -> Result<()> {
+        let setup = self.state().occupied.remove(id).ok_or(MachineError::NotAssigned)?;
+        // Dropped while it is cleaned, it is occupied again.
+        let mut returning = Returning { pool: self, setup: Some(setup) };
+        let Some(setup) = &returning.setup else { return Ok(()) };
+        let cleaned = match self.count().0 < self.most_idle {
+            true => self.setups.clean(setup).await.map(Some),
+            false => self.setups.destroy(setup).await.map(|()| None),
+        };
+        if cleaned.is_err() {
+            // What is left of it has a name that is never given again; the error says what it was.
+            let _ = self.setups.destroy(setup).await;
+        }
+        returning.setup = None;
+        self.state().idle.extend(cleaned?);
+        Ok(())
+    }
+
+    /// Destroys all that is idle, before the end of the process.
+    ///
+    /// # Errors
+    /// The first one; all are tried.
+    pub async fn drain(&self) -> Result<()> {
+        let idle: Vec<Setup> = self.state().idle.drain(..).collect();
+        let destroyed = join_all(idle.iter().map(|setup| self.setups.destroy(setup))).await;
+        destroyed.into_iter().collect()
+    }
+}
+
+struct Returning<'a, S: Setups> {
+    pool: &'a SetupPool<S>,
+    setup: Option<Setup>,
+}
+
+impl<S: Setups> Drop for Returning<'_, S> {
+    fn drop(&mut self) {
+        if let Some(setup) = self.setup.take() {
+            self.pool.adopt(setup);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

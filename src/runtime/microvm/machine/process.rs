@@ -1,0 +1,187 @@
+//! The process of a VMM: its end is told by the kernel, and it stays the same process whatever becomes of its number.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::VmExit;
+use super::directory::Checkpoint;
+
+/// A process that ran when it was looked at.
+#[derive(Debug)]
+pub(super) struct Process {
+    pid: i32,
+    handle: AsyncFd<OwnedFd>,
+    /// How it ended; the kernel tells that only once.
+    exit: Mutex<Option<VmExit>>,
+}
+
+// === impl Process ===
+
+impl Process {
+    /// The process of that number.
+    pub(super) fn open(pid: i32) -> io::Result<Self> {
+        let number = Pid::from_raw(pid).ok_or(Errno::SRCH)?;
+        let handle = pidfd_open(number, PidfdFlags::empty())?;
+        // Deprecated for types whose descriptor may change under it, which that of an OwnedFd cannot.
+        #[allow(deprecated)]
+        let handle = AsyncFd::with_interest(handle, Interest::READABLE)?;
+        Ok(Self { pid, handle, exit: Mutex::new(None) })
+    }
+
+    /// The process that a checkpoint tells of, if that still runs.
+    pub(super) fn adopt(checkpoint: &Checkpoint) -> Option<Self> {
+        if boot_id().ok()? != checkpoint.boot_id {
+            return None;
+        }
+        // Opened before it is looked at: what is looked at is then what was opened, or started later.
+        let process = Self::open(checkpoint.pid).ok()?;
+        let started = start_time(checkpoint.pid)?;
+        (started == checkpoint.start_time).then_some(process)
+    }
+
+    pub(super) fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Sends SIGKILL, if it still runs.
+    pub(super) fn kill(&self) {
+        // It may have ended since.
+        let _ = pidfd_send_signal(self.handle.get_ref(), Signal::KILL);
+    }
+
+    /// Returns once it has ended. Cancel-safe: it only waits, and what the kernel tells once is kept.
+    pub(super) async fn ended(&self) -> VmExit {
+        loop {
+            let mut guard = match self.handle.readable().await {
+                Ok(guard) => guard,
+                // Only at the end of the runtime itself.
+                Err(_) => return VmExit::Unknown,
+            };
+            if let Some(exit) = self.try_ended() {
+                return exit;
+            }
+            guard.clear_ready();
+        }
+    }
+
+    /// How it ended, if it has.
+    pub(super) fn try_ended(&self) -> Option<VmExit> {
+        let mut exit = self.exit.lock().unwrap_or_else(PoisonError::into_inner);
+        if exit.is_none() {
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+            *exit = match waitid(WaitId::PidFd(self.handle.get_ref().as_fd()), options) {
+                Ok(Some(status)) => Some(match (status.exit_status(), status.terminating_signal()) {
+                    (Some(code), _) => VmExit::Code(code),
+                    (None, Some(signal)) => VmExit::Signal(signal),
+                    (None, None) => VmExit::Unknown,
+                }),
+                Ok(None) => None,
+                // Not our child: whether it has ended is all there is to know.
+                Err(_) => self.is_gone().then_some(VmExit::Unknown),
+            };
+        }
+        *exit
+    }
+
+    fn is_gone(&self) -> bool {
+        let mut polled = [PollFd::new(self.handle.get_ref().as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut polled, PollTimeout::ZERO), Ok(1..))
+    }
+}
+
+/// When a living process was started, in clock ticks after the host's boot (field 22 of proc_pid_stat(5)).
+pub(super) fn start_time(pid: i32) -> Option<u64> {
+    started(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+fn started(stat: &str) -> Option<u64> {
+    // The name before it may hold anything, brackets too.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let mut fields = fields.split_ascii_whitespace();
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+/// What tells this boot of the host from any other.
+pub(super) fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    fn checkpoint(pid: i32) -> Checkpoint {
+        Checkpoint {
+            manager: "qemu".to_owned(),
+            pid,
+            start_time: start_time(pid).unwrap(),
+            boot_id: boot_id().unwrap(),
+            image_slots: 0,
+            cgroup_parent: String::new(),
+        }
+    }
+
+    fn sleeper() -> i32 {
+        Command::new("sleep").arg("1000").spawn().unwrap().id().try_into().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_killed_child_is_told_with_its_signal_however_often_it_is_asked() {
+        let process = Process::open(sleeper()).unwrap();
+        assert_eq!(process.try_ended(), None);
+        process.kill();
+        let (first, second) = tokio::join!(process.ended(), process.ended());
+        assert_eq!((first, second), (VmExit::Signal(9), VmExit::Signal(9)));
+        assert_eq!(process.ended().await, VmExit::Signal(9));
+        assert_eq!(start_time(process.pid()), None, "nothing is left in the process table");
+    }
+
+    #[tokio::test]
+    async fn a_number_used_again_is_not_adopted() {
+        let pid = sleeper();
+        let known = checkpoint(pid);
+        let process = Process::adopt(&known).unwrap();
+        for other in [
+            Checkpoint { start_time: known.start_time + 1, ..known.clone() },
+            Checkpoint { boot_id: "another boot".to_owned(), ..known.clone() },
+            Checkpoint { pid: i32::MAX, ..known.clone() },
+        ] {
+            assert!(Process::adopt(&other).is_none(), "{other:?}");
+        }
+        process.kill();
+        process.ended().await;
+        assert!(Process::adopt(&known).is_none());
+    }
+
+    #[tokio::test]
+    async fn of_a_process_that_is_not_our_child_only_the_end_is_known() {
+        let script = "sleep 1000 >/dev/null 2>&1 & echo $!";
+        let output = Command::new("sh").args(["-c", script]).output().unwrap();
+        let pid = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
+        let process = Process::adopt(&checkpoint(pid)).unwrap();
+        assert_eq!(process.try_ended(), None);
+        process.kill();
+        assert_eq!(process.ended().await, VmExit::Unknown);
+    }
+
+    #[test]
+    fn the_start_is_read_behind_whatever_the_name_is() {
+        let fields = "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20";
+        assert_eq!(started(&format!("7 (a) b) S {fields}")), Some(4711));
+        assert_eq!(started(&format!("7 (a) Z {fields}")), None);
+        assert_eq!(started("7 (a"), None);
+    }
+}

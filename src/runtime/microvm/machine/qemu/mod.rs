@@ -1,0 +1,368 @@
+//! Machines of QEMU's `microvm` type, with KVM or, where there is none, QEMU's own translator.
+//!
+//! ```text
+//! boot    jail (user, namespaces, cgroup) -> QEMU -> QMP answers -> libraries taken away -> Machine
+//! restore the same, and its memory is a private view of a template's; the state comes by `migrate-incoming`
+//! ```
+//! QEMU is asked over QMP, by a connection for each request. What it opens later, images, it is handed open.
+
+mod command;
+mod machine;
+mod qmp;
+mod slots;
+#[cfg(test)]
+mod tests;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use serde_json::json;
+use tokio::sync::OnceCell;
+
+use command::{Accel, CONSOLE, INITRAMFS, KERNEL, MEMORY, Memory, VM, arguments, blank_file};
+use machine::QemuMachine;
+use qmp::Qmp;
+
+use super::cgroup::{Limits, VmCgroup};
+use super::directory::Checkpoint;
+use super::jail::{Bind, BindKind, Failed, Jail, SHELL, Source, VmmUser, strip};
+use super::process::{Process, boot_id, start_time};
+use super::template::TemplateKind;
+use super::{
+    Asset, Machine, MachineError, MachineManager, MachineSpec, Result, TapUse, Template, VmDir, VmExit, Why, host,
+};
+
+const NAME: &str = "qemu";
+/// QEMU's libraries and firmware, where distributions have them. They are taken away once it runs.
+const PROGRAMS: [&str; 9] = [
+    SHELL,
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib64",
+    "/usr/local/lib",
+    "/usr/share/qemu",
+    "/usr/share/seabios",
+    "/etc/ld.so.cache",
+];
+/// How long QEMU may take from exec to an answer; some 0.1 s on an idle host.
+const START_PATIENCE: Duration = Duration::from_secs(20);
+/// How often its socket is tried meanwhile: there is no event for "it listens now".
+const START_PAUSE: Duration = Duration::from_millis(1);
+/// How long writing or reading a template's state may take; some 0.1 s for a small guest.
+const MIGRATION_PATIENCE: Duration = Duration::from_secs(60);
+/// The largest file QEMU may write where the scratch disk is smaller: its console is one.
+const SMALLEST_LARGEST_FILE: u64 = 64 << 20;
+/// How much of a console is shown with an error.
+const SHOWN: u64 = 2000;
+
+/// What the guest's instructions are to run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum AccelChoice {
+    /// KVM where it works, else the translator.
+    #[default]
+    Auto,
+    /// KVM, or nothing.
+    Kvm,
+    /// The translator, KVM or not.
+    Tcg,
+}
+
+/// The manager of QEMU's machines.
+#[derive(Debug)]
+pub struct Qemu {
+    program: PathBuf,
+    user: VmmUser,
+    choice: AccelChoice,
+    version: OnceCell<String>,
+}
+
+// === impl Qemu ===
+
+impl Qemu {
+    /// `program` is `qemu-system-x86_64` of version 7.2 or newer.
+    pub fn new(program: PathBuf, user: VmmUser, choice: AccelChoice) -> Self {
+        Self { program, user, choice, version: OnceCell::new() }
+    }
+
+    /// What a template of such a machine is of.
+    ///
+    /// # Errors
+    /// [`MachineError::Unsupported`] if QEMU does not work here.
+    pub async fn template_kind(&self, spec: &MachineSpec) -> Result<TemplateKind> {
+        let accel = match self.accel()? {
+            Accel::Kvm => "kvm",
+            Accel::Tcg { .. } => "tcg",
+        };
+        let version = self.version().await.map_err(unsupported)?;
+        TemplateKind::of(&format!("{NAME} {version} {accel}"), spec)
+    }
+
+    fn accel(&self) -> Result<Accel> {
+        self.choose().map_err(unsupported)
+    }
+
+    fn choose(&self) -> Result<Accel, Why> {
+        match (self.choice, host::usable_kvm()) {
+            (AccelChoice::Auto | AccelChoice::Kvm, Ok(())) => Ok(Accel::Kvm),
+            (AccelChoice::Kvm, Err(reason)) => Err(Why(reason)),
+            (AccelChoice::Auto | AccelChoice::Tcg, _) => {
+                let unknown = || Why("the rate of this host's clock is not to be found out".to_owned());
+                Ok(Accel::Tcg { tsc_khz: host::tsc_khz().ok_or_else(unknown)? })
+            }
+        }
+    }
+
+    /// As it says of itself: `7.2.22 (Debian …)`.
+    async fn version(&self) -> Result<&str, Why> {
+        let ask = || async {
+            let shown = self.program.display();
+            let asked = tokio::process::Command::new(&self.program).arg("-version").kill_on_drop(true).output();
+            let output = tokio::time::timeout(START_PATIENCE, asked).await;
+            let output = output.map_err(|_| Why(format!("{shown} -version does not end")))?;
+            let output = output.map_err(|error| Why(format!("{shown} cannot be run: {error}")))?;
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            let version = text.lines().next().and_then(|line| line.strip_prefix("QEMU emulator version "));
+            version.map(str::to_owned).ok_or_else(|| Why(format!("{shown} is not QEMU")))
+        };
+        self.version.get_or_try_init(ask).await.map(String::as_str)
+    }
+
+    async fn start(&self, spec: &MachineSpec, memory: Memory, template: Option<&Template>) -> Result<QemuMachine> {
+        spec.validate()?;
+        let accel = self.accel()?;
+        let jail = self.jail(spec, accel, memory, template)?;
+        let cgroup = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
+        let limits = Limits { guest_memory: spec.memory, cpus: spec.cpus.clone(), numa_node: spec.numa_node };
+        let id = spec.dir.id().to_string();
+        let made = cgroup.make(&limits);
+        made.map_err(|source| MachineError::Start { action: "make a cgroup".to_owned(), id: id.clone(), source })?;
+        let started = match jail.start().await {
+            Ok(pid) => Process::open(pid).map_err(|source| Failed { step: "watch the VMM".to_owned(), source }),
+            Err(failed) => Err(failed),
+        };
+        let process = match started {
+            Ok(process) => process,
+            Err(Failed { step, source }) => {
+                // Nothing is in it; what cannot be removed now is found by its name.
+                let _ = cgroup.remove();
+                return Err(MachineError::Start { action: step, id, source });
+            }
+        };
+        // From here on its end is that of the machine; nothing is waited for before its checkpoint is written.
+        let machine = QemuMachine::new(spec.dir.clone(), process, cgroup, spec.image_slots);
+        match self.finish_start(&machine, spec).await {
+            Ok(()) => Ok(machine),
+            Err(error) => {
+                machine.kill().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// From a process to a QEMU that answers.
+    async fn finish_start(&self, machine: &QemuMachine, spec: &MachineSpec) -> Result<()> {
+        let id = spec.dir.id().to_string();
+        let step = |action: &str| {
+            let (action, id) = (action.to_owned(), id.clone());
+            move |source| MachineError::Start { action, id, source }
+        };
+        machine.cgroup.join(machine.pid()).map_err(step("enter the cgroup"))?;
+        let gone = || io::Error::other("the VMM has ended");
+        let checkpoint = Checkpoint {
+            manager: NAME.to_owned(),
+            pid: machine.pid(),
+            start_time: start_time(machine.pid()).ok_or_else(gone).map_err(step("look at the VMM"))?,
+            boot_id: boot_id().map_err(step("look at the host"))?,
+            image_slots: spec.image_slots,
+            cgroup_parent: spec.cgroup_parent.clone(),
+        };
+        spec.dir.write_checkpoint(&checkpoint)?;
+        answers(machine).await?;
+        // QEMU answers commands once it has read all it starts from.
+        let read = PROGRAMS.iter().chain(&[KERNEL, INITRAMFS, MEMORY]);
+        let places = read.map(PathBuf::from).chain([self.program.clone()]).collect();
+        let stripped = strip(machine.pid(), places).await;
+        stripped.map_err(|Failed { step, source }| MachineError::Start { action: step, id: id.clone(), source })
+    }
+
+    /// What it runs in; makes the files it needs.
+    fn jail(&self, spec: &MachineSpec, accel: Accel, memory: Memory, template: Option<&Template>) -> Result<Jail> {
+        let VmmUser { uid, gid } = self.user;
+        spec.dir.create(uid, gid)?;
+        let console = spec.dir.open_console(uid, gid)?;
+        let root = spec.dir.path().join("root");
+        fs::create_dir_all(&root).map_err(MachineError::file("make", &root))?;
+        for slot in 0..spec.image_slots {
+            own_file(&spec.dir.inside().join(blank_file(slot)), self.user)?;
+        }
+        let scratch = spec.dir.give_inside(spec.scratch_name(), uid, gid)?;
+        let mut binds: Vec<Bind> = PROGRAMS.iter().map(|path| bind(Path::new(path), path, BindKind::Program)).collect();
+        binds.push(Bind {
+            what: Source::Path(self.program.clone()),
+            at: self.program.clone(),
+            kind: BindKind::Program,
+        });
+        let devices = ["/dev/null", "/dev/urandom", "/dev/kvm"];
+        let devices = if accel == Accel::Kvm { &devices[..] } else { &devices[..2] };
+        binds.extend(devices.iter().map(|path| bind(Path::new(path), path, BindKind::Device)));
+        binds.push(bind(&spec.dir.inside(), VM, BindKind::Writable));
+        binds.push(bind(&spec.dir.console(), CONSOLE, BindKind::Writable));
+        binds.push(asset(&spec.kernel, KERNEL)?);
+        binds.push(asset(&spec.initramfs, INITRAMFS)?);
+        if let Some(template) = template {
+            let kind =
+                if memory == (Memory::Clone { read_only: true }) { BindKind::ReadOnly } else { BindKind::Writable };
+            binds.push(bind(&template.memory(), MEMORY, kind));
+        }
+        Ok(Jail {
+            root,
+            binds,
+            user: self.user,
+            cpus: spec.cpus.clone(),
+            largest_file: scratch.max(SMALLEST_LARGEST_FILE),
+            program: self.program.clone(),
+            directory: VM.into(),
+            arguments: arguments(spec, accel, memory),
+            input: spec.tap.as_ref().and_then(|tap| tap.device.clone()),
+            console,
+        })
+    }
+}
+
+#[async_trait]
+impl MachineManager for Qemu {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn tap_use(&self) -> TapUse {
+        TapUse::Handed
+    }
+
+    async fn check(&self) -> Result<String, Why> {
+        let version = self.version().await?;
+        if !nix::unistd::geteuid().is_root() {
+            return Err(Why("not root: a VMM cannot be jailed".to_owned()));
+        }
+        Ok(match self.choose()? {
+            Accel::Kvm => format!("QEMU {version} with KVM"),
+            Accel::Tcg { .. } => match host::usable_kvm() {
+                Ok(()) => format!("QEMU {version} without KVM, as it was told: guests are some ten times slower"),
+                Err(reason) => format!("QEMU {version} without KVM ({reason}): guests are some ten times slower"),
+            },
+        })
+    }
+
+    async fn boot(&self, spec: &MachineSpec) -> Result<Box<dyn Machine>> {
+        let Some(path) = &spec.template else {
+            return Ok(Box::new(self.start(spec, Memory::Own, None).await?));
+        };
+        let template = Template { path: path.clone() };
+        let kind = self.template_kind(spec).await?;
+        own_file(&template.memory(), self.user)?.set_len(spec.memory).map_err(MachineError::file("size", path))?;
+        let machine = self.start(spec, Memory::Template, Some(&template)).await?;
+        Ok(Box::new(machine.for_template(template, kind)))
+    }
+
+    async fn restore(&self, spec: &MachineSpec, template: &Template) -> Result<Box<dyn Machine>> {
+        template.check(&self.template_kind(spec).await?)?;
+        let path = template.state();
+        let state = File::open(&path).map_err(MachineError::file("open", &path))?;
+        let read_only = can_map_what_it_reads(self.version().await.map_err(unsupported)?);
+        let machine = self.start(spec, Memory::Clone { read_only }, Some(template)).await?;
+        match resume_from(&spec.dir, &state).await {
+            Ok(()) => Ok(Box::new(machine)),
+            Err(error) => {
+                machine.kill().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn adopt(&self, dir: &VmDir) -> Result<Option<Box<dyn Machine>>> {
+        let Some(checkpoint) = dir.read_checkpoint().filter(|checkpoint| checkpoint.manager == NAME) else {
+            return Ok(None);
+        };
+        let cgroup = VmCgroup::of_host(&checkpoint.cgroup_parent, dir.id());
+        let Some(process) = Process::adopt(&checkpoint) else {
+            let removed = cgroup.remove();
+            removed.map_err(MachineError::file("remove the cgroup of", dir.path()))?;
+            return Ok(None);
+        };
+        Ok(Some(Box::new(QemuMachine::new(dir.clone(), process, cgroup, checkpoint.image_slots))))
+    }
+}
+
+/// Whether this version opens memory that it maps privately without asking to write (`rom=off` with `readonly=on`).
+fn can_map_what_it_reads(version: &str) -> bool {
+    let mut numbers = version.split(['.', ' ']).map(|part| part.parse::<u32>().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (8, 2)
+}
+
+/// Reads a template's state and lets the guest run.
+async fn resume_from(dir: &VmDir, state: &File) -> Result<()> {
+    let mut qmp = Qmp::connect(dir).await?;
+    qmp.migrate_without_shared_memory().await?;
+    qmp.get_fd("state", state).await?;
+    qmp.execute("migrate-incoming", json!({"uri": "fd:state"})).await?;
+    qmp.migrated(MIGRATION_PATIENCE).await?;
+    qmp.cont().await
+}
+
+/// Waits until QEMU answers.
+async fn answers(machine: &QemuMachine) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let error = match Qmp::connect(machine.dir()).await {
+            Ok(_) => return Ok(()),
+            Err(error) => error,
+        };
+        if let Some(exit) = machine.process.try_ended() {
+            return Err(ended(machine.dir(), exit));
+        }
+        if begun.elapsed() > START_PATIENCE {
+            return Err(error);
+        }
+        tokio::time::sleep(START_PAUSE).await;
+    }
+}
+
+fn ended(dir: &VmDir, exit: VmExit) -> MachineError {
+    MachineError::Ended { vmm: "QEMU", id: dir.id().to_string(), exit, said: dir.console_tail(SHOWN).trim().to_owned() }
+}
+
+fn unsupported(why: Why) -> MachineError {
+    MachineError::Unsupported { vmm: "QEMU", what: format!("run here: {why}") }
+}
+
+fn bind(what: &Path, at: &str, kind: BindKind) -> Bind {
+    Bind { what: Source::Path(what.to_owned()), at: at.into(), kind }
+}
+
+/// A file that the VMM's user, who is nobody, can read.
+fn asset(asset: &Asset, at: &str) -> Result<Bind> {
+    let mode = asset.file().metadata().map_err(MachineError::file("look at", asset.path()))?.mode();
+    if mode & 0o004 == 0 {
+        let reason = "the VMM's user may not read it (chmod a+r)".to_owned();
+        return Err(MachineError::Refused { path: asset.path().to_owned(), reason });
+    }
+    let what = Source::File(asset.path().to_owned(), asset.shared_file());
+    Ok(Bind { what, at: at.into(), kind: BindKind::ReadOnly })
+}
+
+/// An empty file of the VMM's.
+fn own_file(path: &Path, user: VmmUser) -> Result<File> {
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    // The directory is the VMM's: what lies there already may be a link.
+    options.custom_flags(nix::fcntl::OFlag::O_NOFOLLOW.bits());
+    let file = options.open(path).map_err(MachineError::file("make", path))?;
+    let given = std::os::unix::fs::fchown(&file, Some(user.uid), Some(user.gid));
+    given.map_err(MachineError::file("give away", path))?;
+    Ok(file)
+}
