@@ -162,8 +162,14 @@ pub fn labels(settings: &NodeSettings) -> BTreeMap<String, String> {
 }
 
 /// What API servers may rely on (KEP-5328), in order: exec, attach and port-forward over WebSocket with v5 and the SPDY
-/// tunnel (KEP-4006), so that an API server since 1.36 passes them on as they are.
-const DECLARED_FEATURES: [&str; 2] = ["ExtendWebSocketsToKubelet", "RestartAllContainersOnContainerExits"];
+/// tunnel (KEP-4006), so that an API server since 1.36 passes them on as they are; in-place resize of `spec.resources`
+/// and of init containers, which it refuses for nodes that do not declare it; a rule that restarts all containers.
+const DECLARED_FEATURES: [&str; 4] = [
+    "ExtendWebSocketsToKubelet",
+    "InPlacePodLevelResourcesVerticalScaling",
+    "InPlacePodVerticalScalingInitContainers",
+    "RestartAllContainersOnContainerExits",
+];
 
 /// The whole status.
 pub fn status(inputs: &Inputs<'_>) -> NodeStatus {

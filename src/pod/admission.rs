@@ -1,12 +1,16 @@
 //! Whether the node takes a Pod that was bound to it: the checks a kubelet makes, since the scheduler's view may be old
 //! and a Pod may name its node itself.
 
+mod claims;
+
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use k8s_openapi::api::core::v1::{NodeSelectorRequirement, NodeSelectorTerm, Pod, PodSpec};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
+use self::claims::Arrivals;
+pub use self::claims::Claim;
 use super::qos::{ResourceList, pod_requests};
 use super::status::Trouble;
 use crate::quantity::Quantity;
@@ -43,6 +47,12 @@ pub struct NodeView {
 pub struct Admission {
     taken: Mutex<BTreeMap<String, ResourceList>>,
     left: Notify,
+    /// What Pods that are in ask for beyond that. Locked after `taken`.
+    claims: Mutex<BTreeMap<String, Claim>>,
+    /// Who was here before this process, as far as that is known.
+    arrivals: Mutex<Arrivals>,
+    /// Counts the times there was more room.
+    freed: watch::Sender<u64>,
 }
 
 impl Admission {
@@ -88,12 +98,16 @@ impl Admission {
         if let Some(requests) = self.taken.lock().unwrap_or_else(PoisonError::into_inner).get_mut(uid) {
             requests.clear();
         }
+        self.withdraw(uid);
+        self.tell_freed();
     }
 
     /// The Pod has ended: its share is free.
     pub fn leave(&self, uid: &str) {
         if self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(uid).is_some() {
             self.left.notify_waiters();
+            self.withdraw(uid);
+            self.tell_freed();
         }
     }
 }

@@ -27,6 +27,7 @@ pub mod plan;
 pub mod probes;
 pub mod publish;
 pub mod qos;
+pub mod resize;
 pub mod status;
 pub mod translate;
 pub mod unsupported;

@@ -13,10 +13,11 @@ use futures::stream::FuturesUnordered;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
 use prometheus_client::metrics::counter::Counter;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use super::resize;
 use crate::metrics::Metrics;
 use crate::runtime::types::PodRef;
 use crate::telemetry::chain;
@@ -250,6 +251,17 @@ fn patch(pod: &PodRef, status: &PodStatus) -> Patch<Value> {
                 condition.entry("message").or_insert(Value::Null);
             }
         }
+        forget_conditions(fields);
     }
     Patch::Strategic(json!({ "metadata": { "uid": pod.uid }, "status": body }))
+}
+
+/// Conditions that are there only while they hold go where they do not.
+fn forget_conditions(fields: &mut Map<String, Value>) {
+    let Some(conditions) = fields.get_mut("conditions").and_then(Value::as_array_mut) else { return };
+    for type_ in [resize::PENDING, resize::IN_PROGRESS] {
+        if conditions.iter().all(|condition| condition["type"] != type_) {
+            conditions.push(json!({ "type": type_, "$patch": "delete" }));
+        }
+    }
 }

@@ -96,6 +96,7 @@ impl PodLoop {
         let mut events = subscribe(&self.shared).await;
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         let shared = Arc::clone(&self.shared);
+        let mut freed = shared.admission.freed();
         let mut leaving = false;
         loop {
             tokio::select! {
@@ -123,6 +124,8 @@ impl PodLoop {
                 () = sleep_until(self.sweep_at), if self.sweeping.is_none() => self.sweep(),
                 // Cancel-safe: the look goes on the next time round.
                 found = look(&mut self.sweeping) => self.swept(found),
+                // Cancel-safe: a change not taken stays unseen.
+                Ok(()) = freed.changed() => self.tell_waiting(),
                 // Cancel-safe: a tick not taken comes at once.
                 _ = heartbeat.tick() => self.shared.directory.beat(),
                 // Cancel-safe: a token stays cancelled.
@@ -137,6 +140,13 @@ impl PodLoop {
                 () = shared.admission.emptied(), if leaving && !self.ends_orphans() => return self.clear().await,
             }
         }
+    }
+
+    /// Pods that wait for room look whether there is enough now.
+    fn tell_waiting(&self) {
+        let waiting = self.shared.admission.waiting();
+        let handles = waiting.iter().filter_map(|uid| self.workers.get(uid));
+        handles.for_each(|handle| handle.signal.send_modify(|signal| signal.events += 1));
     }
 
     /// Tells every worker to end its Pod.
@@ -307,6 +317,7 @@ impl PodLoop {
     fn listed(&mut self) {
         let absent: Vec<_> = self.workers.keys().filter(|uid| !self.listing.contains(*uid)).cloned().collect();
         absent.iter().for_each(|uid| self.gone(uid));
+        self.shared.admission.expect(self.workers.keys().cloned());
         self.sweep_at = Some(Instant::now());
     }
 

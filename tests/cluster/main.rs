@@ -32,6 +32,7 @@ mod network;
 mod node;
 mod outage;
 mod probes;
+mod resize;
 mod resources;
 mod restart;
 mod sidecars;

@@ -14,6 +14,7 @@ mod hooks;
 mod interrupted;
 mod pods;
 mod probes;
+mod resize;
 mod restart;
 mod server;
 mod sidecars;

@@ -143,7 +143,7 @@ impl World {
             Step::Prune(id) => self.observed.drop_container(id),
             Step::RemoveSandbox(id) => self.observed.drop_sandbox(id),
             Step::Release => self.released = true,
-            Step::Create { .. } | Step::Serve | Step::Drain(_) => {
+            Step::Create { .. } | Step::Serve | Step::Drain(_) | Step::Resize => {
                 panic!("{step:?} for a Pod that is no function")
             }
         }

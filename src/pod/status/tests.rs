@@ -94,6 +94,8 @@ impl Case {
             health: &self.health,
             ended: self.ended.as_ref(),
             terminal: self.terminal,
+            notes: &[],
+            cpu_quota: true,
             unready: false,
             replicas: None,
             runtime_name: "docker",

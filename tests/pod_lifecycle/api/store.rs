@@ -204,6 +204,10 @@ fn merge_conditions(target: &mut Value, patch: &[Value]) {
     }
     let all = target.as_array_mut().expect("it was made a list");
     for condition in patch {
+        if condition["$patch"] == "delete" {
+            all.retain(|known| known["type"] != condition["type"]);
+            continue;
+        }
         match all.iter_mut().find(|known| known["type"] == condition["type"]) {
             Some(known) => merge(known, condition),
             None => {
