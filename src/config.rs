@@ -212,6 +212,10 @@ pub struct PodSettings {
     pub log_max_size: u64,
     /// How many files of a container's log are kept.
     pub log_max_files: u32,
+    /// Directory of static Pods, or the file of one; `None` runs none.
+    pub static_pod_path: Option<PathBuf>,
+    /// How often it is read although no change was noticed.
+    pub file_check_frequency: Duration,
 }
 
 impl Default for PodSettings {
@@ -227,6 +231,8 @@ impl Default for PodSettings {
             cpu_cfs_quota: true,
             log_max_size: 10 << 20,
             log_max_files: 5,
+            static_pod_path: None,
+            file_check_frequency: Duration::from_secs(20),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Starts the rooms and waits for the end.
 
+mod standalone;
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -30,7 +32,10 @@ use crate::pod::files::DnsSettings;
 use crate::pod::images::Images;
 use crate::pod::inputs::Inputs;
 use crate::pod::inputs::objects::{DEFAULT_TTL, Objects};
+use crate::pod::mirror::{self, Mirrors};
 use crate::pod::publish::{PublishCounters, Publisher};
+use crate::pod::static_pods::StaticPods;
+use crate::pod::static_pods::source::{self, Folder};
 use crate::pod::translate::Host;
 use crate::pod::volumes::VolumeManager;
 use crate::pod::{self, Fronts, PodLoop, events};
@@ -65,12 +70,20 @@ struct Parts {
     node: NodeHandle,
     keepers: Keepers,
     tasks: Tasks,
+    /// SHA-256 of what lets a caller in where there is no API server to ask.
+    local_token: Option<[u8; 32]>,
+}
+
+impl Parts {
+    fn is_standalone(&self) -> bool {
+        self.local_token.is_some()
+    }
 }
 
 /// Runs the node until a signal or a failure.
 pub(super) async fn node(plan: Plan) -> anyhow::Result<()> {
     let Plan { settings, kubeconfig, warnings: _ } = plan;
-    let kubeconfig = kubeconfig.context("there is no way to the API server: pass --kubeconfig FILE")?;
+    let Some(kubeconfig) = kubeconfig else { return standalone::node(settings).await };
     let (api, reload) = identity::connect(&settings, &kubeconfig).await?;
     let api = Arc::new(api);
     info!(node = %settings.node.name, server = %api.url, runtime = settings.runtime.kind.name(), "starting");
@@ -114,7 +127,9 @@ async fn start_rooms(
     let node = node::spawn(params, tasks)?;
     identity::keep(&settings, &api, reload, &node.facts, tasks);
     let directory = Arc::new(Directory::of_root(&settings.pods.root_dir));
-    let parts = Parts { settings, api, owner, metrics, runtime, directory, node, keepers, tasks: tasks.clone() };
+    let (tasks, local_token) = (tasks.clone(), None);
+    let parts =
+        Parts { settings, api, owner, metrics, runtime, directory, node, keepers, tasks: tasks.clone(), local_token };
     serve_api(&parts).await?;
     tasks.spawn("pods", pods(parts, bridge));
     Ok(())
@@ -168,6 +183,7 @@ async fn serve_api(parts: &Parts) -> anyhow::Result<()> {
         },
         access: kubelet_api::Access {
             anonymous: serving.anonymous,
+            local_token: parts.local_token,
             token_webhook: serving.token_review,
             token_ttl: serving.token_review_ttl,
             authorization: match serving.authorize {
@@ -225,13 +241,39 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
     let (drain, drained) = watch::channel(false);
     let network = (ipam, bridge.borrow().clone());
     let shared = Arc::new(shared(&parts, network, drained).await?);
-    PodLoop::new(Arc::clone(&shared), api.client.clone(), drain).run(draining, settings.node.drain_on_exit).await;
+    let (statics, work) = static_pods(&parts);
+    let pods = PodLoop::new(Arc::clone(&shared), api.client.clone(), drain).with_static_pods(statics, work);
+    let pods = if parts.is_standalone() { pods.without_api_server() } else { pods };
+    pods.run(draining, settings.node.drain_on_exit).await;
     if settings.node.drain_on_exit {
         take_down(&shared, &bridge).await;
     } else if let Err(error) = docker::remove_empty_cgroup_root(&shared.host.cgroup_root) {
         tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the Pods' empty cgroup");
     }
     Ok(())
+}
+
+/// The static Pods, and the keeper of their mirrors; it also removes those of an earlier configuration.
+fn static_pods(parts: &Parts) -> (watch::Receiver<StaticPods>, watch::Sender<mirror::Work>) {
+    let Parts { settings, api, tasks, node, .. } = parts;
+    let name = &settings.node.name;
+    let (work, worked) = watch::channel(mirror::Work::default());
+    if !parts.is_standalone() {
+        let mirrors = Mirrors::new(api.client.clone(), name, worked, node.registration.clone());
+        let closing = tasks.closing();
+        tasks.spawn_companion("mirror Pods", async move {
+            mirrors.run(closing).await;
+            Ok(())
+        });
+    }
+    let Some(path) = &settings.pods.static_pod_path else { return (watch::channel(StaticPods::none()).1, work) };
+    let (found, statics) = watch::channel(StaticPods::default());
+    let source = source::run(Folder::new(path, name), settings.pods.file_check_frequency, found, tasks.draining());
+    tasks.spawn("static Pods", async move {
+        source.await;
+        Ok(())
+    });
+    (statics, work)
 }
 
 /// With every Pod ended, nothing of the node stays on the host.

@@ -74,6 +74,8 @@ fn pods(pods: &PodSettings) -> Value {
         "podPidsLimit": pods.pids_limit.unwrap_or(-1),
         "containerLogMaxSize": pods.log_max_size.to_string(),
         "containerLogMaxFiles": pods.log_max_files,
+        "staticPodPath": pods.static_pod_path,
+        "fileCheckFrequency": duration(pods.file_check_frequency),
     })
 }
 

@@ -120,6 +120,8 @@ struct KubeletConfiguration {
     #[serde(rename = "cpuCFSQuota")]
     cpu_cfs_quota: Option<bool>,
     pod_pids_limit: Option<i64>,
+    static_pod_path: Option<PathBuf>,
+    file_check_frequency: Option<GoDuration>,
 }
 
 /// The gates that make a difference here; the others are named as ignored.
@@ -253,7 +255,7 @@ impl ConfigFile {
 }
 
 /// YAML, or JSON with its own line numbers (JSON may be indented with tabs, YAML may not). An error names the field.
-fn decode<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+pub(crate) fn decode<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     let mut track = serde_path_to_error::Track::new();
     let decoded = if text.trim_start().starts_with('{') {
         let mut json = serde_json::Deserializer::from_str(text);
@@ -449,6 +451,10 @@ impl Overlay {
             pods.max_restart_backoff = self.check("crashLoopBackOff.maxContainerRestartPeriod", bounded)?;
         }
         set(&mut pods.cpu_cfs_quota, fields.cpu_cfs_quota);
+        let path = fields.static_pod_path.clone().filter(|path| !path.as_os_str().is_empty());
+        set(&mut pods.static_pod_path, path.map(Some));
+        // To a kubelet zero is a field that was not set.
+        set_duration(&mut pods.file_check_frequency, fields.file_check_frequency.filter(|every| !every.0.is_zero()));
         // kubelet's -1 is "as many as the node has".
         set(&mut pods.pids_limit, fields.pod_pids_limit.map(|limit| (limit > 0).then_some(limit)));
         if let Some(text) = &fields.container_log_max_size {
@@ -611,12 +617,12 @@ mod tests {
     #[test]
     fn what_has_no_effect_is_named_once() {
         let (_, warnings) = applied(
-            "staticPodPath: /m\nnotAField: 1\nauthentication: {x509: {clientCAFile: /ca, other: 1}}\n\
+            "staticPodURL: /m\nnotAField: 1\nauthentication: {x509: {clientCAFile: /ca, other: 1}}\n\
              evictionHard: {imagefs.available: 10%}\nfeatureGates: {A: true}\n",
         );
         assert_eq!(warnings.len(), 1, "{warnings:?}");
         for field in [
-            "staticPodPath",
+            "staticPodURL",
             "notAField",
             "authentication.x509.other",
             "evictionHard.imagefs.available",

@@ -4,6 +4,8 @@
 //! Every PATCH carries the UID, so a Pod recreated under the same name never gets the old one's status. What fails is
 //! tried again until it is through or the Pod is gone, however long the API server is away.
 
+mod mirrored;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -17,6 +19,7 @@ use serde_json::{Map, Value, json};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use self::mirrored::Mirrors;
 use super::resize;
 use crate::metrics::Metrics;
 use crate::runtime::types::PodRef;
@@ -69,6 +72,7 @@ pub struct Publisher {
 struct Shared {
     client: kube::Client,
     slots: Mutex<HashMap<String, Slot>>,
+    mirrors: Mutex<Mirrors>,
     /// Something waits to be sent.
     work: Notify,
     /// Something was sent or dropped.
@@ -88,11 +92,18 @@ impl Publisher {
     /// A publisher; nothing is written until [`Publisher::run`] is driven.
     pub fn new(client: kube::Client, counters: PublishCounters) -> Self {
         let slots = Mutex::new(HashMap::new());
-        Self { shared: Arc::new(Shared { client, slots, work: Notify::new(), done: Notify::new(), counters }) }
+        let (work, done, mirrors) = (Notify::new(), Notify::new(), Mutex::default());
+        Self { shared: Arc::new(Shared { client, slots, mirrors, work, done, counters }) }
     }
 
     /// Writes `status` soon, in place of any that waits.
     pub fn publish(&self, pod: &PodRef, status: PodStatus) {
+        if let Some(target) = self.target(pod, &status) {
+            self.enqueue(&target, status);
+        }
+    }
+
+    fn enqueue(&self, pod: &PodRef, status: PodStatus) {
         let mut slots = self.shared.lock();
         let new = || Slot { pod: pod.clone(), waiting: None, sending: false, withdrawn: false };
         let slot = slots.entry(pod.uid.clone()).or_insert_with(new);

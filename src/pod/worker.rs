@@ -251,7 +251,9 @@ impl Worker {
             self.memory.resize.admitted(spec);
             return;
         }
-        self.registered().await;
+        if !super::static_pods::is_independent(&self.pod) {
+            self.registered().await;
+        }
         self.take_desired();
         let (Some(spec), true) = (&self.pod.spec, self.may_live()) else { return };
         let refusal = super::unsupported::refusal(&self.pod, spec);

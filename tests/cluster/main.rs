@@ -36,5 +36,6 @@ mod resize;
 mod resources;
 mod restart;
 mod sidecars;
+mod statics;
 mod statistics;
 mod volumes;

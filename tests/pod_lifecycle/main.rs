@@ -19,6 +19,7 @@ mod restart;
 mod server;
 mod sidecars;
 mod start;
+mod statics;
 mod statuses;
 mod sweeping;
 mod watching;
