@@ -244,11 +244,32 @@ pub struct ImageSettings {
     pub max_parallel_pulls: Option<u32>,
     /// Registries spoken to in plain HTTP.
     pub insecure_registries: Vec<String>,
+    /// When images that nobody uses are removed.
+    pub garbage: ImageGarbage,
+}
+
+/// When images that nobody uses are removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageGarbage {
+    /// Percent of their file system in use from which on space is made; 100 is never.
+    pub high_percent: u8,
+    /// Percent in use at which there is enough space again.
+    pub low_percent: u8,
+    /// No image goes for want of space sooner than this after it came.
+    pub min_age: Duration,
+    /// An image that was not used for so long goes whatever the space is; `None` keeps it.
+    pub max_age: Option<Duration>,
+}
+
+impl Default for ImageGarbage {
+    fn default() -> Self {
+        Self { high_percent: 85, low_percent: 80, min_age: Duration::from_secs(2 * 60), max_age: None }
+    }
 }
 
 impl Default for ImageSettings {
     fn default() -> Self {
-        Self { max_parallel_pulls: Some(1), insecure_registries: Vec::new() }
+        Self { max_parallel_pulls: Some(1), insecure_registries: Vec::new(), garbage: ImageGarbage::default() }
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tracing::{info, warn};
 
 use super::flags::Plan;
@@ -29,6 +29,7 @@ use crate::pod::capacity::Capacity;
 use crate::pod::crew::Environments;
 use crate::pod::directory::Directory;
 use crate::pod::files::DnsSettings;
+use crate::pod::garbage::{self, Collector};
 use crate::pod::images::Images;
 use crate::pod::inputs::Inputs;
 use crate::pod::inputs::objects::{DEFAULT_TTL, Objects};
@@ -241,6 +242,7 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
     let (drain, drained) = watch::channel(false);
     let network = (ipam, bridge.borrow().clone());
     let shared = Arc::new(shared(&parts, network, drained).await?);
+    collect_garbage(&parts);
     let (statics, work) = static_pods(&parts);
     let pods = PodLoop::new(Arc::clone(&shared), api.client.clone(), drain).with_static_pods(statics, work);
     let pods = if parts.is_standalone() { pods.without_api_server() } else { pods };
@@ -251,6 +253,18 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
         tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the Pods' empty cgroup");
     }
     Ok(())
+}
+
+/// Removes images that nobody uses.
+fn collect_garbage(parts: &Parts) {
+    let pinned = parts.settings.runtime.sandbox_image.iter().cloned().collect();
+    let collector = Collector::new(parts.runtime.clone(), &parts.settings.images, pinned);
+    let collector = Arc::new(Mutex::new(collector));
+    let draining = parts.tasks.draining();
+    parts.tasks.spawn("image garbage", async move {
+        Collector::run(collector, garbage::INTERVAL, draining).await;
+        Ok(())
+    });
 }
 
 /// The static Pods, and the keeper of their mirrors; it also removes those of an earlier configuration.

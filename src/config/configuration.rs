@@ -19,6 +19,11 @@ pub fn in_effect(settings: &Settings) -> Value {
     if let Some(most) = pulls.filter(|most| *most != 1) {
         all.push(("maxParallelImagePulls".to_owned(), json!(most)));
     }
+    let garbage = &settings.images.garbage;
+    all.push(("imageGCHighThresholdPercent".to_owned(), json!(garbage.high_percent)));
+    all.push(("imageGCLowThresholdPercent".to_owned(), json!(garbage.low_percent)));
+    all.push(("imageMinimumGCAge".to_owned(), json!(duration(garbage.min_age))));
+    all.push(("imageMaximumGCAge".to_owned(), json!(duration(garbage.max_age.unwrap_or_default()))));
     if let Some(object) = fields.as_object_mut() {
         object.extend(all.into_iter().filter(|(_, value)| !value.is_null()));
     }

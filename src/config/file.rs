@@ -3,6 +3,8 @@
 //! Fields that are not supported here do not stop a node that a kubelet's file was carried to, but they are named: a
 //! setting that has no effect must not look as if it had.
 
+mod images;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -115,6 +117,14 @@ struct KubeletConfiguration {
     eviction_pressure_transition_period: Option<GoDuration>,
     serialize_image_pulls: Option<bool>,
     max_parallel_image_pulls: Option<u32>,
+    #[serde(rename = "imageGCHighThresholdPercent")]
+    image_gc_high_threshold_percent: Option<u8>,
+    #[serde(rename = "imageGCLowThresholdPercent")]
+    image_gc_low_threshold_percent: Option<u8>,
+    #[serde(rename = "imageMinimumGCAge")]
+    image_minimum_gc_age: Option<GoDuration>,
+    #[serde(rename = "imageMaximumGCAge")]
+    image_maximum_gc_age: Option<GoDuration>,
     resolv_conf: Option<PathBuf>,
     crash_loop_back_off: Option<CrashLoopBackOff>,
     #[serde(rename = "cpuCFSQuota")]
@@ -245,7 +255,7 @@ impl ConfigFile {
         overlay.tls(&fields, settings)?;
         overlay.node(&fields, settings)?;
         overlay.pods(&fields, settings)?;
-        apply_images(&fields, settings);
+        overlay.images(&fields, settings)?;
         if !overlay.ignored.is_empty() {
             let ignored = overlay.ignored.join(", ");
             warnings.push(format!("ignored in the configuration file {}: fields {ignored}", overlay.path.display()));
@@ -339,14 +349,6 @@ fn apply_serving(fields: &KubeletConfiguration, settings: &mut Settings) -> Vec<
         );
     }
     warnings
-}
-
-fn apply_images(fields: &KubeletConfiguration, settings: &mut Settings) {
-    let images = &mut settings.images;
-    // As kubelet: one at a time unless serializeImagePulls is false, then as many as told, or any number.
-    if fields.serialize_image_pulls == Some(false) {
-        images.max_parallel_pulls = fields.max_parallel_image_pulls;
-    }
 }
 
 /// The values that can be wrong in themselves.
@@ -482,7 +484,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::config::ImageSettings;
+    use crate::config::{ImageGarbage, ImageSettings};
     use crate::quantity::Quantity;
 
     const HEAD: &str = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n";
@@ -594,8 +596,9 @@ mod tests {
         let (settings, warnings) = applied(
             "clusterDNS: [10.96.0.10]\nclusterDomain: c.example\npodCIDR: 10.1.0.0/24\nresolvConf: /r\n\
              crashLoopBackOff: {maxContainerRestartPeriod: 60s}\ncpuCFSQuota: false\npodPidsLimit: 100\n\
-             containerLogMaxSize: 5Mi\ncontainerLogMaxFiles: 3\n\
-             serializeImagePulls: false\nmaxParallelImagePulls: 4\n",
+             containerLogMaxSize: 5Mi\ncontainerLogMaxFiles: 3\nstaticPodPath: /m\nfileCheckFrequency: 5s\n\
+             serializeImagePulls: false\nmaxParallelImagePulls: 4\nimageGCHighThresholdPercent: 70\n\
+             imageGCLowThresholdPercent: 60\nimageMinimumGCAge: 1m\nimageMaximumGCAge: 1h\n",
         );
         assert!(warnings.is_empty(), "{warnings:?}");
         let pods = settings.pods;
@@ -607,7 +610,15 @@ mod tests {
         assert_eq!((pods.resolv_conf, pods.max_restart_backoff), (PathBuf::from("/r"), Duration::from_secs(60)));
         assert_eq!((pods.cpu_cfs_quota, pods.pids_limit), (false, Some(100)));
         assert_eq!((pods.log_max_size, pods.log_max_files), (5 << 20, 3));
-        let images = ImageSettings { max_parallel_pulls: Some(4), ..ImageSettings::default() };
+        assert_eq!(pods.static_pod_path, Some(PathBuf::from("/m")));
+        assert_eq!(pods.file_check_frequency, Duration::from_secs(5));
+        let garbage = ImageGarbage {
+            high_percent: 70,
+            low_percent: 60,
+            min_age: Duration::from_secs(60),
+            max_age: Some(Duration::from_secs(3600)),
+        };
+        let images = ImageSettings { max_parallel_pulls: Some(4), garbage, ..ImageSettings::default() };
         assert_eq!(settings.images, images);
         assert_eq!(applied("podPidsLimit: -1\n").0.pods.pids_limit, None);
         assert_eq!(applied("serializeImagePulls: false\n").0.images.max_parallel_pulls, None);
@@ -621,13 +632,9 @@ mod tests {
              evictionHard: {imagefs.available: 10%}\nfeatureGates: {A: true}\n",
         );
         assert_eq!(warnings.len(), 1, "{warnings:?}");
-        for field in [
-            "staticPodURL",
-            "notAField",
-            "authentication.x509.other",
-            "evictionHard.imagefs.available",
-            "featureGates",
-        ] {
+        for field in
+            ["staticPodURL", "notAField", "authentication.x509.other", "evictionHard.imagefs.available", "featureGates"]
+        {
             assert!(warnings[0].contains(field), "{field}: {}", warnings[0]);
         }
     }
@@ -671,6 +678,8 @@ mod tests {
             ("crashLoopBackOff: {maxContainerRestartPeriod: 1h}\n", "crashLoopBackOff.maxContainerRestartPeriod"),
             ("containerLogMaxSize: big\n", "containerLogMaxSize"),
             ("containerLogMaxFiles: 1\n", "containerLogMaxFiles"),
+            ("imageGCHighThresholdPercent: 101\n", "imageGCHighThresholdPercent"),
+            ("imageGCLowThresholdPercent: 85\n", "imageGCHighThresholdPercent"),
         ] {
             let error = refused(&format!("{HEAD}{body}"));
             assert!(error.contains(&format!("field {field} in")), "{error}");

@@ -19,6 +19,7 @@ pub mod ephemeral;
 pub mod events;
 pub mod fakecloud;
 pub mod files;
+pub mod garbage;
 pub mod hooks;
 pub mod images;
 pub mod inputs;
