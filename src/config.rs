@@ -62,6 +62,14 @@ pub struct NodeSettings {
     /// By signal (`memory.available`, `nodefs.available`, `nodefs.inodesFree`, `pid.available`): below it the node is
     /// under pressure, and as much is kept from allocatable.
     pub eviction_hard: BTreeMap<String, Threshold>,
+    /// By signal: below it for as long as [`NodeSettings::eviction_soft_grace_period`] says, Pods are evicted too.
+    pub eviction_soft: BTreeMap<String, Threshold>,
+    /// By signal.
+    pub eviction_soft_grace_period: BTreeMap<String, Duration>,
+    /// By signal: once Pods are evicted, until there is so much more than the threshold.
+    pub eviction_minimum_reclaim: BTreeMap<String, Threshold>,
+    /// The most grace of a Pod that goes for a soft threshold.
+    pub eviction_max_pod_grace_period: Duration,
     /// How long a pressure condition stays true after it was last seen.
     pub pressure_transition: Duration,
     /// How often the status is computed, and sent if it changed.
@@ -92,6 +100,10 @@ impl Default for NodeSettings {
             system_reserved: Reserved::default(),
             kube_reserved: Reserved::default(),
             eviction_hard: default_eviction_hard(),
+            eviction_soft: BTreeMap::new(),
+            eviction_soft_grace_period: BTreeMap::new(),
+            eviction_minimum_reclaim: BTreeMap::new(),
+            eviction_max_pod_grace_period: Duration::ZERO,
             pressure_transition: Duration::from_secs(5 * 60),
             status_update_frequency: Duration::from_secs(10),
             status_report_frequency: Duration::from_secs(5 * 60),

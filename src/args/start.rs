@@ -28,6 +28,7 @@ use crate::pod::admission::Admission;
 use crate::pod::capacity::Capacity;
 use crate::pod::crew::Environments;
 use crate::pod::directory::Directory;
+use crate::pod::eviction::{Orders, manager};
 use crate::pod::files::DnsSettings;
 use crate::pod::garbage::{self, Collector};
 use crate::pod::images::Images;
@@ -242,7 +243,8 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
     let (drain, drained) = watch::channel(false);
     let network = (ipam, bridge.borrow().clone());
     let shared = Arc::new(shared(&parts, network, drained).await?);
-    collect_garbage(&parts);
+    let images = collect_garbage(&parts);
+    evict(&parts, &shared, images)?;
     let (statics, work) = static_pods(&parts);
     let pods = PodLoop::new(Arc::clone(&shared), api.client.clone(), drain).with_static_pods(statics, work);
     let pods = if parts.is_standalone() { pods.without_api_server() } else { pods };
@@ -256,15 +258,28 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
 }
 
 /// Removes images that nobody uses.
-fn collect_garbage(parts: &Parts) {
+fn collect_garbage(parts: &Parts) -> Arc<Mutex<Collector>> {
     let pinned = parts.settings.runtime.sandbox_image.iter().cloned().collect();
     let collector = Collector::new(parts.runtime.clone(), &parts.settings.images, pinned);
     let collector = Arc::new(Mutex::new(collector));
-    let draining = parts.tasks.draining();
+    let (running, draining) = (Arc::clone(&collector), parts.tasks.draining());
     parts.tasks.spawn("image garbage", async move {
-        Collector::run(collector, garbage::INTERVAL, draining).await;
+        Collector::run(running, garbage::INTERVAL, draining).await;
         Ok(())
     });
+    collector
+}
+
+/// Evicts Pods when the node runs short of something.
+fn evict(parts: &Parts, shared: &Arc<pod::Shared>, images: Arc<Mutex<Collector>>) -> anyhow::Result<()> {
+    let observe = manager::observer(parts.settings.pods.root_dir.clone()).context("failed to measure this host")?;
+    let manager = manager::Manager::new(Arc::clone(shared), &parts.settings.node, observe, images);
+    let draining = parts.tasks.draining();
+    parts.tasks.spawn("eviction", async move {
+        manager.run(manager::INTERVAL, draining).await;
+        Ok(())
+    });
+    Ok(())
 }
 
 /// The static Pods, and the keeper of their mirrors; it also removes those of an earlier configuration.
@@ -345,6 +360,7 @@ async fn shared(
         addresses: Addresses::new(Arc::new(ipam)).on(bridge),
         admission: Admission::default(),
         capacity,
+        evictions: Orders::default(),
         environments: Environments::default(),
         fronts: Fronts::new(&parts.metrics),
         directory: parts.directory.clone(),

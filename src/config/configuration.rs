@@ -54,6 +54,8 @@ fn serving(serving: &ServingSettings) -> Value {
 
 fn node(node: &NodeSettings) -> Value {
     let taints = (!node.taints.is_empty()).then_some(&node.taints);
+    let periods = node.eviction_soft_grace_period.iter().map(|(signal, period)| (signal, duration(*period)));
+    let periods: BTreeMap<_, _> = periods.collect();
     json!({
         "maxPods": node.max_pods,
         "registerNode": node.register,
@@ -64,6 +66,10 @@ fn node(node: &NodeSettings) -> Value {
         "nodeStatusReportFrequency": duration(node.status_report_frequency),
         "nodeLeaseDurationSeconds": node.lease_duration.as_secs(),
         "evictionHard": thresholds(&node.eviction_hard),
+        "evictionSoft": thresholds(&node.eviction_soft),
+        "evictionSoftGracePeriod": periods,
+        "evictionMinimumReclaim": thresholds(&node.eviction_minimum_reclaim),
+        "evictionMaxPodGracePeriod": node.eviction_max_pod_grace_period.as_secs(),
         "evictionPressureTransitionPeriod": duration(node.pressure_transition),
     })
 }

@@ -3,6 +3,7 @@
 //! Fields that are not supported here do not stop a node that a kubelet's file was carried to, but they are named: a
 //! setting that has no effect must not look as if it had.
 
+mod eviction;
 mod images;
 
 use std::collections::BTreeMap;
@@ -16,7 +17,7 @@ use serde_json::Value;
 
 use super::Settings;
 use super::tls::TlsVersion;
-use super::values::{GoDuration, NodeTaint, Reserved, Threshold, ValueError, parse_quantity};
+use super::values::{GoDuration, NodeTaint, Reserved, ValueError, parse_quantity};
 
 /// The only kind and version read.
 const API_VERSION: &str = "kubelet.config.k8s.io/v1beta1";
@@ -24,15 +25,6 @@ const KIND: &str = "KubeletConfiguration";
 
 /// Most bytes of a configuration file; kubelet's real ones have a few thousand.
 const MAX_FILE_BYTES: u64 = 1 << 20;
-
-/// Signals of `evictionHard` that kubelet knows and this node does not measure.
-const UNMEASURED_SIGNALS: [&str; 5] = [
-    "imagefs.available",
-    "imagefs.inodesFree",
-    "containerfs.available",
-    "containerfs.inodesFree",
-    "allocatableMemory.available",
-];
 
 /// Why a configuration file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +107,10 @@ struct KubeletConfiguration {
     container_log_max_files: Option<u32>,
     eviction_hard: Option<BTreeMap<String, String>>,
     eviction_pressure_transition_period: Option<GoDuration>,
+    eviction_soft: Option<BTreeMap<String, String>>,
+    eviction_soft_grace_period: Option<BTreeMap<String, String>>,
+    eviction_minimum_reclaim: Option<BTreeMap<String, String>>,
+    eviction_max_pod_grace_period: Option<i32>,
     serialize_image_pulls: Option<bool>,
     max_parallel_image_pulls: Option<u32>,
     #[serde(rename = "imageGCHighThresholdPercent")]
@@ -410,25 +406,7 @@ impl Overlay {
             node.lease_duration = self.check("nodeLeaseDurationSeconds", positive(duration))?;
         }
         set_duration(&mut node.pressure_transition, fields.eviction_pressure_transition_period);
-        if let Some(thresholds) = &fields.eviction_hard {
-            node.eviction_hard = self.thresholds(thresholds)?;
-        }
-        Ok(())
-    }
-
-    fn thresholds(&mut self, texts: &BTreeMap<String, String>) -> Result<BTreeMap<String, Threshold>, ConfigError> {
-        let mut thresholds = BTreeMap::new();
-        for (signal, text) in texts {
-            let field = format!("evictionHard.{signal}");
-            match signal.as_str() {
-                "memory.available" | "nodefs.available" | "nodefs.inodesFree" | "pid.available" => {
-                    thresholds.insert(signal.clone(), self.check(&field, text.parse())?);
-                }
-                known if UNMEASURED_SIGNALS.contains(&known) => self.ignored.push(field),
-                _ => return self.check(&field, Err(ValueError::new("there is no such eviction signal"))),
-            }
-        }
-        Ok(thresholds)
+        self.eviction(fields, node)
     }
 
     fn pods(&mut self, fields: &KubeletConfiguration, settings: &mut Settings) -> Result<(), ConfigError> {
@@ -484,6 +462,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::config::values::Threshold;
     use crate::config::{ImageGarbage, ImageSettings};
     use crate::quantity::Quantity;
 
@@ -568,7 +547,9 @@ mod tests {
             "maxPods: 50\nregisterNode: false\nsystemReserved: {cpu: 100m, memory: 1Gi}\nkubeReserved: {cpu: 1}\n\
              registerWithTaints: [{key: a, value: b, effect: NoSchedule}, {key: c, effect: NoExecute}]\n\
              nodeStatusUpdateFrequency: 5s\nnodeStatusReportFrequency: 1m\nnodeLeaseDurationSeconds: 20\n\
-             evictionPressureTransitionPeriod: 30s\n\
+             evictionPressureTransitionPeriod: 30s\nevictionMaxPodGracePeriod: 20\n\
+             evictionSoft: {memory.available: 300Mi}\nevictionSoftGracePeriod: {memory.available: 1m30s}\n\
+             evictionMinimumReclaim: {memory.available: 50Mi}\n\
              evictionHard: {memory.available: 200Mi, nodefs.available: 5%, nodefs.inodesFree: 1%, pid.available: 10%}\n",
         );
         assert!(warnings.is_empty(), "{warnings:?}");
@@ -581,6 +562,10 @@ mod tests {
         assert_eq!(node.status_report_frequency, Duration::from_secs(60));
         assert_eq!(node.lease_duration, Duration::from_secs(20));
         assert_eq!(node.pressure_transition, Duration::from_secs(30));
+        assert_eq!(node.eviction_soft["memory.available"].of(0), 300 << 20);
+        assert_eq!(node.eviction_soft_grace_period["memory.available"], Duration::from_secs(90));
+        assert_eq!(node.eviction_minimum_reclaim["memory.available"].of(0), 50 << 20);
+        assert_eq!(node.eviction_max_pod_grace_period, Duration::from_secs(20));
         assert_eq!(node.eviction_hard.len(), 4);
         assert_eq!(node.eviction_hard["nodefs.available"], Threshold::Percent(5.0));
     }
@@ -671,6 +656,8 @@ mod tests {
             ("kubeReserved: {cpu: x}\n", "kubeReserved"),
             ("evictionHard: {memory.available: x}\n", "evictionHard.memory.available"),
             ("evictionHard: {cpu.available: 1}\n", "evictionHard.cpu.available"),
+            ("evictionSoft: {memory.available: 1Gi}\n", "evictionSoft.memory.available"),
+            ("evictionMaxPodGracePeriod: -1\n", "evictionMaxPodGracePeriod"),
             ("registerWithTaints: [{key: 'a b', effect: NoSchedule}]\n", "registerWithTaints"),
             ("podCIDR: 10.0.0.1\n", "podCIDR"),
             ("nodeStatusUpdateFrequency: 0s\n", "nodeStatusUpdateFrequency"),

@@ -83,7 +83,9 @@ impl Pressure {
     /// What is short now.
     pub fn of(settings: &NodeSettings, machine: &Machine, load: &Load) -> Self {
         let below = |signal: &str, available: u64, capacity: u64| {
-            settings.eviction_hard.get(signal).is_some_and(|threshold| available < threshold.of(capacity))
+            let limits =
+                [&settings.eviction_hard, &settings.eviction_soft].into_iter().filter_map(|set| set.get(signal));
+            limits.into_iter().any(|threshold| available < threshold.of(capacity))
         };
         Self {
             memory: below("memory.available", load.memory_available, machine.memory),

@@ -2,6 +2,7 @@
 //! and a Pod may name its node itself.
 
 mod claims;
+mod pressure;
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -13,6 +14,7 @@ use self::claims::Arrivals;
 pub use self::claims::Claim;
 use super::qos::{ResourceList, pod_requests};
 use super::status::Trouble;
+use crate::node::object::Pressure;
 use crate::quantity::Quantity;
 
 /// Kernel parameters that are namespaced and harmless to others; any other is refused.
@@ -51,6 +53,8 @@ pub struct Admission {
     claims: Mutex<BTreeMap<String, Claim>>,
     /// Who was here before this process, as far as that is known.
     arrivals: Mutex<Arrivals>,
+    /// What the node is short of.
+    pressure: Mutex<Pressure>,
     /// Counts the times there was more room.
     freed: watch::Sender<u64>,
 }
@@ -65,6 +69,7 @@ impl Admission {
         if self.taken.lock().unwrap_or_else(PoisonError::into_inner).contains_key(uid) {
             return Ok(());
         }
+        self.check_pressure(pod, spec)?;
         check_os(spec)?;
         check_sysctls(spec)?;
         check_selectors(spec, node)?;

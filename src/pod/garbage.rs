@@ -157,6 +157,14 @@ impl Collector {
         self.remove_for(wanted, now).await
     }
 
+    /// Removes every image that may go.
+    ///
+    /// # Errors
+    /// As [`Collector::collect`].
+    pub async fn delete_unused(&mut self, now: Timestamp) -> Result<(), RuntimeError> {
+        self.remove_for(u64::MAX, now).await
+    }
+
     async fn remove_for(&mut self, wanted: u64, now: Timestamp) -> Result<(), RuntimeError> {
         let images = self.runtime.list_images().await?;
         let containers = self.runtime.list_containers(None).await?;
@@ -178,7 +186,7 @@ impl Collector {
                 freed += size;
             }
         }
-        if freed < choice.wanted {
+        if freed < choice.wanted && choice.wanted < u64::MAX {
             tracing::warn!(
                 wanted = choice.wanted,
                 freed,

@@ -17,6 +17,7 @@ pub mod crew;
 pub mod directory;
 pub mod ephemeral;
 pub mod events;
+pub mod eviction;
 pub mod fakecloud;
 pub mod files;
 pub mod garbage;
@@ -51,6 +52,7 @@ use self::capacity::Capacity;
 use self::crew::Environments;
 use self::directory::Directory;
 use self::events::Events;
+use self::eviction::Orders;
 use self::files::DnsSettings;
 use self::images::Images;
 use self::inputs::Inputs;
@@ -131,6 +133,8 @@ pub struct Shared {
     pub environments: Environments,
     /// What the fronts of functions share.
     pub fronts: Fronts,
+    /// Which Pods have to go.
+    pub evictions: Orders,
     /// What is known of each Pod.
     pub directory: Arc<Directory>,
     /// Fetches images.
@@ -181,5 +185,6 @@ impl Shared {
         self.admission.leave(uid);
         self.capacity.leave(uid);
         self.directory.remove(uid);
+        drop(self.evictions.take(uid));
     }
 }

@@ -105,7 +105,7 @@ impl PodLoop {
         let mut events = subscribe(&self.shared).await;
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         let shared = Arc::clone(&self.shared);
-        let mut freed = shared.admission.freed();
+        let (mut freed, mut evicted) = (shared.admission.freed(), shared.evictions.given());
         let mut leaving = false;
         loop {
             tokio::select! {
@@ -134,7 +134,9 @@ impl PodLoop {
                 // Cancel-safe: the look goes on the next time round.
                 found = look(&mut self.sweeping) => self.swept(found),
                 // Cancel-safe: a change not taken stays unseen.
-                Ok(()) = freed.changed() => self.tell_waiting(),
+                Ok(()) = freed.changed() => self.wake(&shared.admission.waiting()),
+                // Cancel-safe: likewise.
+                Ok(()) = evicted.changed() => self.wake(&shared.evictions.open()),
                 // Cancel-safe: likewise.
                 () = self.statics.changed() => self.apply_statics(),
                 // Cancel-safe: a tick not taken comes at once.
@@ -153,10 +155,9 @@ impl PodLoop {
         }
     }
 
-    /// Pods that wait for room look whether there is enough now.
-    fn tell_waiting(&self) {
-        let waiting = self.shared.admission.waiting();
-        let handles = waiting.iter().filter_map(|uid| self.workers.get(uid));
+    /// These Pods look what has changed for them.
+    fn wake(&self, uids: &[String]) {
+        let handles = uids.iter().filter_map(|uid| self.workers.get(uid));
         handles.for_each(|handle| handle.signal.send_modify(|signal| signal.events += 1));
     }
 

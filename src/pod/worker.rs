@@ -306,7 +306,7 @@ impl Worker {
     }
 
     fn goal(&self) -> Goal {
-        goal(&self.pod, self.gone, self.memory.ended.is_some())
+        self.hastened(goal(&self.pod, self.gone, self.memory.ended.is_some()))
     }
 
     /// Sleeps until something happens or something is due.

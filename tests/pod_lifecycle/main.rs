@@ -8,6 +8,7 @@ mod api;
 mod drain;
 mod ending;
 mod ephemeral;
+mod eviction;
 mod faults;
 mod functions;
 mod hooks;

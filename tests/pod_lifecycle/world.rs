@@ -14,6 +14,7 @@ use lambdalet::pod::admission::Admission;
 use lambdalet::pod::capacity::Capacity;
 use lambdalet::pod::crew::Environments;
 use lambdalet::pod::directory::Directory;
+use lambdalet::pod::eviction::Orders;
 use lambdalet::pod::files::DnsSettings;
 use lambdalet::pod::images::Images;
 use lambdalet::pod::inputs::Inputs;
@@ -135,6 +136,7 @@ impl World {
             addresses: Addresses::new(Arc::new(ipam)),
             admission: Admission::default(),
             capacity: Capacity::new(&self.facts().allocatable),
+            evictions: Orders::default(),
             environments: Environments::default(),
             fronts: Fronts::new(&Metrics::default()),
             directory: Arc::default(),
@@ -192,7 +194,7 @@ impl World {
         self.process().shared.directory.clone()
     }
 
-    pub(crate) fn shared(&self) -> &Shared {
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.process().shared
     }
 

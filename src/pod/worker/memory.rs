@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::resize::Book;
 use crate::pod::backoff::Backoff;
 use crate::pod::inputs::following::Following;
+use crate::pod::resize::Note;
 use crate::pod::status::Trouble;
 use crate::pod::translate::Places;
 use crate::runtime::types::{ContainerConfig, ContainerId};
@@ -24,6 +25,10 @@ pub(super) struct Memory {
     pub(super) released: bool,
     /// Why this node ended the Pod.
     pub(super) ended: Option<Trouble>,
+    /// The most grace that it has then, if there is no time to lose.
+    pub(super) hurry: Option<Duration>,
+    /// That it ended for others' sake.
+    pub(super) disruption: Option<Note>,
     /// The Pod's address.
     pub(super) address: Option<IpAddr>,
     /// Its ports on the host lead to it.

@@ -23,7 +23,8 @@ impl Worker {
         let ready_to_start = self.observed.ready_sandbox().is_some() && (has_volumes || self.function.is_some());
         let shown = self.function.as_ref().map(|function| function.shown(&self.pod, self.observed.sandbox()));
         let waiting = self.waiting(shown.as_ref());
-        let notes = self.memory.resize.notes();
+        let mut notes = self.memory.resize.notes();
+        notes.extend(self.memory.disruption.clone());
         pod_status(&StatusInput {
             pod: &self.pod,
             observed: shown.as_ref().map_or(&self.observed, |shown| &shown.observed),
