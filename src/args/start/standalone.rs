@@ -13,7 +13,7 @@ use anyhow::Context;
 use sha2::{Digest as _, Sha256};
 use tracing::info;
 
-use super::{DRAIN_PATIENCE, PATIENCE, Parts, driver, pods, serve_api};
+use super::{DRAIN_PATIENCE, PATIENCE, Parts, driver, pods, raise_open_files, serve_api};
 use crate::apiserver::ApiServer;
 use crate::config::Settings;
 use crate::metrics::Metrics;
@@ -44,6 +44,7 @@ pub(super) async fn node(mut settings: Settings) -> anyhow::Result<()> {
     );
     let owner = owner::standalone(&root, &settings.node.name)?;
     let patience = if settings.node.drain_on_exit { DRAIN_PATIENCE } else { PATIENCE };
+    raise_open_files();
     let (tasks, supervisor) = Tasks::new();
     let (metrics, keepers) = (Metrics::new(), Keepers::default());
     let (uplink, bridge) = Uplink::new();
