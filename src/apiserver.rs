@@ -137,6 +137,18 @@ impl ApiServer {
         Ok(Self { client, url, kubeconfig: path.to_owned() })
     }
 
+    /// What stands for an API server where there is none: each request is answered at once, with 503.
+    pub fn nowhere() -> Self {
+        let answer = |_: http::Request<kube::client::Body>| async {
+            let text = r#"{"kind":"Status","apiVersion":"v1","status":"Failure","code":503,
+                "reason":"ServiceUnavailable","message":"this node has no API server"}"#;
+            let body = kube::client::Body::from(text.as_bytes().to_vec());
+            http::Response::builder().status(http::StatusCode::SERVICE_UNAVAILABLE).body(body)
+        };
+        let client = Client::new(tower::service_fn(answer), "default");
+        Self { client, url: "nowhere".to_owned(), kubeconfig: PathBuf::new() }
+    }
+
     /// A client for a process in a Pod: the ServiceAccount's token, read again when it is renewed.
     ///
     /// # Errors
@@ -278,6 +290,14 @@ fn tls_error<'a>(cause: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Erro
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn where_there_is_no_api_server_every_request_says_so_at_once() {
+        let nowhere = ApiServer::nowhere();
+        let asked = Api::<k8s_openapi::api::core::v1::Pod>::default_namespaced(nowhere.client.clone()).get("a").await;
+        let kube::Error::Api(answer) = asked.unwrap_err() else { panic!("an answer") };
+        assert_eq!((answer.code, answer.message.as_str()), (503, "this node has no API server"));
+    }
     use crate::telemetry::chain;
 
     fn server() -> ApiServer {

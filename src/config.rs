@@ -62,6 +62,14 @@ pub struct NodeSettings {
     /// By signal (`memory.available`, `nodefs.available`, `nodefs.inodesFree`, `pid.available`): below it the node is
     /// under pressure, and as much is kept from allocatable.
     pub eviction_hard: BTreeMap<String, Threshold>,
+    /// By signal: below it for as long as [`NodeSettings::eviction_soft_grace_period`] says, Pods are evicted too.
+    pub eviction_soft: BTreeMap<String, Threshold>,
+    /// By signal.
+    pub eviction_soft_grace_period: BTreeMap<String, Duration>,
+    /// By signal: once Pods are evicted, until there is so much more than the threshold.
+    pub eviction_minimum_reclaim: BTreeMap<String, Threshold>,
+    /// The most grace of a Pod that goes for a soft threshold.
+    pub eviction_max_pod_grace_period: Duration,
     /// How long a pressure condition stays true after it was last seen.
     pub pressure_transition: Duration,
     /// How often the status is computed, and sent if it changed.
@@ -92,6 +100,10 @@ impl Default for NodeSettings {
             system_reserved: Reserved::default(),
             kube_reserved: Reserved::default(),
             eviction_hard: default_eviction_hard(),
+            eviction_soft: BTreeMap::new(),
+            eviction_soft_grace_period: BTreeMap::new(),
+            eviction_minimum_reclaim: BTreeMap::new(),
+            eviction_max_pod_grace_period: Duration::ZERO,
             pressure_transition: Duration::from_secs(5 * 60),
             status_update_frequency: Duration::from_secs(10),
             status_report_frequency: Duration::from_secs(5 * 60),
@@ -212,6 +224,10 @@ pub struct PodSettings {
     pub log_max_size: u64,
     /// How many files of a container's log are kept.
     pub log_max_files: u32,
+    /// Directory of static Pods, or the file of one; `None` runs none.
+    pub static_pod_path: Option<PathBuf>,
+    /// How often it is read although no change was noticed.
+    pub file_check_frequency: Duration,
 }
 
 impl Default for PodSettings {
@@ -227,6 +243,8 @@ impl Default for PodSettings {
             cpu_cfs_quota: true,
             log_max_size: 10 << 20,
             log_max_files: 5,
+            static_pod_path: None,
+            file_check_frequency: Duration::from_secs(20),
         }
     }
 }
@@ -238,11 +256,32 @@ pub struct ImageSettings {
     pub max_parallel_pulls: Option<u32>,
     /// Registries spoken to in plain HTTP.
     pub insecure_registries: Vec<String>,
+    /// When images that nobody uses are removed.
+    pub garbage: ImageGarbage,
+}
+
+/// When images that nobody uses are removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageGarbage {
+    /// Percent of their file system in use from which on space is made; 100 is never.
+    pub high_percent: u8,
+    /// Percent in use at which there is enough space again.
+    pub low_percent: u8,
+    /// No image goes for want of space sooner than this after it came.
+    pub min_age: Duration,
+    /// An image that was not used for so long goes whatever the space is; `None` keeps it.
+    pub max_age: Option<Duration>,
+}
+
+impl Default for ImageGarbage {
+    fn default() -> Self {
+        Self { high_percent: 85, low_percent: 80, min_age: Duration::from_secs(2 * 60), max_age: None }
+    }
 }
 
 impl Default for ImageSettings {
     fn default() -> Self {
-        Self { max_parallel_pulls: Some(1), insecure_registries: Vec::new() }
+        Self { max_parallel_pulls: Some(1), insecure_registries: Vec::new(), garbage: ImageGarbage::default() }
     }
 }
 

@@ -264,6 +264,9 @@ struct PodArgs {
     /// The cluster's DNS zone [default: cluster.local]
     #[arg(long, value_name = "ZONE")]
     cluster_domain: Option<String>,
+    /// Directory of static Pods, or the file of one: they run whether there is an API server or not
+    #[arg(long, value_name = "PATH")]
+    pod_manifest_path: Option<PathBuf>,
     /// Range of Pod addresses [default: the Node's spec.podCIDR, else 10.187.0.0/16]
     #[arg(long, value_name = "CIDR")]
     pod_cidr: Option<IpNet>,
@@ -271,13 +274,14 @@ struct PodArgs {
 
 impl PodArgs {
     fn apply(self, settings: &mut Settings) {
-        let Self { root_dir, cluster_dns, cluster_domain, pod_cidr } = self;
+        let Self { root_dir, cluster_dns, cluster_domain, pod_manifest_path, pod_cidr } = self;
         let pods = &mut settings.pods;
         set(&mut pods.root_dir, root_dir);
         if !cluster_dns.is_empty() {
             pods.cluster_dns = cluster_dns;
         }
         set(&mut pods.cluster_domain, cluster_domain);
+        set(&mut pods.static_pod_path, pod_manifest_path.map(Some));
         set(&mut pods.pod_cidr, pod_cidr.map(Some));
     }
 }

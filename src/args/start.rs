@@ -1,5 +1,7 @@
 //! Starts the rooms and waits for the end.
 
+mod standalone;
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -7,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tracing::{info, warn};
 
 use super::flags::Plan;
@@ -26,11 +28,16 @@ use crate::pod::admission::Admission;
 use crate::pod::capacity::Capacity;
 use crate::pod::crew::Environments;
 use crate::pod::directory::Directory;
+use crate::pod::eviction::{Orders, manager};
 use crate::pod::files::DnsSettings;
+use crate::pod::garbage::{self, Collector};
 use crate::pod::images::Images;
 use crate::pod::inputs::Inputs;
 use crate::pod::inputs::objects::{DEFAULT_TTL, Objects};
+use crate::pod::mirror::{self, Mirrors};
 use crate::pod::publish::{PublishCounters, Publisher};
+use crate::pod::static_pods::StaticPods;
+use crate::pod::static_pods::source::{self, Folder};
 use crate::pod::translate::Host;
 use crate::pod::volumes::VolumeManager;
 use crate::pod::{self, Fronts, PodLoop, events};
@@ -65,12 +72,20 @@ struct Parts {
     node: NodeHandle,
     keepers: Keepers,
     tasks: Tasks,
+    /// SHA-256 of what lets a caller in where there is no API server to ask.
+    local_token: Option<[u8; 32]>,
+}
+
+impl Parts {
+    fn is_standalone(&self) -> bool {
+        self.local_token.is_some()
+    }
 }
 
 /// Runs the node until a signal or a failure.
 pub(super) async fn node(plan: Plan) -> anyhow::Result<()> {
     let Plan { settings, kubeconfig, warnings: _ } = plan;
-    let kubeconfig = kubeconfig.context("there is no way to the API server: pass --kubeconfig FILE")?;
+    let Some(kubeconfig) = kubeconfig else { return standalone::node(settings).await };
     let (api, reload) = identity::connect(&settings, &kubeconfig).await?;
     let api = Arc::new(api);
     info!(node = %settings.node.name, server = %api.url, runtime = settings.runtime.kind.name(), "starting");
@@ -114,7 +129,9 @@ async fn start_rooms(
     let node = node::spawn(params, tasks)?;
     identity::keep(&settings, &api, reload, &node.facts, tasks);
     let directory = Arc::new(Directory::of_root(&settings.pods.root_dir));
-    let parts = Parts { settings, api, owner, metrics, runtime, directory, node, keepers, tasks: tasks.clone() };
+    let (tasks, local_token) = (tasks.clone(), None);
+    let parts =
+        Parts { settings, api, owner, metrics, runtime, directory, node, keepers, tasks: tasks.clone(), local_token };
     serve_api(&parts).await?;
     tasks.spawn("pods", pods(parts, bridge));
     Ok(())
@@ -168,6 +185,7 @@ async fn serve_api(parts: &Parts) -> anyhow::Result<()> {
         },
         access: kubelet_api::Access {
             anonymous: serving.anonymous,
+            local_token: parts.local_token,
             token_webhook: serving.token_review,
             token_ttl: serving.token_review_ttl,
             authorization: match serving.authorize {
@@ -225,13 +243,66 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
     let (drain, drained) = watch::channel(false);
     let network = (ipam, bridge.borrow().clone());
     let shared = Arc::new(shared(&parts, network, drained).await?);
-    PodLoop::new(Arc::clone(&shared), api.client.clone(), drain).run(draining, settings.node.drain_on_exit).await;
+    let images = collect_garbage(&parts);
+    evict(&parts, &shared, images)?;
+    let (statics, work) = static_pods(&parts);
+    let pods = PodLoop::new(Arc::clone(&shared), api.client.clone(), drain).with_static_pods(statics, work);
+    let pods = if parts.is_standalone() { pods.without_api_server() } else { pods };
+    pods.run(draining, settings.node.drain_on_exit).await;
     if settings.node.drain_on_exit {
         take_down(&shared, &bridge).await;
     } else if let Err(error) = docker::remove_empty_cgroup_root(&shared.host.cgroup_root) {
         tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the Pods' empty cgroup");
     }
     Ok(())
+}
+
+/// Removes images that nobody uses.
+fn collect_garbage(parts: &Parts) -> Arc<Mutex<Collector>> {
+    let pinned = parts.settings.runtime.sandbox_image.iter().cloned().collect();
+    let collector = Collector::new(parts.runtime.clone(), &parts.settings.images, pinned);
+    let collector = Arc::new(Mutex::new(collector));
+    let (running, draining) = (Arc::clone(&collector), parts.tasks.draining());
+    parts.tasks.spawn("image garbage", async move {
+        Collector::run(running, garbage::INTERVAL, draining).await;
+        Ok(())
+    });
+    collector
+}
+
+/// Evicts Pods when the node runs short of something.
+fn evict(parts: &Parts, shared: &Arc<pod::Shared>, images: Arc<Mutex<Collector>>) -> anyhow::Result<()> {
+    let observe = manager::observer(parts.settings.pods.root_dir.clone()).context("failed to measure this host")?;
+    let manager = manager::Manager::new(Arc::clone(shared), &parts.settings.node, observe, images);
+    let draining = parts.tasks.draining();
+    parts.tasks.spawn("eviction", async move {
+        manager.run(manager::INTERVAL, draining).await;
+        Ok(())
+    });
+    Ok(())
+}
+
+/// The static Pods, and the keeper of their mirrors; it also removes those of an earlier configuration.
+fn static_pods(parts: &Parts) -> (watch::Receiver<StaticPods>, watch::Sender<mirror::Work>) {
+    let Parts { settings, api, tasks, node, .. } = parts;
+    let name = &settings.node.name;
+    let (work, worked) = watch::channel(mirror::Work::default());
+    if !parts.is_standalone() {
+        let mirrors = Mirrors::new(api.client.clone(), name, worked, node.registration.clone());
+        let closing = tasks.closing();
+        tasks.spawn_companion("mirror Pods", async move {
+            mirrors.run(closing).await;
+            Ok(())
+        });
+    }
+    let Some(path) = &settings.pods.static_pod_path else { return (watch::channel(StaticPods::none()).1, work) };
+    let (found, statics) = watch::channel(StaticPods::default());
+    let source = source::run(Folder::new(path, name), settings.pods.file_check_frequency, found, tasks.draining());
+    tasks.spawn("static Pods", async move {
+        source.await;
+        Ok(())
+    });
+    (statics, work)
 }
 
 /// With every Pod ended, nothing of the node stays on the host.
@@ -289,6 +360,7 @@ async fn shared(
         addresses: Addresses::new(Arc::new(ipam)).on(bridge),
         admission: Admission::default(),
         capacity,
+        evictions: Orders::default(),
         environments: Environments::default(),
         fronts: Fronts::new(&parts.metrics),
         directory: parts.directory.clone(),

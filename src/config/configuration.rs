@@ -19,6 +19,11 @@ pub fn in_effect(settings: &Settings) -> Value {
     if let Some(most) = pulls.filter(|most| *most != 1) {
         all.push(("maxParallelImagePulls".to_owned(), json!(most)));
     }
+    let garbage = &settings.images.garbage;
+    all.push(("imageGCHighThresholdPercent".to_owned(), json!(garbage.high_percent)));
+    all.push(("imageGCLowThresholdPercent".to_owned(), json!(garbage.low_percent)));
+    all.push(("imageMinimumGCAge".to_owned(), json!(duration(garbage.min_age))));
+    all.push(("imageMaximumGCAge".to_owned(), json!(duration(garbage.max_age.unwrap_or_default()))));
     if let Some(object) = fields.as_object_mut() {
         object.extend(all.into_iter().filter(|(_, value)| !value.is_null()));
     }
@@ -49,6 +54,8 @@ fn serving(serving: &ServingSettings) -> Value {
 
 fn node(node: &NodeSettings) -> Value {
     let taints = (!node.taints.is_empty()).then_some(&node.taints);
+    let periods = node.eviction_soft_grace_period.iter().map(|(signal, period)| (signal, duration(*period)));
+    let periods: BTreeMap<_, _> = periods.collect();
     json!({
         "maxPods": node.max_pods,
         "registerNode": node.register,
@@ -59,6 +66,10 @@ fn node(node: &NodeSettings) -> Value {
         "nodeStatusReportFrequency": duration(node.status_report_frequency),
         "nodeLeaseDurationSeconds": node.lease_duration.as_secs(),
         "evictionHard": thresholds(&node.eviction_hard),
+        "evictionSoft": thresholds(&node.eviction_soft),
+        "evictionSoftGracePeriod": periods,
+        "evictionMinimumReclaim": thresholds(&node.eviction_minimum_reclaim),
+        "evictionMaxPodGracePeriod": node.eviction_max_pod_grace_period.as_secs(),
         "evictionPressureTransitionPeriod": duration(node.pressure_transition),
     })
 }
@@ -74,6 +85,8 @@ fn pods(pods: &PodSettings) -> Value {
         "podPidsLimit": pods.pids_limit.unwrap_or(-1),
         "containerLogMaxSize": pods.log_max_size.to_string(),
         "containerLogMaxFiles": pods.log_max_files,
+        "staticPodPath": pods.static_pod_path,
+        "fileCheckFrequency": duration(pods.file_check_frequency),
     })
 }
 

@@ -3,6 +3,9 @@
 //! Fields that are not supported here do not stop a node that a kubelet's file was carried to, but they are named: a
 //! setting that has no effect must not look as if it had.
 
+mod eviction;
+mod images;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -14,7 +17,7 @@ use serde_json::Value;
 
 use super::Settings;
 use super::tls::TlsVersion;
-use super::values::{GoDuration, NodeTaint, Reserved, Threshold, ValueError, parse_quantity};
+use super::values::{GoDuration, NodeTaint, Reserved, ValueError, parse_quantity};
 
 /// The only kind and version read.
 const API_VERSION: &str = "kubelet.config.k8s.io/v1beta1";
@@ -22,15 +25,6 @@ const KIND: &str = "KubeletConfiguration";
 
 /// Most bytes of a configuration file; kubelet's real ones have a few thousand.
 const MAX_FILE_BYTES: u64 = 1 << 20;
-
-/// Signals of `evictionHard` that kubelet knows and this node does not measure.
-const UNMEASURED_SIGNALS: [&str; 5] = [
-    "imagefs.available",
-    "imagefs.inodesFree",
-    "containerfs.available",
-    "containerfs.inodesFree",
-    "allocatableMemory.available",
-];
 
 /// Why a configuration file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -113,13 +107,27 @@ struct KubeletConfiguration {
     container_log_max_files: Option<u32>,
     eviction_hard: Option<BTreeMap<String, String>>,
     eviction_pressure_transition_period: Option<GoDuration>,
+    eviction_soft: Option<BTreeMap<String, String>>,
+    eviction_soft_grace_period: Option<BTreeMap<String, String>>,
+    eviction_minimum_reclaim: Option<BTreeMap<String, String>>,
+    eviction_max_pod_grace_period: Option<i32>,
     serialize_image_pulls: Option<bool>,
     max_parallel_image_pulls: Option<u32>,
+    #[serde(rename = "imageGCHighThresholdPercent")]
+    image_gc_high_threshold_percent: Option<u8>,
+    #[serde(rename = "imageGCLowThresholdPercent")]
+    image_gc_low_threshold_percent: Option<u8>,
+    #[serde(rename = "imageMinimumGCAge")]
+    image_minimum_gc_age: Option<GoDuration>,
+    #[serde(rename = "imageMaximumGCAge")]
+    image_maximum_gc_age: Option<GoDuration>,
     resolv_conf: Option<PathBuf>,
     crash_loop_back_off: Option<CrashLoopBackOff>,
     #[serde(rename = "cpuCFSQuota")]
     cpu_cfs_quota: Option<bool>,
     pod_pids_limit: Option<i64>,
+    static_pod_path: Option<PathBuf>,
+    file_check_frequency: Option<GoDuration>,
 }
 
 /// The gates that make a difference here; the others are named as ignored.
@@ -243,7 +251,7 @@ impl ConfigFile {
         overlay.tls(&fields, settings)?;
         overlay.node(&fields, settings)?;
         overlay.pods(&fields, settings)?;
-        apply_images(&fields, settings);
+        overlay.images(&fields, settings)?;
         if !overlay.ignored.is_empty() {
             let ignored = overlay.ignored.join(", ");
             warnings.push(format!("ignored in the configuration file {}: fields {ignored}", overlay.path.display()));
@@ -253,7 +261,7 @@ impl ConfigFile {
 }
 
 /// YAML, or JSON with its own line numbers (JSON may be indented with tabs, YAML may not). An error names the field.
-fn decode<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+pub(crate) fn decode<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     let mut track = serde_path_to_error::Track::new();
     let decoded = if text.trim_start().starts_with('{') {
         let mut json = serde_json::Deserializer::from_str(text);
@@ -339,14 +347,6 @@ fn apply_serving(fields: &KubeletConfiguration, settings: &mut Settings) -> Vec<
     warnings
 }
 
-fn apply_images(fields: &KubeletConfiguration, settings: &mut Settings) {
-    let images = &mut settings.images;
-    // As kubelet: one at a time unless serializeImagePulls is false, then as many as told, or any number.
-    if fields.serialize_image_pulls == Some(false) {
-        images.max_parallel_pulls = fields.max_parallel_image_pulls;
-    }
-}
-
 /// The values that can be wrong in themselves.
 struct Overlay {
     path: PathBuf,
@@ -406,25 +406,7 @@ impl Overlay {
             node.lease_duration = self.check("nodeLeaseDurationSeconds", positive(duration))?;
         }
         set_duration(&mut node.pressure_transition, fields.eviction_pressure_transition_period);
-        if let Some(thresholds) = &fields.eviction_hard {
-            node.eviction_hard = self.thresholds(thresholds)?;
-        }
-        Ok(())
-    }
-
-    fn thresholds(&mut self, texts: &BTreeMap<String, String>) -> Result<BTreeMap<String, Threshold>, ConfigError> {
-        let mut thresholds = BTreeMap::new();
-        for (signal, text) in texts {
-            let field = format!("evictionHard.{signal}");
-            match signal.as_str() {
-                "memory.available" | "nodefs.available" | "nodefs.inodesFree" | "pid.available" => {
-                    thresholds.insert(signal.clone(), self.check(&field, text.parse())?);
-                }
-                known if UNMEASURED_SIGNALS.contains(&known) => self.ignored.push(field),
-                _ => return self.check(&field, Err(ValueError::new("there is no such eviction signal"))),
-            }
-        }
-        Ok(thresholds)
+        self.eviction(fields, node)
     }
 
     fn pods(&mut self, fields: &KubeletConfiguration, settings: &mut Settings) -> Result<(), ConfigError> {
@@ -449,6 +431,10 @@ impl Overlay {
             pods.max_restart_backoff = self.check("crashLoopBackOff.maxContainerRestartPeriod", bounded)?;
         }
         set(&mut pods.cpu_cfs_quota, fields.cpu_cfs_quota);
+        let path = fields.static_pod_path.clone().filter(|path| !path.as_os_str().is_empty());
+        set(&mut pods.static_pod_path, path.map(Some));
+        // To a kubelet zero is a field that was not set.
+        set_duration(&mut pods.file_check_frequency, fields.file_check_frequency.filter(|every| !every.0.is_zero()));
         // kubelet's -1 is "as many as the node has".
         set(&mut pods.pids_limit, fields.pod_pids_limit.map(|limit| (limit > 0).then_some(limit)));
         if let Some(text) = &fields.container_log_max_size {
@@ -476,7 +462,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::config::ImageSettings;
+    use crate::config::values::Threshold;
+    use crate::config::{ImageGarbage, ImageSettings};
     use crate::quantity::Quantity;
 
     const HEAD: &str = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n";
@@ -560,7 +547,9 @@ mod tests {
             "maxPods: 50\nregisterNode: false\nsystemReserved: {cpu: 100m, memory: 1Gi}\nkubeReserved: {cpu: 1}\n\
              registerWithTaints: [{key: a, value: b, effect: NoSchedule}, {key: c, effect: NoExecute}]\n\
              nodeStatusUpdateFrequency: 5s\nnodeStatusReportFrequency: 1m\nnodeLeaseDurationSeconds: 20\n\
-             evictionPressureTransitionPeriod: 30s\n\
+             evictionPressureTransitionPeriod: 30s\nevictionMaxPodGracePeriod: 20\n\
+             evictionSoft: {memory.available: 300Mi}\nevictionSoftGracePeriod: {memory.available: 1m30s}\n\
+             evictionMinimumReclaim: {memory.available: 50Mi}\n\
              evictionHard: {memory.available: 200Mi, nodefs.available: 5%, nodefs.inodesFree: 1%, pid.available: 10%}\n",
         );
         assert!(warnings.is_empty(), "{warnings:?}");
@@ -573,6 +562,10 @@ mod tests {
         assert_eq!(node.status_report_frequency, Duration::from_secs(60));
         assert_eq!(node.lease_duration, Duration::from_secs(20));
         assert_eq!(node.pressure_transition, Duration::from_secs(30));
+        assert_eq!(node.eviction_soft["memory.available"].of(0), 300 << 20);
+        assert_eq!(node.eviction_soft_grace_period["memory.available"], Duration::from_secs(90));
+        assert_eq!(node.eviction_minimum_reclaim["memory.available"].of(0), 50 << 20);
+        assert_eq!(node.eviction_max_pod_grace_period, Duration::from_secs(20));
         assert_eq!(node.eviction_hard.len(), 4);
         assert_eq!(node.eviction_hard["nodefs.available"], Threshold::Percent(5.0));
     }
@@ -588,8 +581,9 @@ mod tests {
         let (settings, warnings) = applied(
             "clusterDNS: [10.96.0.10]\nclusterDomain: c.example\npodCIDR: 10.1.0.0/24\nresolvConf: /r\n\
              crashLoopBackOff: {maxContainerRestartPeriod: 60s}\ncpuCFSQuota: false\npodPidsLimit: 100\n\
-             containerLogMaxSize: 5Mi\ncontainerLogMaxFiles: 3\n\
-             serializeImagePulls: false\nmaxParallelImagePulls: 4\n",
+             containerLogMaxSize: 5Mi\ncontainerLogMaxFiles: 3\nstaticPodPath: /m\nfileCheckFrequency: 5s\n\
+             serializeImagePulls: false\nmaxParallelImagePulls: 4\nimageGCHighThresholdPercent: 70\n\
+             imageGCLowThresholdPercent: 60\nimageMinimumGCAge: 1m\nimageMaximumGCAge: 1h\n",
         );
         assert!(warnings.is_empty(), "{warnings:?}");
         let pods = settings.pods;
@@ -601,7 +595,15 @@ mod tests {
         assert_eq!((pods.resolv_conf, pods.max_restart_backoff), (PathBuf::from("/r"), Duration::from_secs(60)));
         assert_eq!((pods.cpu_cfs_quota, pods.pids_limit), (false, Some(100)));
         assert_eq!((pods.log_max_size, pods.log_max_files), (5 << 20, 3));
-        let images = ImageSettings { max_parallel_pulls: Some(4), ..ImageSettings::default() };
+        assert_eq!(pods.static_pod_path, Some(PathBuf::from("/m")));
+        assert_eq!(pods.file_check_frequency, Duration::from_secs(5));
+        let garbage = ImageGarbage {
+            high_percent: 70,
+            low_percent: 60,
+            min_age: Duration::from_secs(60),
+            max_age: Some(Duration::from_secs(3600)),
+        };
+        let images = ImageSettings { max_parallel_pulls: Some(4), garbage, ..ImageSettings::default() };
         assert_eq!(settings.images, images);
         assert_eq!(applied("podPidsLimit: -1\n").0.pods.pids_limit, None);
         assert_eq!(applied("serializeImagePulls: false\n").0.images.max_parallel_pulls, None);
@@ -611,17 +613,13 @@ mod tests {
     #[test]
     fn what_has_no_effect_is_named_once() {
         let (_, warnings) = applied(
-            "staticPodPath: /m\nnotAField: 1\nauthentication: {x509: {clientCAFile: /ca, other: 1}}\n\
+            "staticPodURL: /m\nnotAField: 1\nauthentication: {x509: {clientCAFile: /ca, other: 1}}\n\
              evictionHard: {imagefs.available: 10%}\nfeatureGates: {A: true}\n",
         );
         assert_eq!(warnings.len(), 1, "{warnings:?}");
-        for field in [
-            "staticPodPath",
-            "notAField",
-            "authentication.x509.other",
-            "evictionHard.imagefs.available",
-            "featureGates",
-        ] {
+        for field in
+            ["staticPodURL", "notAField", "authentication.x509.other", "evictionHard.imagefs.available", "featureGates"]
+        {
             assert!(warnings[0].contains(field), "{field}: {}", warnings[0]);
         }
     }
@@ -658,6 +656,8 @@ mod tests {
             ("kubeReserved: {cpu: x}\n", "kubeReserved"),
             ("evictionHard: {memory.available: x}\n", "evictionHard.memory.available"),
             ("evictionHard: {cpu.available: 1}\n", "evictionHard.cpu.available"),
+            ("evictionSoft: {memory.available: 1Gi}\n", "evictionSoft.memory.available"),
+            ("evictionMaxPodGracePeriod: -1\n", "evictionMaxPodGracePeriod"),
             ("registerWithTaints: [{key: 'a b', effect: NoSchedule}]\n", "registerWithTaints"),
             ("podCIDR: 10.0.0.1\n", "podCIDR"),
             ("nodeStatusUpdateFrequency: 0s\n", "nodeStatusUpdateFrequency"),
@@ -665,6 +665,8 @@ mod tests {
             ("crashLoopBackOff: {maxContainerRestartPeriod: 1h}\n", "crashLoopBackOff.maxContainerRestartPeriod"),
             ("containerLogMaxSize: big\n", "containerLogMaxSize"),
             ("containerLogMaxFiles: 1\n", "containerLogMaxFiles"),
+            ("imageGCHighThresholdPercent: 101\n", "imageGCHighThresholdPercent"),
+            ("imageGCLowThresholdPercent: 85\n", "imageGCHighThresholdPercent"),
         ] {
             let error = refused(&format!("{HEAD}{body}"));
             assert!(error.contains(&format!("field {field} in")), "{error}");

@@ -29,6 +29,12 @@ impl User {
         }
     }
 
+    /// Who has the token of this very host.
+    pub(super) fn local() -> Self {
+        let groups = vec!["system:masters".to_owned(), AUTHENTICATED.to_owned()];
+        Self { name: "system:local".to_owned(), uid: None, groups, extra: BTreeMap::new() }
+    }
+
     /// The user a verified certificate speaks for: common name, and each organization a group (Kubernetes
     /// documentation, "Authenticating: X509 client certificates"). `None` without a common name.
     pub(super) fn of_certificate(certificate: &CertificateDer<'_>) -> Option<Self> {

@@ -150,38 +150,35 @@ fn default_pod_range() -> IpNet {
     DEFAULT_POD_CIDR.parse().expect("the constant is a range")
 }
 
+/// What others are told of a node that is in no cluster: there is no Node object, and it never changes.
+///
+/// # Errors
+/// If the host cannot be measured. Without a route to the outside its address is that of loopback.
+pub fn standalone(settings: &NodeSettings) -> Result<NodeHandle, NodeError> {
+    let addresses = match &settings.addresses[..] {
+        [] => vec![default_route_address().unwrap_or(Ipv4Addr::LOCALHOST.into())],
+        told => told.to_vec(),
+    };
+    let (_, facts) = measure(settings, addresses)?;
+    let registration = Registration { labels: object::labels(settings), ..Registration::default() };
+    Ok(NodeHandle { facts: watch::channel(facts).1, registration: watch::channel(Some(registration)).1 })
+}
+
 /// Measures the host and starts the room's two tasks.
 ///
 /// # Errors
 /// If the host cannot be measured or has no address; the API server is not waited for.
 pub fn spawn(params: Params, tasks: &Tasks) -> Result<NodeHandle, NodeError> {
     let settings = Arc::clone(&params.settings);
-    let machine = Machine::measure(&settings.root_dir)?;
     let addresses = match &settings.addresses[..] {
         [] => vec![default_route_address().ok_or(NodeError::NoAddress)?],
         told => told.to_vec(),
     };
-    let unknown = RuntimeFacts { version: None, images: Vec::new(), health: Ok(()) };
-    let facts = object::facts(&Inputs {
-        settings: &settings,
-        addresses: &addresses,
-        machine: &machine,
-        runtime: &unknown,
-        pressure: Pressure::default(),
-        draining: false,
-        previous: &[],
-        now: Timestamp::now(),
-    });
-    for resource in ["cpu", "memory"] {
-        if facts.allocatable.get(resource).is_none_or(|amount| amount.is_zero()) {
-            return Err(NodeError::NothingLeft(resource.to_owned()));
-        }
-    }
+    let (host, facts) = measure(&settings, addresses)?;
     let (facts_sender, facts) = watch::channel(facts);
     let (registration_sender, registration) = watch::channel(None);
 
     let lease = lease::Lease::new(Arc::clone(&params.api), &settings, registration.clone());
-    let host = register::Host { machine, addresses };
     let registrar = register::Registrar::new(params, host, registration_sender);
     let (draining, closing) = (tasks.draining(), tasks.closing());
     tasks.spawn_companion("node", async move {
@@ -195,6 +192,28 @@ pub fn spawn(params: Params, tasks: &Tasks) -> Result<NodeHandle, NodeError> {
         Ok(())
     });
     Ok(NodeHandle { facts, registration })
+}
+
+/// The host, and what Pods may ask of it.
+fn measure(settings: &NodeSettings, addresses: Vec<IpAddr>) -> Result<(register::Host, NodeFacts), NodeError> {
+    let machine = Machine::measure(&settings.root_dir)?;
+    let unknown = RuntimeFacts { version: None, images: Vec::new(), health: Ok(()) };
+    let facts = object::facts(&Inputs {
+        settings,
+        addresses: &addresses,
+        machine: &machine,
+        runtime: &unknown,
+        pressure: Pressure::default(),
+        draining: false,
+        previous: &[],
+        now: Timestamp::now(),
+    });
+    for resource in ["cpu", "memory"] {
+        if facts.allocatable.get(resource).is_none_or(|amount| amount.is_zero()) {
+            return Err(NodeError::NothingLeft(resource.to_owned()));
+        }
+    }
+    Ok((register::Host { machine, addresses }, facts))
 }
 
 /// The address this host would speak from to the outside. Connecting a UDP socket sends nothing; it only looks the

@@ -83,7 +83,9 @@ impl Pressure {
     /// What is short now.
     pub fn of(settings: &NodeSettings, machine: &Machine, load: &Load) -> Self {
         let below = |signal: &str, available: u64, capacity: u64| {
-            settings.eviction_hard.get(signal).is_some_and(|threshold| available < threshold.of(capacity))
+            let limits =
+                [&settings.eviction_hard, &settings.eviction_soft].into_iter().filter_map(|set| set.get(signal));
+            limits.into_iter().any(|threshold| available < threshold.of(capacity))
         };
         Self {
             memory: below("memory.available", load.memory_available, machine.memory),
@@ -162,8 +164,14 @@ pub fn labels(settings: &NodeSettings) -> BTreeMap<String, String> {
 }
 
 /// What API servers may rely on (KEP-5328), in order: exec, attach and port-forward over WebSocket with v5 and the SPDY
-/// tunnel (KEP-4006), so that an API server since 1.36 passes them on as they are.
-const DECLARED_FEATURES: [&str; 2] = ["ExtendWebSocketsToKubelet", "RestartAllContainersOnContainerExits"];
+/// tunnel (KEP-4006), so that an API server since 1.36 passes them on as they are; in-place resize of `spec.resources`
+/// and of init containers, which it refuses for nodes that do not declare it; a rule that restarts all containers.
+const DECLARED_FEATURES: [&str; 4] = [
+    "ExtendWebSocketsToKubelet",
+    "InPlacePodLevelResourcesVerticalScaling",
+    "InPlacePodVerticalScalingInitContainers",
+    "RestartAllContainersOnContainerExits",
+];
 
 /// The whole status.
 pub fn status(inputs: &Inputs<'_>) -> NodeStatus {

@@ -19,6 +19,8 @@ use crate::telemetry::chain;
 
 /// Wait between two questions to an API server that cannot be reached.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// What stands for a cluster where there is none; no UID is like it.
+const STANDALONE: &str = "none (standalone)";
 /// Bytes of the hash that the word shows: 48 bits tell any number of nodes on one host apart.
 const WORD_BYTES: usize = 6;
 
@@ -98,6 +100,15 @@ pub async fn owner(api: &ApiServer, root: &Path, node: &str) -> Result<String, O
     }
 }
 
+/// The same for a node that is in no cluster.
+///
+/// # Errors
+/// As [`owner`]; the root directory of a node that was in a cluster is a foreign one.
+pub fn standalone(root: &Path, node: &str) -> Result<String, OwnerError> {
+    let path = root.join("owner.json");
+    settle(&path, read(&path)?, Record { cluster: STANDALONE.to_owned(), node: node.to_owned() })
+}
+
 async fn cluster(api: &ApiServer) -> Result<String, RequestError> {
     let services: Api<Service> = Api::namespaced(api.client.clone(), "default");
     let service = api.request(services.get("kubernetes")).await?;
@@ -164,6 +175,15 @@ mod tests {
         assert_eq!(settle(&path, read(&path).unwrap(), record("a", "n")).unwrap(), word);
         let refused = settle(&path, read(&path).unwrap(), record("b", "n")).unwrap_err();
         assert!(refused.to_string().contains("belongs to node \"n\" of cluster a"), "{refused}");
+    }
+
+    #[test]
+    fn a_node_without_a_cluster_keeps_to_its_own_root_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let word = standalone(dir.path(), "n").unwrap();
+        assert_eq!(standalone(dir.path(), "n").unwrap(), word);
+        let path = dir.path().join("owner.json");
+        assert!(settle(&path, read(&path).unwrap(), record("a", "n")).is_err(), "nor does a cluster take it over");
     }
 
     #[test]

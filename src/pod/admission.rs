@@ -1,14 +1,20 @@
 //! Whether the node takes a Pod that was bound to it: the checks a kubelet makes, since the scheduler's view may be old
 //! and a Pod may name its node itself.
 
+mod claims;
+mod pressure;
+
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use k8s_openapi::api::core::v1::{NodeSelectorRequirement, NodeSelectorTerm, Pod, PodSpec};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
+use self::claims::Arrivals;
+pub use self::claims::Claim;
 use super::qos::{ResourceList, pod_requests};
 use super::status::Trouble;
+use crate::node::object::Pressure;
 use crate::quantity::Quantity;
 
 /// Kernel parameters that are namespaced and harmless to others; any other is refused.
@@ -43,6 +49,14 @@ pub struct NodeView {
 pub struct Admission {
     taken: Mutex<BTreeMap<String, ResourceList>>,
     left: Notify,
+    /// What Pods that are in ask for beyond that. Locked after `taken`.
+    claims: Mutex<BTreeMap<String, Claim>>,
+    /// Who was here before this process, as far as that is known.
+    arrivals: Mutex<Arrivals>,
+    /// What the node is short of.
+    pressure: Mutex<Pressure>,
+    /// Counts the times there was more room.
+    freed: watch::Sender<u64>,
 }
 
 impl Admission {
@@ -55,6 +69,7 @@ impl Admission {
         if self.taken.lock().unwrap_or_else(PoisonError::into_inner).contains_key(uid) {
             return Ok(());
         }
+        self.check_pressure(pod, spec)?;
         check_os(spec)?;
         check_sysctls(spec)?;
         check_selectors(spec, node)?;
@@ -88,12 +103,16 @@ impl Admission {
         if let Some(requests) = self.taken.lock().unwrap_or_else(PoisonError::into_inner).get_mut(uid) {
             requests.clear();
         }
+        self.withdraw(uid);
+        self.tell_freed();
     }
 
     /// The Pod has ended: its share is free.
     pub fn leave(&self, uid: &str) {
         if self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(uid).is_some() {
             self.left.notify_waiters();
+            self.withdraw(uid);
+            self.tell_freed();
         }
     }
 }

@@ -17,16 +17,21 @@ pub mod crew;
 pub mod directory;
 pub mod ephemeral;
 pub mod events;
+pub mod eviction;
 pub mod fakecloud;
 pub mod files;
+pub mod garbage;
 pub mod hooks;
 pub mod images;
 pub mod inputs;
+pub mod mirror;
 pub mod observed;
 pub mod plan;
 pub mod probes;
 pub mod publish;
 pub mod qos;
+pub mod resize;
+pub mod static_pods;
 pub mod status;
 pub mod translate;
 pub mod unsupported;
@@ -47,6 +52,7 @@ use self::capacity::Capacity;
 use self::crew::Environments;
 use self::directory::Directory;
 use self::events::Events;
+use self::eviction::Orders;
 use self::files::DnsSettings;
 use self::images::Images;
 use self::inputs::Inputs;
@@ -127,6 +133,8 @@ pub struct Shared {
     pub environments: Environments,
     /// What the fronts of functions share.
     pub fronts: Fronts,
+    /// Which Pods have to go.
+    pub evictions: Orders,
     /// What is known of each Pod.
     pub directory: Arc<Directory>,
     /// Fetches images.
@@ -177,5 +185,6 @@ impl Shared {
         self.admission.leave(uid);
         self.capacity.leave(uid);
         self.directory.remove(uid);
+        drop(self.evictions.take(uid));
     }
 }

@@ -83,6 +83,8 @@ pub enum Step {
     },
     /// Kill these, since a rule has every container begin anew; nobody waits for their end.
     Reset(Vec<ContainerId>),
+    /// Give what runs the resources that the Pod was granted.
+    Resize,
     /// Remove an old attempt: one dead attempt is kept for `logs --previous`.
     Prune(ContainerId),
     /// Remove a sandbox that another has replaced and that nothing was ever made in, or nothing is left of.

@@ -4,6 +4,8 @@
 //! Every PATCH carries the UID, so a Pod recreated under the same name never gets the old one's status. What fails is
 //! tried again until it is through or the Pod is gone, however long the API server is away.
 
+mod mirrored;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -13,10 +15,12 @@ use futures::stream::FuturesUnordered;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
 use prometheus_client::metrics::counter::Counter;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use self::mirrored::Mirrors;
+use super::resize;
 use crate::metrics::Metrics;
 use crate::runtime::types::PodRef;
 use crate::telemetry::chain;
@@ -68,6 +72,7 @@ pub struct Publisher {
 struct Shared {
     client: kube::Client,
     slots: Mutex<HashMap<String, Slot>>,
+    mirrors: Mutex<Mirrors>,
     /// Something waits to be sent.
     work: Notify,
     /// Something was sent or dropped.
@@ -87,11 +92,18 @@ impl Publisher {
     /// A publisher; nothing is written until [`Publisher::run`] is driven.
     pub fn new(client: kube::Client, counters: PublishCounters) -> Self {
         let slots = Mutex::new(HashMap::new());
-        Self { shared: Arc::new(Shared { client, slots, work: Notify::new(), done: Notify::new(), counters }) }
+        let (work, done, mirrors) = (Notify::new(), Notify::new(), Mutex::default());
+        Self { shared: Arc::new(Shared { client, slots, mirrors, work, done, counters }) }
     }
 
     /// Writes `status` soon, in place of any that waits.
     pub fn publish(&self, pod: &PodRef, status: PodStatus) {
+        if let Some(target) = self.target(pod, &status) {
+            self.enqueue(&target, status);
+        }
+    }
+
+    fn enqueue(&self, pod: &PodRef, status: PodStatus) {
         let mut slots = self.shared.lock();
         let new = || Slot { pod: pod.clone(), waiting: None, sending: false, withdrawn: false };
         let slot = slots.entry(pod.uid.clone()).or_insert_with(new);
@@ -250,6 +262,17 @@ fn patch(pod: &PodRef, status: &PodStatus) -> Patch<Value> {
                 condition.entry("message").or_insert(Value::Null);
             }
         }
+        forget_conditions(fields);
     }
     Patch::Strategic(json!({ "metadata": { "uid": pod.uid }, "status": body }))
+}
+
+/// Conditions that are there only while they hold go where they do not.
+fn forget_conditions(fields: &mut Map<String, Value>) {
+    let Some(conditions) = fields.get_mut("conditions").and_then(Value::as_array_mut) else { return };
+    for type_ in [resize::PENDING, resize::IN_PROGRESS] {
+        if conditions.iter().all(|condition| condition["type"] != type_) {
+            conditions.push(json!({ "type": type_, "$patch": "delete" }));
+        }
+    }
 }

@@ -42,14 +42,25 @@ fn limits(resources: Option<&ResourceRequirements>) -> ResourceList {
 /// overhead. Sidecars (init containers with restartPolicy Always) count with the containers, and with each init
 /// container after them. `spec.resources` overrides the sum where it names a resource.
 pub fn pod_requests(spec: &PodSpec) -> ResourceList {
-    let mut sum = together(spec, requests);
+    let mut sum = aggregate(spec, requests);
     sum.extend(requests(spec.resources.as_ref()));
     add(&mut sum, &list(spec.overhead.as_ref()));
     sum
 }
 
-/// What the containers of a Pod have at most at once.
-fn together(spec: &PodSpec, of: impl Fn(Option<&ResourceRequirements>) -> ResourceList) -> ResourceList {
+/// The same for limits, overhead added to those there are. A resource that one container has without limit counts with
+/// the limits of the others: see [`pod_resources`].
+pub fn pod_limits(spec: &PodSpec) -> ResourceList {
+    let mut sum = aggregate(spec, limits);
+    sum.extend(limits(spec.resources.as_ref()));
+    let mut overhead = list(spec.overhead.as_ref());
+    overhead.retain(|name, _| sum.get(name).is_some_and(|limit| !limit.is_zero()));
+    add(&mut sum, &overhead);
+    sum
+}
+
+/// The most that containers use at once, by one of the two lists of each.
+fn aggregate(spec: &PodSpec, of: fn(Option<&ResourceRequirements>) -> ResourceList) -> ResourceList {
     let mut sum = ResourceList::new();
     spec.containers.iter().for_each(|c| add(&mut sum, &of(c.resources.as_ref())));
     let mut sidecars = ResourceList::new();
@@ -92,8 +103,8 @@ fn raise(peak: &mut ResourceList, other: &ResourceList) {
 pub fn qos_class(spec: &PodSpec) -> &'static str {
     let containers = spec.init_containers.iter().flatten().chain(&spec.containers).map(|c| c.resources.as_ref());
     let parts: Vec<_> = match &spec.resources {
-        Some(whole) if whole.requests.is_some() || whole.limits.is_some() => vec![Some(whole)],
-        _ => containers.collect(),
+        Some(whole) => vec![Some(whole)],
+        None => containers.collect(),
     };
     let zero = Quantity::default();
     let compute = |list: ResourceList| -> ResourceList {
@@ -113,24 +124,32 @@ pub fn qos_class(spec: &PodSpec) -> &'static str {
 
 /// cgroup numbers of one container.
 pub fn container_resources(spec: &PodSpec, container: &Container, node_memory: i64, quota: bool) -> Resources {
-    let requests = requests(container.resources.as_ref());
-    let limits = limits(container.resources.as_ref());
-    let mut resources = numbers(&requests, &limits, quota);
-    resources.oom_score_adj = Some(oom_score(qos_class(spec), requests.get("memory"), node_memory));
+    let mut resources = numbers(&requests(container.resources.as_ref()), &container_limits(spec, container), quota);
+    resources.oom_score_adj = Some(oom_score(spec, container, node_memory));
     resources
 }
 
-/// cgroup numbers of the Pod as a whole: weight by its requests, limits only where every container has one.
-pub fn pod_resources(spec: &PodSpec, quota: bool) -> Resources {
-    let mut sum = together(spec, limits);
-    let parts = || spec.containers.iter().chain(spec.init_containers.iter().flatten());
-    sum.retain(|name, _| parts().all(|c| limits(c.resources.as_ref()).contains_key(name)));
-    sum.extend(limits(spec.resources.as_ref()));
-    if sum.contains_key("memory") || sum.contains_key("cpu") {
-        let overhead = list(spec.overhead.as_ref());
-        let known: ResourceList = overhead.into_iter().filter(|(name, _)| sum.contains_key(name)).collect();
-        add(&mut sum, &known);
+/// The limits of one container: its own, and the Pod's where it has none.
+pub fn container_limits(spec: &PodSpec, container: &Container) -> ResourceList {
+    let mut own = limits(container.resources.as_ref());
+    own.retain(|_, limit| !limit.is_zero());
+    let whole = limits(spec.resources.as_ref());
+    for (name, limit) in whole.into_iter().filter(|(name, _)| name == "cpu" || name == "memory") {
+        own.entry(name).or_insert(limit);
     }
+    own
+}
+
+/// cgroup numbers of the Pod as a whole: weight by its requests, limits only where every container has one or
+/// `spec.resources` does.
+pub fn pod_resources(spec: &PodSpec, quota: bool) -> Resources {
+    let whole = limits(spec.resources.as_ref());
+    let parts = || spec.containers.iter().chain(spec.init_containers.iter().flatten());
+    let mut sum = pod_limits(spec);
+    sum.retain(|name, _| {
+        whole.contains_key(name)
+            || parts().all(|c| limits(c.resources.as_ref()).get(name).is_some_and(|l| !l.is_zero()))
+    });
     numbers(&pod_requests(spec), &sum, quota)
 }
 
@@ -147,18 +166,41 @@ fn numbers(requests: &ResourceList, limits: &ResourceList, quota: bool) -> Resou
     }
 }
 
+/// Priority from which on a Pod is critical: that of the class `system-cluster-critical`.
+pub const CRITICAL_PRIORITY: i32 = 2_000_000_000;
+
 /// How early the kernel kills a container's processes for want of memory: less the more of the node it asked for.
-fn oom_score(class: &str, request: Option<&Quantity>, node_memory: i64) -> i64 {
-    match class {
-        "Guaranteed" => GUARANTEED_OOM_SCORE,
-        "BestEffort" => BEST_EFFORT_OOM_SCORE,
-        _ => {
-            let asked = i128::from(request.map_or(0, |q| q.value()));
-            let share = 1000 * asked / i128::from(node_memory.max(1));
-            // Stays above every Guaranteed Pod and below every BestEffort one.
-            i64::try_from(1000 - share).unwrap_or(0).clamp(1000 + GUARANTEED_OOM_SCORE, BEST_EFFORT_OOM_SCORE - 1)
-        }
+fn oom_score(spec: &PodSpec, container: &Container, node_memory: i64) -> i64 {
+    let node_critical = spec.priority_class_name.as_deref() == Some("system-node-critical");
+    if node_critical && spec.priority.is_some_and(|priority| priority >= CRITICAL_PRIORITY) {
+        return GUARANTEED_OOM_SCORE;
     }
+    match qos_class(spec) {
+        "Guaranteed" => return GUARANTEED_OOM_SCORE,
+        "BestEffort" => return BEST_EFFORT_OOM_SCORE,
+        _ => {}
+    }
+    let memory = |c: &Container| requests(c.resources.as_ref()).get("memory").map_or(0, |memory| memory.value());
+    let mut asked = memory(container);
+    if is_sidecar(container) {
+        // A sidecar outlives what it serves.
+        asked = asked.max(spec.containers.iter().map(memory).min().unwrap_or(0));
+    }
+    let asked = i128::from(asked) + i128::from(unassigned(spec));
+    let score = 1000 - 1000 * asked / i128::from(node_memory.max(1));
+    // Stays above every Guaranteed Pod and below every BestEffort one.
+    i64::try_from(score).unwrap_or(0).clamp(1000 + GUARANTEED_OOM_SCORE, BEST_EFFORT_OOM_SCORE - 1)
+}
+
+/// Each container's part of the memory that `spec.resources` requests beyond what the containers do (KEP-2837), in bytes.
+fn unassigned(spec: &PodSpec) -> i64 {
+    let Some(whole) = requests(spec.resources.as_ref()).get("memory").filter(|memory| !memory.is_zero()).copied()
+    else {
+        return 0;
+    };
+    let assigned = aggregate(spec, requests).get("memory").copied().unwrap_or_default();
+    let count = spec.containers.len() + spec.init_containers.as_ref().map_or(0, Vec::len);
+    (whole - assigned).value().max(0) / i64::try_from(count.max(1)).unwrap_or(1)
 }
 
 #[cfg(test)]
@@ -200,5 +242,62 @@ mod tests {
         assert_eq!(class(&[same, json!({})]), "Burstable");
         let none = json!({ "limits": limits, "requests": { "cpu": "0", "memory": "0" } });
         assert_eq!(class(&[none]), "Burstable", "a request of nothing is not the limit");
+    }
+
+    const MI: i64 = 1 << 20;
+
+    fn spec(spec: Value) -> PodSpec {
+        serde_json::from_value(spec).unwrap()
+    }
+
+    #[test]
+    fn the_pods_own_resources_decide_its_class_and_stand_for_limits_that_are_missing() {
+        let whole =
+            json!({ "requests": { "cpu": "1", "memory": "100Mi" }, "limits": { "cpu": "2", "memory": "100Mi" } });
+        let own = json!({ "limits": { "memory": "40Mi" }, "requests": { "memory": "30Mi", "cpu": "250m" } });
+        let pod =
+            spec(json!({ "resources": whole, "containers": [{ "name": "a", "resources": own }, { "name": "b" }] }));
+        assert_eq!(qos_class(&pod), "Burstable");
+        let of = |index: usize| container_resources(&pod, &pod.containers[index], 1000 * MI, true);
+        assert_eq!((of(0).cpu_shares, of(0).cpu_quota, of(0).memory_limit), (Some(256), Some(200_000), Some(40 * MI)));
+        assert_eq!(
+            (of(1).cpu_shares, of(1).cpu_quota, of(1).memory_limit),
+            (Some(2048), Some(200_000), Some(100 * MI))
+        );
+        // 70 of the 100 MiB are nobody's, so each has half of them: 65 and 35 of 1000.
+        assert_eq!((of(0).oom_score_adj, of(1).oom_score_adj), (Some(935), Some(965)));
+        let sum = pod_resources(&pod, true);
+        assert_eq!((sum.cpu_shares, sum.cpu_quota, sum.memory_limit), (Some(1024), Some(200_000), Some(100 * MI)));
+        let same = json!({ "limits": { "cpu": "1", "memory": "1Gi" } });
+        assert_eq!(qos_class(&spec(json!({ "resources": same, "containers": [{ "name": "c" }] }))), "Guaranteed");
+        assert_eq!(
+            qos_class(&spec(json!({ "resources": {}, "containers": [{ "name": "c", "resources": own }] }))),
+            "BestEffort"
+        );
+    }
+
+    #[test]
+    fn a_pod_is_limited_where_all_of_it_is() {
+        let part = |limits: Value| json!({ "name": "c", "resources": { "limits": limits } });
+        let both = json!({ "cpu": "1", "memory": "10Mi" });
+        let pod = spec(json!({ "containers": [part(both.clone()), part(json!({ "memory": "5Mi" }))],
+            "initContainers": [{ "name": "s", "restartPolicy": "Always", "resources": { "limits": both } }],
+            "overhead": { "memory": "1Mi" } }));
+        let sum = pod_resources(&pod, true);
+        assert_eq!((sum.cpu_quota, sum.memory_limit), (None, Some(26 * MI)));
+    }
+
+    #[test]
+    fn a_sidecar_is_not_killed_before_what_it_serves_and_a_node_critical_pod_last() {
+        let asks = |memory: &str| json!({ "requests": { "memory": memory } });
+        let mut pod = spec(json!({ "containers": [{ "name": "c", "resources": asks("100Mi") }],
+            "initContainers": [{ "name": "s", "restartPolicy": "Always", "resources": asks("10Mi") }] }));
+        let score =
+            |pod: &PodSpec, container: &Container| container_resources(pod, container, 1000 * MI, true).oom_score_adj;
+        let sidecar = pod.init_containers.as_ref().unwrap()[0].clone();
+        assert_eq!((score(&pod, &pod.containers[0]), score(&pod, &sidecar)), (Some(900), Some(900)));
+        pod.priority_class_name = Some("system-node-critical".into());
+        pod.priority = Some(CRITICAL_PRIORITY + 1000);
+        assert_eq!(score(&pod, &sidecar), Some(-997));
     }
 }

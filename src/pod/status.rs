@@ -12,7 +12,10 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{ContainerStatus as ApiContainerStatus, HostIP, Pod, PodIP, PodSpec, PodStatus};
+use k8s_openapi::api::core::v1::{
+    ContainerStatus as ApiContainerStatus, HostIP, Pod, PodIP, PodSpec, PodStatus, ResourceRequirements,
+};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 pub(super) use self::containers::crash_loop;
@@ -20,7 +23,8 @@ pub(super) use self::function::Shown;
 use super::observed::Observed;
 use super::plan::{self, Finish};
 use super::probes::Health;
-use super::qos::qos_class;
+use super::qos::{self, ResourceList, qos_class};
+use super::resize::Note;
 use crate::runtime::types::{ContainerId, ContainerState};
 
 /// Why something is not as it should be: a reason in CamelCase and a sentence.
@@ -64,6 +68,10 @@ pub struct StatusInput<'a> {
     pub terminal: bool,
     /// The scheme of container ids (`docker`).
     pub runtime_name: &'a str,
+    /// Conditions that are there only while they hold.
+    pub notes: &'a [Note],
+    /// Whether CPU limits are enforced.
+    pub cpu_quota: bool,
     /// Running containers are not ready.
     pub unready: bool,
     /// The condition `lambdalet.dev/Replicas` of a function Pod: whether it holds, and its text.
@@ -97,6 +105,8 @@ pub fn pod_status(input: &StatusInput<'_>) -> PodStatus {
         pod_ip: address.map(|ip| ip.to_string()),
         pod_ips: address.map(|ip| vec![PodIP { ip: ip.to_string() }]),
         qos_class: Some(qos_class(spec).to_owned()),
+        allocated_resources: api_list(qos::pod_requests(spec)),
+        resources: resources(spec),
         start_time: Some(previous.and_then(|s| s.start_time.clone()).unwrap_or(Time(input.start_time))),
         observed_generation: input.pod.metadata.generation,
         init_container_statuses: Some(init_statuses).filter(|list| !list.is_empty()),
@@ -104,6 +114,16 @@ pub fn pod_status(input: &StatusInput<'_>) -> PodStatus {
         ephemeral_container_statuses: Some(ephemeral).filter(|list| !list.is_empty()),
         ..PodStatus::default()
     }
+}
+
+/// What the Pod as a whole was granted.
+fn resources(spec: &PodSpec) -> Option<ResourceRequirements> {
+    let (requests, limits) = (api_list(qos::pod_requests(spec)), api_list(qos::pod_limits(spec)));
+    (requests.is_some() || limits.is_some()).then_some(ResourceRequirements { requests, limits, claims: None })
+}
+
+fn api_list(list: ResourceList) -> Option<BTreeMap<String, ApiQuantity>> {
+    (!list.is_empty()).then(|| list.into_iter().map(|(name, amount)| (name, amount.into())).collect())
 }
 
 /// The phase, as the kubelet derives it from container states.

@@ -4,6 +4,8 @@
 //! workers of its own that end it: a deletion that happened while this process was away is carried out, and an API
 //! server that is unreachable or answers half a list deletes nothing.
 
+mod statics;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +25,9 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::statics::Statics;
 use super::directory::HEARTBEAT;
+use super::static_pods::mirrored;
 use super::worker::{Desired, Past, Signal, Worker};
 use super::{Shared, crew, fakecloud};
 use crate::retry::{Delays, Retry};
@@ -67,6 +71,9 @@ pub struct PodLoop {
     /// The look for it, while it is under way: a runtime that does not answer holds nothing else up.
     sweeping: Option<BoxFuture<'static, Found>>,
     drain: channel::Sender<bool>,
+    statics: Statics,
+    /// There is no API server, and so no other Pods than static ones.
+    alone: bool,
 }
 
 struct Handle {
@@ -86,16 +93,19 @@ impl PodLoop {
             sweep_at: None,
             sweeping: None,
             drain,
+            statics: Statics::none(),
+            alone: false,
         }
     }
 
     /// Runs until `stop`, then leaves every Pod running, or with `drain_on_exit` ends them all first.
     pub async fn run(mut self, stop: CancellationToken, drain_on_exit: bool) {
-        let mut pods = self.watch();
+        let mut pods = self.begin();
         let mut broken = Retry::new("watch Pods");
         let mut events = subscribe(&self.shared).await;
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         let shared = Arc::clone(&self.shared);
+        let (mut freed, mut evicted) = (shared.admission.freed(), shared.evictions.given());
         let mut leaving = false;
         loop {
             tokio::select! {
@@ -123,6 +133,12 @@ impl PodLoop {
                 () = sleep_until(self.sweep_at), if self.sweeping.is_none() => self.sweep(),
                 // Cancel-safe: the look goes on the next time round.
                 found = look(&mut self.sweeping) => self.swept(found),
+                // Cancel-safe: a change not taken stays unseen.
+                Ok(()) = freed.changed() => self.wake(&shared.admission.waiting()),
+                // Cancel-safe: likewise.
+                Ok(()) = evicted.changed() => self.wake(&shared.evictions.open()),
+                // Cancel-safe: likewise.
+                () = self.statics.changed() => self.apply_statics(),
                 // Cancel-safe: a tick not taken comes at once.
                 _ = heartbeat.tick() => self.shared.directory.beat(),
                 // Cancel-safe: a token stays cancelled.
@@ -137,6 +153,12 @@ impl PodLoop {
                 () = shared.admission.emptied(), if leaving && !self.ends_orphans() => return self.clear().await,
             }
         }
+    }
+
+    /// These Pods look what has changed for them.
+    fn wake(&self, uids: &[String]) {
+        let handles = uids.iter().filter_map(|uid| self.workers.get(uid));
+        handles.for_each(|handle| handle.signal.send_modify(|signal| signal.events += 1));
     }
 
     /// Tells every worker to end its Pod.
@@ -181,6 +203,15 @@ impl PodLoop {
         rest.flatten_stream().boxed()
     }
 
+    /// The watch; without an API server what there is of Pods is known at once, and nothing comes.
+    fn begin(&mut self) -> BoxStream<'static, Result<Event<Guarded>, watcher::Error>> {
+        if !self.alone {
+            return self.watch();
+        }
+        self.listed();
+        futures::stream::pending().boxed()
+    }
+
     fn watch(&self) -> BoxStream<'static, Result<Event<Guarded>, watcher::Error>> {
         let api: Api<Guarded> = Api::all(self.client.clone());
         let selector = format!("spec.nodeName={}", self.shared.facts.borrow().name);
@@ -191,6 +222,7 @@ impl PodLoop {
         match event {
             Event::Init => {
                 self.listing.clear();
+                self.statics.begin_list();
                 self.sweep_at = None;
                 self.sweeping = None;
             }
@@ -207,6 +239,11 @@ impl PodLoop {
             Event::Delete(DeserializeGuard(pod)) => {
                 let uid = uid_of(&pod).unwrap_or_default();
                 self.listing.remove(&uid);
+                if let Ok(mirror) = &pod
+                    && mirrored(mirror).is_some()
+                {
+                    return self.mirror_gone(mirror);
+                }
                 if !self.workers.contains_key(&uid) {
                     // It never parsed, and may have left something here in the life of another process.
                     self.sweep_at = Some(Instant::now());
@@ -224,6 +261,9 @@ impl PodLoop {
         };
         // Nobody here reads it, and it is the larger half of many objects.
         pod.metadata.managed_fields = None;
+        if mirrored(&pod).is_some() {
+            return self.mirror_seen(pod);
+        }
         fakecloud::adapt(&mut pod);
         let Some(uid) = pod.metadata.uid.clone() else { return };
         let pod = Arc::new(pod);
@@ -271,6 +311,7 @@ impl PodLoop {
         match ended {
             Ok(uid) => {
                 self.workers.remove(&uid);
+                self.static_ended(&uid);
             }
             Err(error) => {
                 tracing::error!(error = chain(&error), "a Pod's worker was lost");
@@ -305,13 +346,20 @@ impl PodLoop {
 
     /// A complete LIST is in: Pods that are not in it are gone.
     fn listed(&mut self) {
-        let absent: Vec<_> = self.workers.keys().filter(|uid| !self.listing.contains(*uid)).cloned().collect();
+        let absent = self.workers.keys().filter(|uid| !self.listing.contains(*uid) && !self.statics.has(uid));
+        let absent: Vec<_> = absent.cloned().collect();
         absent.iter().for_each(|uid| self.gone(uid));
+        self.mirrors_listed();
+        self.shared.admission.expect(self.workers.keys().cloned());
         self.sweep_at = Some(Instant::now());
     }
 
     /// Begins to look for what belongs to no Pod.
     fn sweep(&mut self) {
+        if !self.statics.are_known() {
+            self.sweep_at = Some(Instant::now() + SUBSCRIBE_AGAIN);
+            return;
+        }
         self.sweep_at = None;
         self.sweeping = Some(belongings(Arc::clone(&self.shared)).boxed());
     }
@@ -331,7 +379,8 @@ impl PodLoop {
     fn adopt_orphan(&mut self, uid: String, pod: Pod) {
         // An environment is its function Pod's, for as long as that is there.
         let owner = crew::base(&uid);
-        if self.workers.contains_key(&uid) || self.workers.contains_key(owner) || self.listing.contains(owner) {
+        let known = self.workers.contains_key(&uid) || self.workers.contains_key(owner);
+        if known || self.listing.contains(owner) || self.statics.has(owner) {
             return;
         }
         tracing::info!(uid, pod = pod.metadata.name, namespace = pod.metadata.namespace, "ending a Pod that is gone");

@@ -17,6 +17,7 @@ mod look;
 mod memory;
 mod probing;
 mod report;
+mod resize;
 mod seat;
 mod start;
 
@@ -166,7 +167,8 @@ impl Worker {
         self.digest().await;
         let goal = self.goal();
         self.probe(goal);
-        let step = self.plan(goal);
+        self.seek_resources(goal);
+        let step = self.resize_step(goal).unwrap_or_else(|| self.plan(goal));
         if matches!(step, Step::Wait(_)) && goal != Goal::Run && self.memory.released {
             if self.gone {
                 return self.clean_up().await;
@@ -227,7 +229,7 @@ impl Worker {
             // A volume may show them.
             self.memory.next_refresh = Some(Instant::now());
         }
-        self.pod = desired.pod;
+        self.pod = self.granted(desired.pod);
         self.gone = desired.gone;
         if changed {
             self.retune();
@@ -246,9 +248,12 @@ impl Worker {
         if !self.observed.is_empty() {
             self.shared.admission.adopt(&self.reference.uid, spec);
             self.shared.capacity.adopt(&self.reference.uid, spec);
+            self.memory.resize.admitted(spec);
             return;
         }
-        self.registered().await;
+        if !super::static_pods::is_independent(&self.pod) {
+            self.registered().await;
+        }
         self.take_desired();
         let (Some(spec), true) = (&self.pod.spec, self.may_live()) else { return };
         let refusal = super::unsupported::refusal(&self.pod, spec);
@@ -258,6 +263,7 @@ impl Worker {
             self.memory.ended = Some(trouble);
             return;
         }
+        self.memory.resize.admitted(spec);
         self.make_room(spec).await;
         let idle = super::fakecloud::idle_switches(&self.pod);
         for omission in super::unsupported::omissions(&self.pod, spec).into_iter().chain(idle) {
@@ -300,7 +306,7 @@ impl Worker {
     }
 
     fn goal(&self) -> Goal {
-        goal(&self.pod, self.gone, self.memory.ended.is_some())
+        self.hastened(goal(&self.pod, self.gone, self.memory.ended.is_some()))
     }
 
     /// Sleeps until something happens or something is due.
@@ -312,6 +318,7 @@ impl Worker {
             self.memory.next_refresh,
             self.memory.reassert_at,
             self.memory.pull_notice.map(at),
+            self.memory.resize.retry_at.map(at),
             self.numbers_due().map(|due| if due > Instant::now() { due } else { Instant::now() + NUMBERS }),
         ];
         let wake = due.into_iter().flatten().min().unwrap_or(self.look_at);
@@ -428,6 +435,7 @@ impl Worker {
             Step::Stop { containers, grace } => self.stop(&containers, grace).await,
             Step::Reset(containers) => self.reset(&containers),
             Step::Kill { container, probe } => self.kill(&container, probe),
+            Step::Resize => self.resize().await,
             Step::Prune(id) => self.prune(&id).await,
             Step::RemoveSandbox(id) => self.remove_sandbox(&id).await,
             Step::Release => self.release().await,

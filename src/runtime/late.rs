@@ -13,7 +13,7 @@ use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope};
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
-    RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+    Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::{ImageStore, Result, Runtime, SandboxRuntime};
 
@@ -113,6 +113,14 @@ impl SandboxRuntime for Late {
 
     async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
         self.get().await?.unpause_container(id).await
+    }
+
+    async fn update_container_resources(&self, id: &ContainerId, resources: &Resources) -> Result<()> {
+        self.get().await?.update_container_resources(id, resources).await
+    }
+
+    async fn update_pod_sandbox_resources(&self, id: &SandboxId, resources: &Resources) -> Result<()> {
+        self.get().await?.update_pod_sandbox_resources(id, resources).await
     }
 
     async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {

@@ -39,7 +39,7 @@ use session::{AttachRequest, Duplex, ExecRequest, Session};
 use stats::{ImageFs, SandboxStats, StatsScope};
 use types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
-    RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+    Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 
 /// Runs Pods: sandboxes and the containers in them.
@@ -150,6 +150,24 @@ pub trait SandboxRuntime: Send + Sync + 'static {
     /// # Errors
     /// As [`pause_container`](Self::pause_container).
     async fn unpause_container(&self, id: &ContainerId) -> Result<()>;
+
+    /// Gives a container that has not exited other limits, without a restart; `None` leaves one as it is, and the OOM
+    /// score stays whatever is asked.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for an unknown container, [`Kind::Invalid`] for one that has exited or limits the engine
+    /// refuses, [`Kind::Unsupported`] if the driver cannot do it.
+    async fn update_container_resources(&self, id: &ContainerId, _resources: &Resources) -> Result<()> {
+        Err(RuntimeError::new(Kind::Unsupported, format!("the limits of container {id} cannot be changed as it runs")))
+    }
+
+    /// Gives a sandbox as a whole other limits ([`SandboxConfig::resources`]); `None` leaves one as it is.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for an unknown sandbox, [`Kind::Unsupported`] if the driver cannot do it.
+    async fn update_pod_sandbox_resources(&self, id: &SandboxId, _resources: &Resources) -> Result<()> {
+        Err(RuntimeError::new(Kind::Unsupported, format!("the limits of sandbox {id} cannot be changed as it runs")))
+    }
 
     /// What every ready sandbox of this owner and its running containers use, in no order; CRI's ListPodSandboxStats.
     /// Cheap enough to be asked every few seconds: it reads the host's files and asks the engine nothing about each.

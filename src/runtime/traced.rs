@@ -18,7 +18,7 @@ use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope};
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
-    RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+    Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::verb::Verb;
 use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime};
@@ -40,8 +40,22 @@ fn is_question(verb: Verb) -> bool {
     match verb {
         Version | Ready | PodSandboxStatus | ListPodSandboxes | ListContainers | ContainerStatus | ImageStatus
         | ListImages | ImageFsInfo | ListPodSandboxStats | Events => true,
-        RunPodSandbox | StopPodSandbox | RemovePodSandbox | CreateContainer | StartContainer | StopContainer
-        | RemoveContainer | Logs | Exec | Attach | PortForward | PauseContainer | UnpauseContainer | PullImage
+        RunPodSandbox
+        | StopPodSandbox
+        | RemovePodSandbox
+        | CreateContainer
+        | StartContainer
+        | StopContainer
+        | RemoveContainer
+        | Logs
+        | Exec
+        | Attach
+        | PortForward
+        | PauseContainer
+        | UnpauseContainer
+        | UpdateContainerResources
+        | UpdatePodSandboxResources
+        | PullImage
         | RemoveImage => false,
     }
 }
@@ -246,6 +260,16 @@ impl<R: SandboxRuntime> SandboxRuntime for Traced<R> {
         self.observe(Verb::UnpauseContainer, id, self.inner.unpause_container(id)).await
     }
 
+    async fn update_container_resources(&self, id: &ContainerId, resources: &Resources) -> Result<()> {
+        let work = self.inner.update_container_resources(id, resources);
+        self.observe(Verb::UpdateContainerResources, id, work).await
+    }
+
+    async fn update_pod_sandbox_resources(&self, id: &SandboxId, resources: &Resources) -> Result<()> {
+        let work = self.inner.update_pod_sandbox_resources(id, resources);
+        self.observe(Verb::UpdatePodSandboxResources, id, work).await
+    }
+
     async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
         self.observe(Verb::ListPodSandboxStats, "all", self.inner.list_pod_sandbox_stats(scope)).await
     }
@@ -355,6 +379,14 @@ impl<R: SandboxRuntime + ?Sized> SandboxRuntime for Arc<R> {
 
     async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
         (**self).unpause_container(id).await
+    }
+
+    async fn update_container_resources(&self, id: &ContainerId, resources: &Resources) -> Result<()> {
+        (**self).update_container_resources(id, resources).await
+    }
+
+    async fn update_pod_sandbox_resources(&self, id: &SandboxId, resources: &Resources) -> Result<()> {
+        (**self).update_pod_sandbox_resources(id, resources).await
     }
 
     async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {

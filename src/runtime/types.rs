@@ -319,6 +319,8 @@ pub struct ContainerStatus {
     pub image_ref: String,
     /// Its first process on the host while running.
     pub pid: Option<i32>,
+    /// The limits it has now, as far as the driver tells them.
+    pub resources: Option<Resources>,
     /// [`ContainerConfig::annotations`].
     pub annotations: BTreeMap<String, String>,
 }

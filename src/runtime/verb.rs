@@ -44,6 +44,8 @@ verbs! {
     PortForward => "port_forward",
     PauseContainer => "pause_container",
     UnpauseContainer => "unpause_container",
+    UpdateContainerResources => "update_container_resources",
+    UpdatePodSandboxResources => "update_pod_sandbox_resources",
     ListPodSandboxStats => "list_pod_sandbox_stats",
     Events => "events",
     PullImage => "pull_image",

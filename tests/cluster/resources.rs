@@ -10,7 +10,7 @@ use crate::harness::on_shared_node;
 use crate::harness::pods::{STAY, busybox_with, container, sleeper, status, with};
 
 /// The value of a file in a cgroup directory whose path ends in or contains `name`.
-fn value(name: &str, v1: &str, v2: &str) -> String {
+pub(crate) fn value(name: &str, v1: &str, v2: &str) -> String {
     let unified = std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
     let file = if unified { v2 } else { v1 };
     let found = output("find", &["/sys/fs/cgroup", "-type", "d", "-name", &format!("*{name}*")]);

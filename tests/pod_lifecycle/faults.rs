@@ -27,6 +27,8 @@ fn told_as(verb: Verb) -> Option<Option<&'static str>> {
         | Verb::RemoveImage
         | Verb::ListPodSandboxStats => None,
         Verb::Exec | Verb::Attach | Verb::PortForward | Verb::PauseContainer | Verb::UnpauseContainer => None,
+        // Tests of their own, with a Pod that is resized.
+        Verb::UpdateContainerResources | Verb::UpdatePodSandboxResources => None,
     }
 }
 

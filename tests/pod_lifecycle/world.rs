@@ -14,11 +14,14 @@ use lambdalet::pod::admission::Admission;
 use lambdalet::pod::capacity::Capacity;
 use lambdalet::pod::crew::Environments;
 use lambdalet::pod::directory::Directory;
+use lambdalet::pod::eviction::Orders;
 use lambdalet::pod::files::DnsSettings;
 use lambdalet::pod::images::Images;
 use lambdalet::pod::inputs::Inputs;
 use lambdalet::pod::inputs::objects::Objects;
+use lambdalet::pod::mirror::{self, Mirrors};
 use lambdalet::pod::publish::{PublishCounters, Publisher};
+use lambdalet::pod::static_pods::StaticPods;
 use lambdalet::pod::translate::Host;
 use lambdalet::pod::volumes::VolumeManager;
 use lambdalet::pod::{Fronts, PodLoop, Shared, events};
@@ -62,6 +65,8 @@ pub(crate) struct World {
     pub(crate) runtime: FakeRuntime,
     pub(crate) setup: Setup,
     pub(crate) root: tempfile::TempDir,
+    /// What the files of static Pods say.
+    pub(crate) statics: watch::Sender<StaticPods>,
     process: Option<Process>,
 }
 
@@ -102,7 +107,8 @@ impl World {
         for name in ["pods", "secrets"] {
             std::fs::create_dir(root.path().join(name)).unwrap();
         }
-        Self { api: Api::new(), runtime: FakeRuntime::new(), setup, root, process: None }
+        let statics = watch::Sender::new(StaticPods::none());
+        Self { api: Api::new(), runtime: FakeRuntime::new(), setup, root, statics, process: None }
     }
 
     /// Starts the process; what an earlier one left is what it finds.
@@ -130,13 +136,14 @@ impl World {
             addresses: Addresses::new(Arc::new(ipam)),
             admission: Admission::default(),
             capacity: Capacity::new(&self.facts().allocatable),
+            evictions: Orders::default(),
             environments: Environments::default(),
             fronts: Fronts::new(&Metrics::default()),
             directory: Arc::default(),
             images: Images::new(1),
             probes: lambdalet::pod::probes::Bounds::default(),
             facts: facts_seen,
-            registration: registered,
+            registration: registered.clone(),
             host: self.host(),
             settings: PodSettings {
                 root_dir: self.root.path().to_owned(),
@@ -151,7 +158,11 @@ impl World {
         writers.spawn(async move { publisher.run(until).await });
         writers.spawn(event_writer.run(closing.clone()));
         let mut pods = JoinSet::new();
+        let (work, worked) = watch::channel(mirror::Work::default());
+        let mirrors = Mirrors::new(client.clone(), NODE, worked, registered);
+        writers.spawn(mirrors.run(closing.clone()));
         let process = PodLoop::new(Arc::clone(&shared), client, drain);
+        let process = process.with_static_pods(self.statics.subscribe(), work);
         pods.spawn(process.run(stop.clone(), true));
         let kept = (facts, registration);
         self.process = Some(Process { shared, stop, closing, pods, writers, _facts: kept.0, _registration: kept.1 });
@@ -183,7 +194,7 @@ impl World {
         self.process().shared.directory.clone()
     }
 
-    pub(crate) fn shared(&self) -> &Shared {
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.process().shared
     }
 

@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 
 use futures::join;
 use lambdalet::runtime::Kind;
-use lambdalet::runtime::types::{ContainerConfig, ContainerId, ContainerState, ImageId, SandboxConfig, SandboxId};
+use lambdalet::runtime::stats::StatsScope;
+use lambdalet::runtime::types::{
+    ContainerConfig, ContainerId, ContainerState, ContainerStatus, ImageId, Resources, SandboxConfig, SandboxId,
+};
 
 use crate::bench::Bench;
 
@@ -209,4 +212,63 @@ pub(crate) async fn what_the_caller_wrote_on_a_container_reads_back(bench: &Benc
     assert_eq!(listed.len(), 1);
     assert_eq!((listed[0].attempt, listed[0].image_ref.as_str()), (7, "what the user wrote"));
     assert_eq!((&listed[0].annotations, &listed[0].image), (&annotations, &bench.image));
+}
+
+pub(crate) async fn a_container_is_given_other_limits_as_it_runs(bench: &Bench) {
+    let sandbox = bench.sandbox("p").await;
+    let limits = Resources {
+        cpu_shares: Some(128),
+        cpu_quota: Some(20_000),
+        cpu_period: Some(100_000),
+        memory_limit: Some(32 << 20),
+        ..Resources::default()
+    };
+    let config = ContainerConfig { resources: limits.clone(), ..bench.container_config("p", "c", bench.idles()) };
+    let id = bench.runtime.create_container(&sandbox, &config).await.unwrap();
+    bench.runtime.start_container(&id).await.unwrap();
+    let before = bench.runtime.container_status(&id).await.unwrap();
+    let told = |status: &ContainerStatus| {
+        let told = status.resources.clone().unwrap();
+        (told.cpu_shares, told.cpu_quota, told.memory_limit)
+    };
+    assert_eq!(told(&before), (Some(128), Some(20_000), Some(32 << 20)));
+    // Up, and one of them down again.
+    for (shares, quota, memory) in [(256, 50_000, 64 << 20), (512, 50_000, 48 << 20)] {
+        let more = Resources {
+            cpu_shares: Some(shares),
+            cpu_quota: Some(quota),
+            memory_limit: Some(memory),
+            oom_score_adj: Some(-998),
+            ..limits.clone()
+        };
+        bench.runtime.update_container_resources(&id, &more).await.unwrap();
+        let after = bench.runtime.container_status(&id).await.unwrap();
+        assert_eq!(told(&after), (Some(shares), Some(quota), Some(memory)));
+        assert_eq!(
+            (after.state, after.pid, after.started_at),
+            (ContainerState::Running, before.pid, before.started_at)
+        );
+        let stats = bench.runtime.list_pod_sandbox_stats(StatsScope::All).await.unwrap();
+        let in_kernel = stats[0].containers[0].usage.limits.unwrap();
+        assert_eq!((in_kernel.cpu_quota, in_kernel.memory), (Some(quota as u64), Some(memory as u64)));
+    }
+    // What is not named stays.
+    let memory = Resources { memory_limit: Some(40 << 20), ..Resources::default() };
+    bench.runtime.update_container_resources(&id, &memory).await.unwrap();
+    let after = bench.runtime.container_status(&id).await.unwrap();
+    assert_eq!(told(&after), (Some(512), Some(50_000), Some(40 << 20)));
+}
+
+pub(crate) async fn what_has_exited_or_never_was_is_given_no_limits(bench: &Bench) {
+    let limits = Resources { cpu_shares: Some(128), ..Resources::default() };
+    let id = bench.started("c", bench.exits(0)).await;
+    bench.exited(&id).await;
+    let error = bench.runtime.update_container_resources(&id, &limits).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Invalid, "{error}");
+    for id in ["nobody", bench.sandbox("p").await.as_str()] {
+        let error = bench.runtime.update_container_resources(&id.into(), &limits).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::NotFound, "{error}");
+    }
+    let error = bench.runtime.update_pod_sandbox_resources(&"nothing".into(), &limits).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::NotFound, "{error}");
 }

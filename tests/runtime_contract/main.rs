@@ -60,6 +60,7 @@ contract! {
         unknown_ids_may_be_stopped_and_removed_but_have_no_status
         a_list_can_be_narrowed_to_one_pod
         a_sandbox_on_the_hosts_network_has_no_address
+        a_sandbox_is_given_other_limits_as_it_runs
         a_run_that_was_dropped_can_be_repeated
         many_sandboxes_can_be_run_at_once;
     containers:
@@ -79,7 +80,9 @@ contract! {
         two_removals_at_once_both_succeed
         a_container_that_joined_the_processes_of_another_ends_with_it
         a_target_must_be_there_and_run
-        what_the_caller_wrote_on_a_container_reads_back;
+        what_the_caller_wrote_on_a_container_reads_back
+        a_container_is_given_other_limits_as_it_runs
+        what_has_exited_or_never_was_is_given_no_limits;
     logs:
         binary_bytes_arrive_as_they_were_written
         a_long_line_arrives_whole_in_parts

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use lambdalet::runtime::Kind;
-use lambdalet::runtime::types::{ContainerId, ContainerState, SandboxConfig, SandboxId, SandboxNetwork, SandboxState};
+use lambdalet::runtime::stats::StatsScope;
+use lambdalet::runtime::types::{
+    ContainerId, ContainerState, Resources, SandboxConfig, SandboxId, SandboxNetwork, SandboxState,
+};
 
 use crate::bench::Bench;
 
@@ -136,4 +139,23 @@ pub(crate) async fn many_sandboxes_can_be_run_at_once(bench: &Bench) {
     assert_eq!(bench.runtime.list_pod_sandboxes(None).await.unwrap().len(), made.len());
     let removed = join_all(made.iter().map(|id| bench.runtime.remove_pod_sandbox(id))).await;
     assert!(removed.iter().all(Result::is_ok));
+}
+
+pub(crate) async fn a_sandbox_is_given_other_limits_as_it_runs(bench: &Bench) {
+    let id = bench.sandbox("p").await;
+    bench.started("c", bench.idles()).await;
+    for (quota, memory) in [(50_000, 300 << 20), (20_000, 200 << 20)] {
+        let limits = Resources {
+            cpu_quota: Some(quota),
+            cpu_period: Some(100_000),
+            memory_limit: Some(memory),
+            ..Resources::default()
+        };
+        bench.runtime.update_pod_sandbox_resources(&id, &limits).await.unwrap();
+        let stats = bench.runtime.list_pod_sandbox_stats(StatsScope::All).await.unwrap();
+        let in_kernel = stats[0].usage.limits.unwrap();
+        assert_eq!((in_kernel.cpu_quota, in_kernel.memory), (Some(quota as u64), Some(memory as u64)));
+        let shares = in_kernel.cpu_shares.unwrap();
+        assert!((100..=128).contains(&shares), "what is not named stays, but for rounding: {shares}");
+    }
 }

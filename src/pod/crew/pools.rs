@@ -215,6 +215,7 @@ mod tests {
             image: ImageId::from(""),
             image_ref: String::new(),
             pid: None,
+            resources: None,
             annotations: BTreeMap::new(),
         }
     }

@@ -27,6 +27,7 @@ use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use super::PodContext;
+use super::static_pods::is_static;
 use crate::runtime::types::RegistryAuth;
 use env::Environment;
 use objects::{ObjectError, Objects};
@@ -158,6 +159,10 @@ impl Inputs {
 
     async fn service_variables(&self, pod: &Pod, container: &str) -> Result<Vec<(String, String)>, InputError> {
         let links = pod.spec.as_ref().and_then(|spec| spec.enable_service_links).unwrap_or(true);
+        if !links && is_static(pod) {
+            // It must start where there is no API server to ask.
+            return Ok(Vec::new());
+        }
         let variables = if links {
             let services = self.services().await?;
             services::variables(services.iter().map(Arc::as_ref), namespace(pod), true)

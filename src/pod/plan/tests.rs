@@ -59,6 +59,7 @@ fn container(name: &str, attempt: u32, sandbox: u32, state: ContainerState, exit
         image: "sha256:0".into(),
         image_ref: "busybox".into(),
         pid: None,
+        resources: None,
         annotations: BTreeMap::new(),
     }
 }
@@ -146,7 +147,9 @@ impl World {
             Step::Prune(id) => self.observed.drop_container(id),
             Step::RemoveSandbox(id) => self.observed.drop_sandbox(id),
             Step::Release => self.released = true,
-            Step::Create { .. } | Step::Serve | Step::Drain(_) => panic!("{step:?} for a Pod that is no function"),
+            Step::Create { .. } | Step::Serve | Step::Drain(_) | Step::Resize => {
+                panic!("{step:?} for a Pod that is no function")
+            }
         }
     }
 

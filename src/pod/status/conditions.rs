@@ -6,6 +6,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use super::StatusInput;
 use crate::pod::plan;
 use crate::pod::qos::is_sidecar;
+use crate::pod::resize::Note;
 
 /// The conditions this node writes.
 pub(super) const TYPES: [&str; 5] =
@@ -57,6 +58,7 @@ pub(super) fn all(
     if let Some((holds, text)) = input.replicas {
         list.push(condition(input, REPLICAS, Verdict { holds, reason: None, message: Some(text.to_owned()) }));
     }
+    list.extend(input.notes.iter().map(|note| noted(input, note)));
     list
 }
 
@@ -66,6 +68,13 @@ fn restarting(input: &StatusInput<'_>, spec: &PodSpec) -> Verdict {
     }
     let text = "container exited with restart policy rule".to_owned();
     Verdict { holds: true, reason: Some("RestartAllContainersStarted"), message: Some(text) }
+}
+
+fn noted(input: &StatusInput<'_>, note: &Note) -> PodCondition {
+    let trouble = note.trouble.clone();
+    let (reason, message) = trouble.map_or((None, None), |trouble| (Some(trouble.reason), Some(trouble.message)));
+    let plain = condition(input, note.type_, Verdict::yes());
+    PodCondition { reason, message, observed_generation: note.generation, ..plain }
 }
 
 fn condition(input: &StatusInput<'_>, type_: &str, verdict: Verdict) -> PodCondition {

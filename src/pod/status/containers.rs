@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{
     Container, ContainerState as ApiState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting,
-    ContainerStatus as ApiStatus,
+    ContainerStatus as ApiStatus, ResourceRequirements,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::{StatusInput, Trouble, ephemeral, is_running};
-use crate::pod::plan;
 use crate::pod::qos::is_sidecar;
+use crate::pod::{plan, qos, resize};
 use crate::runtime::types::{ContainerState, ContainerStatus};
 
 /// The status of `container`.
@@ -42,11 +42,25 @@ pub(super) fn status(input: &StatusInput<'_>, container: &Container, init: bool)
         restart_count: seen.max(if latest.is_none() { reported.map_or(0, |r| r.restart_count) } else { 0 }),
         state: Some(state),
         last_state: last_state.or_else(|| Some(ApiState::default())),
-        resources: container.resources.clone(),
+        resources: resources(input, container, latest),
         stop_signal: container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.stop_signal.clone()),
         allocated_resources: container.resources.as_ref().and_then(|r| r.requests.clone()),
         ..ApiStatus::default()
     }
+}
+
+/// What was allocated, or of a running container what is in effect.
+fn resources(
+    input: &StatusInput<'_>,
+    container: &Container,
+    latest: Option<&ContainerStatus>,
+) -> Option<ResourceRequirements> {
+    let allocated = container.resources.clone();
+    let (Some(spec), Some(now)) = (&input.pod.spec, latest.filter(|now| is_running(now.state))) else {
+        return allocated;
+    };
+    let wanted = qos::container_resources(spec, container, 1, input.cpu_quota);
+    allocated.map(|allocated| resize::in_effect(&allocated, &wanted, now.resources.as_ref()))
 }
 
 fn reported<'a>(input: &StatusInput<'a>, name: &str, init: bool) -> Option<&'a ApiStatus> {

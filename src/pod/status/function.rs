@@ -99,6 +99,7 @@ fn stand_in(
         image: ImageId::from(""),
         image_ref: String::new(),
         pid: None,
+        resources: None,
         annotations: std::collections::BTreeMap::new(),
     }
 }

@@ -50,6 +50,7 @@ fn attempt(name: &str, number: u32, state: ContainerState, exit_code: i32) -> Co
         image: "sha256:1".into(),
         image_ref: "i:1".into(),
         pid: None,
+        resources: None,
         annotations: BTreeMap::new(),
     }
 }
@@ -93,6 +94,8 @@ impl Case {
             health: &self.health,
             ended: self.ended.as_ref(),
             terminal: self.terminal,
+            notes: &[],
+            cpu_quota: true,
             unready: false,
             replicas: None,
             runtime_name: "docker",

@@ -12,7 +12,10 @@ use super::{Next, Worker};
 use crate::failpoint;
 use crate::pod::crew::kept;
 use crate::pod::ephemeral;
+use crate::pod::eviction::{DISRUPTION, Order};
 use crate::pod::inputs::following::Following;
+use crate::pod::plan::Goal;
+use crate::pod::resize::Note;
 use crate::pod::status::{Trouble, crash_loop};
 use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus, LogOptions, SandboxId};
 use crate::telemetry::chain;
@@ -30,6 +33,7 @@ impl Worker {
     /// Takes note of what has ended since the last turn, and of deadlines passed.
     pub(super) async fn digest(&mut self) {
         let now = Timestamp::now();
+        self.take_order();
         let ended: Vec<ContainerStatus> = self
             .observed
             .containers()
@@ -53,6 +57,30 @@ impl Worker {
         if self.memory.pull_notice.is_some_and(|at| at <= now) {
             self.memory.pull_notice = None;
             self.say_pull_backoff();
+        }
+    }
+
+    /// Takes the order to end the Pod, if there is one.
+    fn take_order(&mut self) {
+        let Some(Order { trouble, grace, disruption }) = self.shared.evictions.take(&self.reference.uid) else {
+            return;
+        };
+        if self.memory.ended.is_some() || self.memory.released {
+            return;
+        }
+        self.shared.events.warning(&self.pod, None, &trouble.reason, trouble.message.clone());
+        let told = Trouble::new("TerminationByKubelet", trouble.message.clone());
+        let generation = self.pod.metadata.generation;
+        self.memory.disruption = disruption.then_some(Note { type_: DISRUPTION, trouble: Some(told), generation });
+        self.memory.hurry = Some(grace);
+        self.memory.ended = Some(trouble);
+    }
+
+    /// The goal, with no more grace than an order leaves.
+    pub(super) fn hastened(&self, goal: Goal) -> Goal {
+        match (goal, self.memory.hurry) {
+            (Goal::End(grace), Some(most)) => Goal::End(grace.min(most)),
+            _ => goal,
         }
     }
 
@@ -80,7 +108,7 @@ impl Worker {
             return;
         }
         let newest = self.observed.latest(&status.name).is_some_and(|l| l.id == status.id);
-        if !newest || !matches!(self.goal(), crate::pod::plan::Goal::Run) {
+        if !newest || !matches!(self.goal(), Goal::Run) {
             return;
         }
         let max = self.shared.settings.max_restart_backoff;
@@ -182,7 +210,9 @@ impl Worker {
     /// and is not being deleted.
     pub(super) async fn release(&mut self) {
         // A node that leaves the host keeps no containers for their logs: nobody could ask for them.
-        if self.gone || self.is_deleted() || *self.shared.draining.borrow() {
+        // Nor does a Pod that had to make room.
+        let evicted = self.memory.hurry.is_some();
+        if evicted || self.gone || self.is_deleted() || *self.shared.draining.borrow() {
             self.remove_everything_once().await;
         } else {
             let ids: Vec<_> = self.observed.sandbox_ids().cloned().collect();

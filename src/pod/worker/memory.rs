@@ -8,8 +8,10 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::time::Instant;
 
+use super::resize::Book;
 use crate::pod::backoff::Backoff;
 use crate::pod::inputs::following::Following;
+use crate::pod::resize::Note;
 use crate::pod::status::Trouble;
 use crate::pod::translate::Places;
 use crate::runtime::types::{ContainerConfig, ContainerId};
@@ -23,6 +25,10 @@ pub(super) struct Memory {
     pub(super) released: bool,
     /// Why this node ended the Pod.
     pub(super) ended: Option<Trouble>,
+    /// The most grace that it has then, if there is no time to lose.
+    pub(super) hurry: Option<Duration>,
+    /// That it ended for others' sake.
+    pub(super) disruption: Option<Note>,
     /// The Pod's address.
     pub(super) address: Option<IpAddr>,
     /// Its ports on the host lead to it.
@@ -71,6 +77,8 @@ pub(super) struct Memory {
     pub(super) complaint: Option<String>,
     /// Containers and sandboxes were removed.
     pub(super) removed: bool,
+    /// How far its resources are.
+    pub(super) resize: Book,
     /// The event count at the last look.
     pub(super) events_seen: u64,
 }
@@ -87,6 +95,7 @@ impl Memory {
         let on_host = pod.spec.as_ref().is_some_and(|s| s.host_network == Some(true));
         Self {
             floors,
+            resize: Book::of(pod),
             address: status.and_then(|s| s.pod_ip.as_ref()?.parse().ok()).filter(|_| !on_host),
             start_time: status.and_then(|s| s.start_time.as_ref()).map_or(now, |t| t.0),
             ..Self::default()

@@ -24,6 +24,8 @@ impl Worker {
         let ready_to_start = self.observed.ready_sandbox().is_some() && (has_volumes || self.function.is_some());
         let shown = self.function.as_ref().map(|function| function.shown(&self.pod, self.observed.sandbox()));
         let waiting = self.waiting(shown.as_ref());
+        let mut notes = self.memory.resize.notes();
+        notes.extend(self.memory.disruption.clone());
         pod_status(&StatusInput {
             pod: &self.pod,
             observed: shown.as_ref().map_or(&self.observed, |shown| &shown.observed),
@@ -36,6 +38,8 @@ impl Worker {
             ended: self.memory.ended.as_ref(),
             terminal: (goal != Goal::Run || finished) && !self.is_up(),
             runtime_name: if shown.is_some() { function::SCHEME } else { &self.shared.runtime_name },
+            notes: &notes,
+            cpu_quota: self.shared.host.cpu_quota,
             unready: shown.as_ref().is_some_and(|shown| shown.unready),
             replicas: shown
                 .as_ref()

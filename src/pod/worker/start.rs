@@ -16,6 +16,7 @@ use crate::pod::backoff;
 use crate::pod::ephemeral;
 use crate::pod::files;
 use crate::pod::images::{self, Local, Wanted};
+use crate::pod::resize;
 use crate::pod::status::Trouble;
 use crate::pod::translate::{self, Places};
 use crate::pod::watch::GRACE_ANNOTATION;
@@ -333,7 +334,8 @@ impl Worker {
             |words: &Option<Vec<String>>| self.shared.inputs.expand(words.as_deref().unwrap_or_default(), &env);
         let (command, args) = (expand(&container.command), expand(&container.args));
         let grace = crate::pod::plan::grace(pod).as_secs().to_string();
-        let annotations = std::collections::BTreeMap::from([(GRACE_ANNOTATION.to_owned(), grace)]);
+        let mut annotations = std::collections::BTreeMap::from([(GRACE_ANNOTATION.to_owned(), grace)]);
+        annotations.extend(pod.spec.iter().flat_map(|spec| resize::remembered(spec, container)));
         let pid_target = self.target(pod, &config)?;
         let mut config = ContainerConfig { attempt, env, command, args, annotations, pid_target, ..config };
         if let Some(seat) = &self.seat {

@@ -17,6 +17,7 @@ use jiff::Timestamp;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::failure::{failed, is_absent, status as http_status};
+use super::limits::limits_of;
 use super::sandbox::{CREATE_PAUSE, CREATE_TRIES, Created, Seen};
 use super::spec::{self, Extras, Surroundings};
 use super::{DockerRuntime, labels, turn};
@@ -307,7 +308,7 @@ fn half_made(seen: &Seen) -> bool {
 fn status_of(seen: Seen) -> ContainerStatus {
     let id = ContainerId::from(seen.id());
     let created_at = timestamp(seen.inspect.created.as_deref()).unwrap_or_default();
-    let pid = pid(&seen.inspect);
+    let (pid, resources) = (pid(&seen.inspect), limits_of(&seen.inspect));
     let docker = seen.inspect.state.unwrap_or_default();
     let state = state_of(&docker);
     let started_at = timestamp(docker.started_at.as_deref());
@@ -337,12 +338,13 @@ fn status_of(seen: Seen) -> ContainerStatus {
         image: ImageId::from(seen.inspect.image.unwrap_or_default()),
         image_ref: seen.facts.image_ref,
         pid,
+        resources,
         annotations: seen.facts.annotations,
     }
 }
 
 /// Docker keeps a container whose start failed as "created", with the failure noted on it.
-fn state_of(state: &DockerState) -> ContainerState {
+pub(super) fn state_of(state: &DockerState) -> ContainerState {
     use ContainerStateStatusEnum::{CREATED, PAUSED, RESTARTING, RUNNING};
     match state.status {
         Some(RUNNING | PAUSED | RESTARTING) => ContainerState::Running,

@@ -28,6 +28,7 @@ pub(super) mod image;
 mod io;
 mod labels;
 mod left;
+mod limits;
 mod oom;
 mod pause;
 mod plain_registry;
@@ -59,7 +60,7 @@ use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope};
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
-    RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+    Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime};
 use crate::network::inside::Sockets;
@@ -311,6 +312,14 @@ impl SandboxRuntime for DockerRuntime {
 
     async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
         self.set_frozen(id, false).await
+    }
+
+    async fn update_container_resources(&self, id: &ContainerId, resources: &Resources) -> Result<()> {
+        self.set_limits(id, resources).await
+    }
+
+    async fn update_pod_sandbox_resources(&self, id: &SandboxId, resources: &Resources) -> Result<()> {
+        self.set_sandbox_limits(id, resources).await
     }
 
     async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {

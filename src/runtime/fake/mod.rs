@@ -32,7 +32,8 @@ use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope, Usage};
 use super::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, EventKind, Grace, Image, ImageId, LogChunk,
-    LogOptions, LogSource, RegistryAuth, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+    LogOptions, LogSource, RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId,
+    SandboxStatus,
 };
 use super::verb::Verb;
 use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime, reference};
@@ -148,7 +149,12 @@ impl FakeRuntime {
 
     /// Puts an image into the store without a pull.
     pub fn add_image(&self, reference: &str) -> ImageId {
-        self.shared.add_image(reference)
+        self.shared.add_image(reference, false)
+    }
+
+    /// The same, as if it had been pulled: a registry has it too.
+    pub fn add_pulled_image(&self, reference: &str) -> ImageId {
+        self.shared.add_image(reference, true)
     }
 }
 
@@ -197,13 +203,13 @@ impl Shared {
         self.touch();
     }
 
-    fn add_image(&self, reference: &str) -> ImageId {
+    fn add_image(&self, reference: &str, pulled: bool) -> ImageId {
         let digest = Sha256::digest(reference).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let id = ImageId::from(format!("sha256:{digest}"));
         let image = Image {
             id: id.clone(),
             tags: vec![reference.to_owned()],
-            digests: Vec::new(),
+            digests: pulled.then(|| format!("{reference}@{id}")).into_iter().collect(),
             size: 1 << 20,
             user: String::new(),
             entrypoint: Vec::new(),
@@ -403,6 +409,16 @@ impl SandboxRuntime for FakeRuntime {
         Ok(())
     }
 
+    async fn update_container_resources(&self, id: &ContainerId, resources: &Resources) -> Result<()> {
+        self.enter(Verb::UpdateContainerResources).await?;
+        locked(&self.shared.state).set_limits(id, resources)
+    }
+
+    async fn update_pod_sandbox_resources(&self, id: &SandboxId, resources: &Resources) -> Result<()> {
+        self.enter(Verb::UpdatePodSandboxResources).await?;
+        locked(&self.shared.state).set_sandbox_limits(id, resources)
+    }
+
     async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
         self.enter(Verb::ListPodSandboxStats).await?;
         Ok(locked(&self.shared.state).stats(scope))
@@ -424,7 +440,7 @@ impl ImageStore for FakeRuntime {
     async fn pull_image(&self, reference: &str, _auths: &[RegistryAuth]) -> Result<ImageId> {
         self.enter(Verb::PullImage).await?;
         reference::parse(reference)?;
-        Ok(self.shared.add_image(reference))
+        Ok(self.shared.add_image(reference, true))
     }
 
     async fn image_status(&self, reference: &str) -> Result<Option<Image>> {

@@ -10,9 +10,11 @@ use tokio::sync::{mpsc, watch};
 use super::log::Log;
 use super::program::{self, Program};
 use crate::runtime::session::TerminalSize;
-use crate::runtime::stats::{ContainerStats, CpuUsage, Interface, MemoryUsage, SandboxStats, StatsScope, Usage};
+use crate::runtime::stats::{
+    ContainerStats, CpuUsage, Interface, Limits, MemoryUsage, SandboxStats, StatsScope, Usage,
+};
 use crate::runtime::types::{
-    ContainerConfig, ContainerId, ContainerState, ContainerStatus, Image, ImageId, SandboxConfig, SandboxId,
+    ContainerConfig, ContainerId, ContainerState, ContainerStatus, Image, ImageId, Resources, SandboxConfig, SandboxId,
     SandboxNetwork, SandboxState, SandboxStatus,
 };
 use crate::runtime::{Kind, Result, RuntimeError};
@@ -46,6 +48,8 @@ pub(super) struct Container {
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) sandboxes: BTreeMap<SandboxId, SandboxStatus>,
+    /// Of the sandboxes.
+    limits: BTreeMap<SandboxId, Resources>,
     pub(super) containers: BTreeMap<ContainerId, Container>,
     pub(super) images: BTreeMap<ImageId, Image>,
 }
@@ -85,6 +89,7 @@ impl State {
             pid: Some(1_000_000 + number as i32),
         };
         self.sandboxes.insert(id.clone(), status);
+        self.limits.insert(id.clone(), config.resources.clone());
         (id, true)
     }
 
@@ -113,6 +118,7 @@ impl State {
         let before = self.containers.len() + self.sandboxes.len();
         self.containers.retain(|_, container| container.status.sandbox != *id);
         self.sandboxes.remove(id);
+        self.limits.remove(id);
         before - self.containers.len() - self.sandboxes.len()
     }
 
@@ -207,12 +213,31 @@ impl State {
                 pod: sandbox.pod.clone(),
                 started_at: Some(sandbox.created_at),
                 cgroup: format!("/fake/pod{}", sandbox.pod.uid),
-                usage: sum(&containers, scope),
+                usage: Usage {
+                    limits: self.limits.get(&sandbox.id).filter(|_| scope == StatsScope::All).map(told),
+                    ..sum(&containers, scope)
+                },
                 network: networked.then(|| vec![Interface { name: "eth0".to_owned(), ..Interface::default() }]),
                 containers,
             }
         };
         ready.map(of_sandbox).collect()
+    }
+
+    pub(super) fn set_limits(&mut self, id: &ContainerId, limits: &Resources) -> Result<()> {
+        let status = &mut self.container(id)?.status;
+        if status.state == ContainerState::Exited {
+            let text = format!("failed to change the limits of container {id}: it has exited");
+            return Err(RuntimeError::new(Kind::Invalid, text));
+        }
+        overlay(status.resources.get_or_insert_default(), limits);
+        Ok(())
+    }
+
+    pub(super) fn set_sandbox_limits(&mut self, id: &SandboxId, limits: &Resources) -> Result<()> {
+        self.sandbox(id)?;
+        overlay(self.limits.entry(id.clone()).or_default(), limits);
+        Ok(())
     }
 
     /// Ends a running container; `false` if there is none of that id that runs.
@@ -242,6 +267,25 @@ impl State {
     }
 }
 
+fn told(limits: &Resources) -> Limits {
+    let whole = |limit: Option<i64>| limit.and_then(|limit| u64::try_from(limit).ok());
+    Limits {
+        cpu_shares: whole(limits.cpu_shares),
+        cpu_quota: whole(limits.cpu_quota),
+        cpu_period: whole(limits.cpu_period),
+        memory: whole(limits.memory_limit),
+    }
+}
+
+/// Lays the limits that are asked for over those there are.
+fn overlay(limits: &mut Resources, asked: &Resources) {
+    limits.cpu_shares = asked.cpu_shares.or(limits.cpu_shares);
+    limits.cpu_quota = asked.cpu_quota.or(limits.cpu_quota);
+    limits.cpu_period = asked.cpu_period.or(limits.cpu_period);
+    limits.memory_limit = asked.memory_limit.or(limits.memory_limit);
+    limits.pids_limit = asked.pids_limit.or(limits.pids_limit);
+}
+
 /// What a container uses unless a test says otherwise: a second of CPU time and a mebibyte.
 fn used() -> Usage {
     Usage {
@@ -260,7 +304,12 @@ fn stats_of(container: &Container, scope: StatsScope) -> ContainerStats {
         image_ref: status.image_ref.clone(),
         started_at: status.started_at,
         cgroup: format!("/fake/pod{}/{}", status.pod.uid, status.id),
-        usage: Usage { time: Timestamp::now(), tasks: all.then_some(1), ..container.usage },
+        usage: Usage {
+            time: Timestamp::now(),
+            tasks: all.then_some(1),
+            limits: status.resources.as_ref().filter(|_| all).map(told),
+            ..container.usage
+        },
         writable_layer: None,
         log: None,
     }
@@ -301,6 +350,7 @@ fn created(id: ContainerId, sandbox: SandboxId, config: &ContainerConfig) -> Con
         image: config.image.clone(),
         image_ref: config.image_ref.clone(),
         pid: None,
+        resources: Some(config.resources.clone()),
         annotations: config.annotations.clone(),
     }
 }

@@ -106,7 +106,8 @@ impl Node {
         }
         let path = self.root.with_extension("yaml");
         let text = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n\
-                    evictionHard: {memory.available: 100Mi, nodefs.available: 1Gi, nodefs.inodesFree: 1%}\n";
+                    evictionHard: {memory.available: 100Mi, nodefs.available: 1Gi, nodefs.inodesFree: 1%}\n\
+                    imageGCHighThresholdPercent: 100\n";
         std::fs::write(&path, text).unwrap();
         Some(format!("--config={}", path.display()))
     }

@@ -136,6 +136,7 @@ impl Api {
                 self.state().events.push(asked.body.clone());
                 success(&asked.body)
             }
+            ("POST", "pods", "") => answers::result(self.change(|state| state.accept(asked.body.clone()))),
             ("PATCH", "events", _) => success(&json!({ "metadata": { "name": name } })),
             ("PATCH", "pods", "status") => {
                 answers::result(self.change(|state| state.patch_status(namespace, name, &asked.body)))

@@ -117,6 +117,18 @@ impl State {
         uid
     }
 
+    /// Creates a Pod that the node itself asks for.
+    pub(super) fn accept(&mut self, pod: Value) -> Result<Value, Refusal> {
+        let text = |field: &str| pod["metadata"][field].as_str().unwrap_or_default().to_owned();
+        let (namespace, name) = (text("namespace"), text("name"));
+        if self.get("pods", &namespace, &name).is_some() {
+            let message = format!("pods {name:?} already exists");
+            return Err(Refusal { code: StatusCode::CONFLICT, reason: "AlreadyExists", message });
+        }
+        self.create("pods", pod);
+        self.get("pods", &namespace, &name).ok_or_else(|| not_found("pods", &name))
+    }
+
     pub(super) fn put(&mut self, kind: &str, mut object: Value, type_: &'static str) -> Value {
         let version = self.next_version();
         object["metadata"]["resourceVersion"] = json!(version.to_string());
@@ -204,6 +216,10 @@ fn merge_conditions(target: &mut Value, patch: &[Value]) {
     }
     let all = target.as_array_mut().expect("it was made a list");
     for condition in patch {
+        if condition["$patch"] == "delete" {
+            all.retain(|known| known["type"] != condition["type"]);
+            continue;
+        }
         match all.iter_mut().find(|known| known["type"] == condition["type"]) {
             Some(known) => merge(known, condition),
             None => {
