@@ -14,6 +14,7 @@ pub mod docker;
 pub mod error;
 pub mod fake;
 pub mod late;
+pub mod microvm;
 mod reference;
 pub mod session;
 pub mod stats;
