@@ -59,7 +59,7 @@ impl Tree {
     fn of_repository() -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let mut files = BTreeMap::new();
-        let mut folders = ["src", "tests", "proto/src"].map(|folder| root.join(folder)).to_vec();
+        let mut folders = ["src", "tests", "guest/src", "proto/src"].map(|folder| root.join(folder)).to_vec();
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(&folder).expect("a folder of the repository can be read") {
                 let path = entry.expect("its entries can be read").path();
