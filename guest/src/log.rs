@@ -125,7 +125,7 @@ impl Log {
         while !rest.is_empty() {
             let line = rest.iter().position(|byte| *byte == b'\n').map_or(rest.len(), |at| at + 1);
             let (record, after) = rest.split_at(line.min(MAX_RECORD));
-            let flags = u8::from(stderr) * STDERR | u8::from(line_start) * LINE_START;
+            let flags = (u8::from(stderr) * STDERR) | (u8::from(line_start) * LINE_START);
             out.extend_from_slice(&time.to_le_bytes());
             // It fits: MAX_RECORD is below 2^32.
             out.extend_from_slice(&(record.len() as u32).to_le_bytes());
@@ -250,7 +250,7 @@ mod tests {
         loop {
             let batch = log.read(offset).unwrap();
             lost += batch.lost;
-            assert_eq!(batch.next < offset, false);
+            assert!(batch.next >= offset);
             offset = batch.next;
             if batch.records.is_empty() {
                 return (records, offset, lost);

@@ -113,11 +113,10 @@ pub async fn an_attached_client_speaks_to_the_process(bench: &mut Bench) {
         .start(ContainerSpec {
             stdin: true,
             tty: true,
-            ..script("shell", "echo $TERM; stty size; read x; stty size; echo bye")
+            ..script("shell", "echo $TERM; echo ready; read x; stty size; echo bye")
         })
         .await;
-    // The first size, which is none.
-    bench.log_says("shell", "0 0").await;
+    bench.log_says("shell", "ready").await;
     let mut session =
         bench.agent.attach("shell", &AttachRequest { stdin: true, stdout: true, stderr: false }).await.unwrap();
     session.terminal.resize(TerminalSize { width: 81, height: 23 }).await.unwrap();

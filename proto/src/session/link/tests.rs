@@ -30,7 +30,8 @@ async fn converse(stream: &mut DuplexStream, bytes: &[u8]) {
     let (mut reader, mut writer) = split(stream);
     let mut answer = vec![0; bytes.len()];
     let (written, read) = tokio::join!(writer.write_all(bytes), reader.read_exact(&mut answer));
-    (written.unwrap(), read.unwrap());
+    written.unwrap();
+    read.unwrap();
     assert!(answer.iter().zip(bytes).all(|(answer, byte)| *answer == !*byte));
 }
 
