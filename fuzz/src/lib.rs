@@ -3,5 +3,7 @@
 
 #[path = "../../src/kubelet_api/streaming/websocket/channels.rs"]
 pub mod channels;
+#[path = "../../src/runtime/microvm/agent/said.rs"]
+pub mod said;
 #[path = "../../src/kubelet_api/streaming/spdy/mod.rs"]
 pub mod spdy;

@@ -3,6 +3,7 @@
 //! ```text
 //! driver (sandbox, container) --verbs--> vm::Vm      one VM: machine on the host, agent in the guest
 //!   |-- machine      one VMM process each: QEMU or Firecracker, its directory, its jail, templates it is restored from
+//!   |-- agent        client of the agent in a guest, over one stream of bytes
 //!   |-- checkpoint   what is remembered of a sandbox; a new process finds its VMs again by it
 //!   |-- image        a reference becomes a read-only block image, one for all VMs; slots: where it lies in a VM
 //!   |-- logs         fetched from the guest by offset into bounded files of the host
@@ -10,6 +11,7 @@
 //! ```
 //! The VM outlives this process, its containers' logs wait in it, and what the guest says is bounded before it gets here.
 
+pub mod agent;
 mod checkpoint;
 mod container;
 mod copy;

@@ -1,0 +1,254 @@
+//! Commands in containers that run.
+//!
+//! A command has two calls: the one that carries its streams, and the one that waits for its end. It is ended when the
+//! second is dropped, or the first while nobody waits.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use lambdalet_proto::agent::v1::process_input::Message as Input;
+use lambdalet_proto::agent::v1::process_output::Message as Outcome;
+use lambdalet_proto::agent::v1::{Empty, ExecStart, ProcessInput, ProcessOutput};
+use nix::fcntl::OFlag;
+use nix::sys::signal::Signal;
+use nix::unistd::pipe2;
+use tokio::sync::{mpsc, watch};
+use tonic::{Status, Streaming};
+
+use crate::container::check_name;
+use crate::error::{Error, Result};
+use crate::fd::FdStream;
+use crate::guest::Guest;
+use crate::reaper::PidNamespace;
+use crate::stage::{Launch, Plan};
+use crate::streams::PIECE;
+
+/// Commands at once.
+const MAX_EXECS: usize = 512;
+/// How long output may come after the end of the command; something it left behind may hold its streams for ever.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long an exit code is kept for somebody to ask.
+const KEPT: Duration = Duration::from_secs(30);
+/// What a terminal takes for end of file.
+const END_OF_FILE: [u8; 1] = [4];
+
+/// Where the output goes.
+pub(crate) type Output = mpsc::Sender<Result<ProcessOutput, Status>>;
+
+/// A command that was started.
+#[derive(Debug)]
+pub(crate) struct Exec {
+    pid: i32,
+    exit: watch::Receiver<Option<i32>>,
+    waited: AtomicBool,
+}
+
+/// Commands by the node's name for them.
+#[derive(Debug, Default)]
+pub(crate) struct Execs(Mutex<HashMap<String, Arc<Exec>>>);
+
+impl Execs {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Exec>>> {
+        // A map is never half changed.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The agent's ends of a command's streams.
+struct Ends {
+    stdin: Option<FdStream>,
+    stdout: Option<FdStream>,
+    stderr: Option<FdStream>,
+    terminal: Option<FdStream>,
+}
+
+impl Guest {
+    /// Starts a command, and carries its streams until both have ended.
+    ///
+    /// # Errors
+    /// A container that does not run, or a command that cannot be executed.
+    pub(crate) async fn exec(
+        self: Arc<Self>,
+        start: ExecStart,
+        input: Streaming<ProcessInput>,
+        output: Output,
+    ) -> Result<()> {
+        let (guest, id) = (Arc::clone(&self), start.exec_id.clone());
+        let started = tokio::task::spawn_blocking(move || guest.start_exec(&start)).await;
+        let (exec, ends) =
+            started.map_err(|panicked| Error::failed("failed to start a command", io::Error::other(panicked)))??;
+        let started = ProcessOutput { message: Some(Outcome::Started(Empty {})) };
+        // A node that has gone already is noticed below.
+        let _ = output.send(Ok(started)).await;
+        tokio::task::spawn(async move {
+            carry(&self, &exec, ends, input, &output).await;
+            drop(output);
+            let mut exit = exec.exit.clone();
+            // Cancel-safe: only looks.
+            let _ = exit.wait_for(Option::is_some).await;
+            tokio::time::sleep(KEPT).await;
+            self.execs.lock().remove(&id);
+        });
+        Ok(())
+    }
+
+    fn start_exec(self: &Arc<Self>, start: &ExecStart) -> Result<(Arc<Exec>, Ends)> {
+        check_name("command", &start.exec_id)?;
+        let container = self.container(&start.container)?;
+        let process = container.process();
+        let process = process.ok_or_else(|| Error::state(format!("container {} does not run", start.container)))?;
+        if self.execs.lock().len() >= MAX_EXECS {
+            return Err(Error::state(format!("{MAX_EXECS} commands run already")));
+        }
+        let mut spec = container.spec.clone();
+        spec.args.clone_from(&start.args);
+        let size = start.size.unwrap_or_default();
+        let plan = Plan {
+            spec: Some(spec),
+            cgroup: self.cgroups.path(&start.container).display().to_string(),
+            tty: start.tty,
+            columns: size.columns,
+            rows: size.rows,
+            ..Plan::default()
+        };
+        let tried = |error: io::Error| Error::failed("failed to prepare a command", error);
+        let (launch, mut ends) = streams(start).map_err(tried)?;
+        let launch = launch.joining(process.try_clone().map_err(tried)?);
+        let launched = launch.run(&self.reaper, &plan, PidNamespace::Of(process.as_fd()));
+        let launched = launched.map_err(|failure| Error::state(failure.message))?;
+        if let Some(terminal) = launched.terminal {
+            let terminal = FdStream::new(terminal).map_err(tried)?;
+            ends.stdin = start.stdin.then(|| terminal.clone());
+            ends.stdout = Some(terminal.clone());
+            ends.terminal = Some(terminal);
+        }
+        let (told, exit) = watch::channel(None);
+        let ended = launched.child.exit;
+        tokio::task::spawn(async move { told.send_replace(Some(ended.await.unwrap_or(128))) });
+        let exec = Arc::new(Exec { pid: launched.child.pid, exit, waited: AtomicBool::new(false) });
+        self.execs.lock().insert(start.exec_id.clone(), Arc::clone(&exec));
+        Ok((exec, ends))
+    }
+
+    /// Waits for the end of a command. Dropped before, it ends the command.
+    ///
+    /// # Errors
+    /// An unknown command.
+    pub(crate) async fn exec_exit(&self, id: &str) -> Result<i32> {
+        let exec = self.execs.lock().get(id).cloned();
+        let exec = exec.ok_or_else(|| Error::not_found(format!("there is no command {id}")))?;
+        exec.waited.store(true, Ordering::Relaxed);
+        let _ends = EndsWith { guest: self, exec: &exec };
+        let mut exit = exec.exit.clone();
+        let code = exit.wait_for(Option::is_some).await.ok().and_then(|code| *code);
+        self.execs.lock().remove(id);
+        Ok(code.unwrap_or(128))
+    }
+
+    fn end_exec(&self, exec: &Exec) {
+        if exec.exit.borrow().is_none() {
+            // What is gone needs no end.
+            let _ = self.reaper.signal(exec.pid, true, Signal::SIGKILL);
+        }
+    }
+}
+
+/// Ends a command when nobody waits for it any more.
+struct EndsWith<'a> {
+    guest: &'a Guest,
+    exec: &'a Exec,
+}
+
+impl Drop for EndsWith<'_> {
+    fn drop(&mut self) {
+        self.guest.end_exec(self.exec);
+    }
+}
+
+/// Pipes for what is wanted, unless there will be a terminal.
+fn streams(start: &ExecStart) -> io::Result<(Launch, Ends)> {
+    let mut ends = Ends { stdin: None, stdout: None, stderr: None, terminal: None };
+    if start.tty {
+        return Ok((Launch::default(), ends));
+    }
+    let pipe = |wanted: bool| if wanted { pipe2(OFlag::O_CLOEXEC).map(Some) } else { Ok(None) };
+    let split = |pipe: Option<(OwnedFd, OwnedFd)>| pipe.map_or((None, None), |(read, write)| (Some(read), Some(write)));
+    let (stdin, write) = split(pipe(start.stdin)?);
+    let (read_out, stdout) = split(pipe(start.stdout)?);
+    let (read_err, stderr) = split(pipe(start.stderr)?);
+    ends.stdin = write.map(FdStream::new).transpose()?;
+    ends.stdout = read_out.map(FdStream::new).transpose()?;
+    ends.stderr = read_err.map(FdStream::new).transpose()?;
+    Ok((Launch::new(stdin, stdout, stderr), ends))
+}
+
+async fn carry(guest: &Guest, exec: &Exec, ends: Ends, input: Streaming<ProcessInput>, output: &Output) {
+    let Ends { stdin, stdout, stderr, terminal } = ends;
+    let mut exit = exec.exit.clone();
+    let ended = async {
+        let _ = exit.wait_for(Option::is_some).await;
+        tokio::time::sleep(LAST_WORDS).await;
+    };
+    let all = async { tokio::join!(drain(stdout, output, Outcome::Stdout), drain(stderr, output, Outcome::Stderr)) };
+    // Nothing is polled again after the first that is ready, but the input ends long before the rest.
+    tokio::select! {
+        _ = all => {}
+        () = ended => {}
+        () = async { feed(input, stdin, terminal, || ()).await; std::future::pending().await } => {}
+        () = output.closed() => {
+            if !exec.waited.load(Ordering::Relaxed) {
+                guest.end_exec(exec);
+            }
+        }
+    }
+}
+
+/// Sends what a process writes; waits for nobody but the node.
+async fn drain(source: Option<FdStream>, output: &Output, message: impl Fn(bytes::Bytes) -> Outcome) {
+    let Some(source) = source else { return };
+    let mut piece = vec![0; PIECE];
+    while let Ok(read @ 1..) = source.read(&mut piece).await {
+        let message = message(bytes::Bytes::copy_from_slice(&piece[..read]));
+        if output.send(Ok(ProcessOutput { message: Some(message) })).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Gives a process what the node sends. The input is closed when the node says so (then `ended` is called), or goes.
+pub(crate) async fn feed(
+    mut input: Streaming<ProcessInput>,
+    mut stdin: Option<FdStream>,
+    terminal: Option<FdStream>,
+    ended: impl Fn(),
+) {
+    while let Ok(Some(message)) = input.message().await {
+        match message.message {
+            Some(Input::Stdin(bytes)) => {
+                if let Some(writer) = &stdin
+                    && writer.write_all(&bytes).await.is_err()
+                {
+                    stdin = None;
+                }
+            }
+            Some(Input::StdinEnd(_)) => {
+                if let (Some(_), Some(terminal)) = (&stdin, &terminal) {
+                    // A terminal that is gone has nobody to tell.
+                    let _ = terminal.write_all(&END_OF_FILE).await;
+                }
+                stdin = None;
+                ended();
+            }
+            Some(Input::Resize(size)) => {
+                if let Some(terminal) = &terminal {
+                    terminal.resize(size.columns, size.rows);
+                }
+            }
+            Some(Input::Exec(_) | Input::Attach(_)) | None => {}
+        }
+    }
+}

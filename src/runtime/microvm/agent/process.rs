@@ -1,0 +1,212 @@
+//! Streams of processes in a guest: commands executed, containers attached to.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{FutureExt, StreamExt, TryStreamExt};
+use lambdalet_proto::MAX_PIECE;
+use lambdalet_proto::agent::v1::process_input::Message as Input;
+use lambdalet_proto::agent::v1::process_output::Message as Outcome;
+use lambdalet_proto::agent::v1::{
+    AttachStart, Empty, ExecExitRequest, ExecStart, ProcessInput, ProcessOutput, WindowSize,
+};
+use tokio::io::AsyncWrite;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::PollSender;
+use tonic::Streaming;
+
+use super::said::{self, OutOfBounds};
+use super::{Agent, Outgoing, PATIENCE, hostile, refused};
+use crate::runtime::session::{AttachRequest, ExecRequest, Output, Session, Terminal, TerminalSize};
+use crate::runtime::types::LogSource;
+use crate::runtime::{Kind, Result, RuntimeError};
+
+/// Pieces of input on their way, each of at most [`MAX_PIECE`] bytes.
+const QUEUE: usize = 4;
+
+/// The streams of a process once it is joined.
+struct Joined {
+    input: mpsc::Sender<ProcessInput>,
+    output: Streaming<ProcessOutput>,
+}
+
+/// Which output is wanted.
+#[derive(Clone, Copy)]
+struct Wanted {
+    stdout: bool,
+    stderr: bool,
+}
+
+impl Agent {
+    /// Runs a command in a running container; see [`SandboxRuntime::exec`](crate::runtime::SandboxRuntime::exec) for what
+    /// the session does. It ends with the agent's session.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for an unknown container, [`Kind::Invalid`] for one that does not run or a command that cannot be
+    /// executed there.
+    pub async fn exec(&self, id: &str, request: &ExecRequest) -> Result<Session> {
+        let tried =
+            format!("failed to execute {:?} in container {id}", request.command.first().map_or("", |name| name));
+        let exec_id = format!("{:032x}", rand::random::<u128>());
+        let start = ExecStart {
+            container: id.to_owned(),
+            args: request.command.clone(),
+            tty: request.tty,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr && !request.tty,
+            size: None,
+            exec_id: exec_id.clone(),
+        };
+        let (input, messages) = first(Input::Exec(start));
+        let mut client = self.client.clone();
+        let call = async move { client.exec(messages).await?.into_inner().started().await };
+        let output = self.within(PATIENCE, &tried, call).await?;
+        let wanted = Wanted { stdout: request.stdout, stderr: request.stderr && !request.tty };
+        let exit = self.exec_exit(exec_id, tried.clone());
+        let joined = Joined { input, output };
+        Ok(session(joined, request.stdin, wanted, (tried, exit.boxed())))
+    }
+
+    /// Joins the streams of a running container's own process; output is what comes from now on. Its exit code is the
+    /// container's.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for an unknown container, [`Kind::Invalid`] for one that does not run.
+    pub async fn attach(&self, id: &str, request: &AttachRequest) -> Result<Session> {
+        let tried = format!("failed to attach to container {id}");
+        let start = AttachStart {
+            container: id.to_owned(),
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        };
+        let (input, messages) = first(Input::Attach(start));
+        let mut client = self.client.clone();
+        let call = async move { client.attach(messages).await?.into_inner().started().await };
+        let output = self.within(PATIENCE, &tried, call).await?;
+        let wanted = Wanted { stdout: request.stdout, stderr: request.stderr };
+        let (agent, id) = (self.clone(), id.to_owned());
+        let exit = async move { agent.wait(&id).await.map(|container| container.exit_code) };
+        Ok(session(Joined { input, output }, request.stdin, wanted, (tried, exit.boxed())))
+    }
+
+    /// Asks for the end of a command now; whoever drops the answer ends the command.
+    fn exec_exit(&self, exec_id: String, tried: String) -> impl Future<Output = Result<i32>> + Send + use<> {
+        let (mut told, ended) = oneshot::channel();
+        let mut client = self.client.clone();
+        self.spawn(async move {
+            let asked = client.exec_exit(ExecExitRequest { exec_id });
+            // Cancel-safe: a call that is dropped is how the guest learns that nobody waits.
+            tokio::select! {
+                reply = asked => {
+                    // Whoever has gone needs no answer.
+                    let _ = told.send(reply);
+                }
+                () = told.closed() => {}
+            }
+        });
+        let agent = self.clone();
+        async move {
+            // The session lives as long as its commands are waited for.
+            let _agent = agent;
+            let lost =
+                |_| RuntimeError::new(Kind::Unavailable, format!("{tried}: the session with the guest has ended"));
+            let reply = ended.await.map_err(lost)?.map_err(|status| refused(&tried, &status))?;
+            said::code(reply.into_inner().code).map_err(|error| hostile(&tried, error))
+        }
+    }
+}
+
+/// Reads the message that says that a process was joined.
+trait Started: Sized {
+    async fn started(self) -> std::result::Result<Self, tonic::Status>;
+}
+
+impl Started for Streaming<ProcessOutput> {
+    async fn started(mut self) -> std::result::Result<Self, tonic::Status> {
+        match self.message().await? {
+            Some(ProcessOutput { message: Some(Outcome::Started(_)) }) => Ok(self),
+            _ => Err(tonic::Status::internal(OutOfBounds("first output").to_string())),
+        }
+    }
+}
+
+/// A stream of messages that begins with this one.
+fn first(start: Input) -> (mpsc::Sender<ProcessInput>, Outgoing<ProcessInput>) {
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    let start = ProcessInput { message: Some(start) };
+    let messages = futures::stream::once(std::future::ready(start)).chain(ReceiverStream::new(receiver));
+    (sender, Box::pin(messages))
+}
+
+type Exit = futures::future::BoxFuture<'static, Result<i32>>;
+
+fn session(joined: Joined, stdin: bool, wanted: Wanted, (tried, exit): (String, Exit)) -> Session {
+    let Joined { input, output } = joined;
+    let writer = stdin.then(|| Box::pin(Stdin(PollSender::new(input.clone()))) as Pin<Box<dyn AsyncWrite + Send>>);
+    Session { stdin: writer, output: outputs(output, wanted, tried), terminal: Box::new(Pty(input)), exit }
+}
+
+fn outputs(output: Streaming<ProcessOutput>, wanted: Wanted, tried: String) -> BoxStream<'static, Result<Output>> {
+    let read = move |message: ProcessOutput| {
+        let (source, bytes) = match message.message {
+            Some(Outcome::Stdout(bytes)) if wanted.stdout => (LogSource::Stdout, bytes),
+            Some(Outcome::Stderr(bytes)) if wanted.stderr => (LogSource::Stderr, bytes),
+            _ => return None,
+        };
+        (!bytes.is_empty()).then_some(Output { source, bytes })
+    };
+    let failed = move |status| refused(&tried, &status);
+    output.map_err(failed).try_filter_map(move |message| std::future::ready(Ok(read(message)))).boxed()
+}
+
+/// The terminal of a process in a guest.
+struct Pty(mpsc::Sender<ProcessInput>);
+
+#[async_trait]
+impl Terminal for Pty {
+    async fn resize(&self, size: TerminalSize) -> Result<()> {
+        let size = WindowSize { columns: u32::from(size.width), rows: u32::from(size.height) };
+        // A process that has ended has no size.
+        let _ = self.0.send(ProcessInput { message: Some(Input::Resize(size)) }).await;
+        Ok(())
+    }
+}
+
+/// Standard input of a process in a guest.
+struct Stdin(PollSender<ProcessInput>);
+
+impl Stdin {
+    fn poll_send(&mut self, cx: &mut Context<'_>, message: impl FnOnce() -> Input) -> Poll<io::Result<()>> {
+        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
+        ready!(self.0.poll_reserve(cx)).map_err(gone)?;
+        Poll::Ready(self.0.send_item(ProcessInput { message: Some(message()) }).map_err(gone))
+    }
+}
+
+impl AsyncWrite for Stdin {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let piece = &bytes[..bytes.len().min(MAX_PIECE)];
+        ready!(self.poll_send(cx, || Input::Stdin(Bytes::copy_from_slice(piece))))?;
+        Poll::Ready(Ok(piece.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.0.is_closed() {
+            return Poll::Ready(Ok(()));
+        }
+        ready!(self.poll_send(cx, || Input::StdinEnd(Empty {})))?;
+        self.0.close();
+        Poll::Ready(Ok(()))
+    }
+}

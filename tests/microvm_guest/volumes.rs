@@ -1,0 +1,81 @@
+//! Volumes and the files in them.
+
+use lambdalet::runtime::Kind;
+use lambdalet::runtime::microvm::agent::{PushedContent, PushedFile};
+use lambdalet_proto::agent::v1::volume::Kind as VolumeKind;
+use lambdalet_proto::agent::v1::{ContainerSpec, Empty, FileLayout, Mount, Volume};
+
+use crate::bench::{Bench, script};
+
+fn volume(name: &str, kind: VolumeKind) -> Volume {
+    Volume { name: name.into(), kind: Some(kind), mode: 0o1777, gid: 0 }
+}
+
+fn mount(volume: &str, sub_path: &str, path: &str, read_only: bool) -> Mount {
+    Mount { volume: volume.into(), sub_path: sub_path.into(), container_path: path.into(), read_only }
+}
+
+fn file(path: &str, bytes: Vec<u8>) -> PushedFile {
+    PushedFile { path: path.into(), mode: 0o444, owner: (0, 0), content: PushedContent::File(bytes.into()) }
+}
+
+pub async fn files_are_pushed_and_exchanged_at_once(bench: &mut Bench) {
+    let agent = &bench.agent;
+    agent.make_volume(volume("config", VolumeKind::Pushed(Empty {}))).await.unwrap();
+    agent.make_volume(volume("config", VolumeKind::Pushed(Empty {}))).await.unwrap();
+    agent.make_volume(volume("files", VolumeKind::Pushed(Empty {}))).await.unwrap();
+    let large = vec![b'z'; 2_000_000];
+    agent
+        .push_files("config", FileLayout::Atomic, &[file("key", b"one".to_vec()), file("large", large)])
+        .await
+        .unwrap();
+    agent.push_files("files", FileLayout::Plain, &[file("hosts", b"127.0.0.1 localhost\n".to_vec())]).await.unwrap();
+    let look = "cat /config/key /etc/hosts; wc -c < /config/large; cat /one; echo x > /config/y; echo ready; \
+                until grep -q two /config/key; do sleep 0.05; done; cat /config/key /etc/hosts; ls /config";
+    let mounts = vec![
+        mount("config", "", "/config", true),
+        mount("files", "hosts", "/etc/hosts", true),
+        mount("config", "key", "/one", true),
+    ];
+    bench.start(ContainerSpec { mounts, ..script("reads", look) }).await;
+    bench.log_says("reads", "ready\n").await;
+    let before = bench.log("reads").await;
+    assert!(
+        before.starts_with("one127.0.0.1 localhost\n2000000\none") && before.contains("Read-only file system"),
+        "{before}"
+    );
+    agent.push_files("files", FileLayout::Plain, &[file("hosts", b"10.0.0.1 other\n".to_vec())]).await.unwrap();
+    agent.push_files("config", FileLayout::Atomic, &[file("key", b"two".to_vec())]).await.unwrap();
+    assert_eq!(agent.wait("reads").await.unwrap().exit_code, 0);
+    let after = bench.log("reads").await;
+    assert!(after.ends_with("ready\ntwo10.0.0.1 other\nkey\n"), "{after}");
+    let many = vec![file("a", vec![0; 17 << 20])];
+    assert_eq!(agent.push_files("config", FileLayout::Atomic, &many).await.unwrap_err().kind(), Kind::Invalid);
+    let out = [file("../out", Vec::new())];
+    assert_eq!(agent.push_files("config", FileLayout::Atomic, &out).await.unwrap_err().kind(), Kind::Invalid);
+    assert!(agent.push_files("none", FileLayout::Atomic, &[]).await.unwrap_err().is_not_found());
+    agent.remove("reads").await.unwrap();
+    for name in ["config", "files", "files"] {
+        agent.remove_volume(name).await.unwrap();
+    }
+}
+
+pub async fn a_volume_is_shared_and_read_back(bench: &mut Bench) {
+    let agent = &bench.agent;
+    agent.make_volume(volume("memory", VolumeKind::Memory(1 << 20))).await.unwrap();
+    agent.make_volume(volume("disk", VolumeKind::Scratch(Empty {}))).await.unwrap();
+    let mounts = vec![mount("memory", "", "/memory", false), mount("disk", "sub/dir", "/disk", false)];
+    let write = "echo last words > /disk/message; ln -s /etc/passwd /disk/link; dd if=/dev/zero of=/memory/x bs=65536";
+    let (ended, said) = bench.run(ContainerSpec { mounts: mounts.clone(), ..script("writes", write) }).await;
+    assert!(ended.exit_code != 0 && said.contains("No space left"), "{said}");
+    let (_, said) =
+        bench.run(ContainerSpec { mounts, ..script("reads", "cat /disk/message; wc -c < /memory/x") }).await;
+    assert_eq!(said, "last words\n1048576\n");
+    let read = |path: &'static str, limit| async move { agent.read_file("disk", path, limit).await };
+    assert_eq!(read("sub/dir/message", 100).await.unwrap().unwrap(), "last words\n");
+    assert_eq!(read("sub/dir/message", 6).await.unwrap().unwrap(), "words\n");
+    assert_eq!(read("sub/dir/none", 6).await.unwrap(), None);
+    assert!(read("sub/dir/link", 6).await.is_err() && read("../x", 6).await.is_err());
+    agent.remove_volume("memory").await.unwrap();
+    agent.remove_volume("disk").await.unwrap();
+}
