@@ -13,17 +13,17 @@ use lambdalet_proto::agent::v1::{ConfigureRequest, ContainerSpec, Interface, Res
 use tokio::net::UnixStream;
 
 /// A guest under emulation on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 const BUSYBOX: &str = "/bin/busybox";
 /// What containers may do unless a case says otherwise.
 const CAPABILITIES: [&str; 6] = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID"];
 /// The image of all cases, and where it is.
-pub const IMAGE: &str = "busybox";
+pub(crate) const IMAGE: &str = "busybox";
 
 /// A guest and the session with it.
-pub struct Bench {
-    pub agent: Agent,
-    pub hello: said::Hello,
+pub(crate) struct Bench {
+    pub(crate) agent: Agent,
+    pub(crate) hello: said::Hello,
     child: Child,
     socket: PathBuf,
     directory: tempfile::TempDir,
@@ -32,7 +32,7 @@ pub struct Bench {
 
 impl Bench {
     /// Boots a machine; says why if there is none.
-    pub async fn guest() -> Option<Self> {
+    pub(crate) async fn guest() -> Option<Self> {
         let skip = |why: &str| println!("skipped: the guest is not booted, {why}");
         let Some(bundle) = env::var_os("LAMBDALET_TEST_GUEST").map(PathBuf::from) else {
             skip("LAMBDALET_TEST_GUEST is not set (hack/guest makes one)");
@@ -60,7 +60,7 @@ impl Bench {
     }
 
     /// Runs the agent in new namespaces of this host; says why if it cannot.
-    pub async fn namespaces() -> Option<Self> {
+    pub(crate) async fn namespaces() -> Option<Self> {
         let Some(agent) = env::var_os("LAMBDALET_TEST_AGENT") else {
             println!("skipped: the agent is not run on this host, LAMBDALET_TEST_AGENT is not set");
             return None;
@@ -89,12 +89,12 @@ impl Bench {
     }
 
     /// Whether it is a virtual machine.
-    pub fn is_machine(&self) -> bool {
+    pub(crate) fn is_machine(&self) -> bool {
         self.machine
     }
 
     /// Its identity; the image is mounted beside.
-    pub async fn configure(&self) {
+    pub(crate) async fn configure(&self) {
         let interface = Interface {
             mac: "02:00:0a:f4:01:07".into(),
             name: "eth0".into(),
@@ -130,20 +130,20 @@ impl Bench {
     }
 
     /// Gives the session up, as a node that was killed, and connects anew.
-    pub async fn reconnect(&mut self) {
+    pub(crate) async fn reconnect(&mut self) {
         self.agent.close();
         (self.agent, self.hello) = connect(&self.socket, &self.socket).await;
     }
 
     /// Removes what a case that failed left.
-    pub async fn clean(&self) {
+    pub(crate) async fn clean(&self) {
         for container in self.agent.list().await.unwrap_or_default() {
             let _ = self.agent.remove(&container.id).await;
         }
     }
 
     /// Waits until the machine has ended by itself.
-    pub async fn ended(mut self) {
+    pub(crate) async fn ended(mut self) {
         let end = Instant::now() + PATIENCE;
         while self.child.try_wait().unwrap().is_none() {
             assert!(Instant::now() < end, "the machine does not end");
@@ -152,7 +152,7 @@ impl Bench {
     }
 
     /// Runs a container to its end, and says its code and what it wrote.
-    pub async fn run(&self, spec: ContainerSpec) -> (said::Container, String) {
+    pub(crate) async fn run(&self, spec: ContainerSpec) -> (said::Container, String) {
         let id = spec.id.clone();
         self.agent.create_container(spec).await.unwrap();
         self.agent.start(&id).await.unwrap();
@@ -163,14 +163,14 @@ impl Bench {
     }
 
     /// Creates and starts a container that goes on.
-    pub async fn start(&self, spec: ContainerSpec) {
+    pub(crate) async fn start(&self, spec: ContainerSpec) {
         let id = spec.id.clone();
         self.agent.create_container(spec).await.unwrap();
         self.agent.start(&id).await.unwrap();
     }
 
     /// All of a log up to now.
-    pub async fn log(&self, id: &str) -> String {
+    pub(crate) async fn log(&self, id: &str) -> String {
         let mut batches = self.agent.logs(id, 0, false).await.unwrap();
         let mut text = Vec::new();
         while let Some(batch) = batches.next().await {
@@ -180,7 +180,7 @@ impl Bench {
     }
 
     /// Follows a log until it contains some text.
-    pub async fn log_says(&self, id: &str, wanted: &str) {
+    pub(crate) async fn log_says(&self, id: &str, wanted: &str) {
         let mut batches = self.agent.logs(id, 0, true).await.unwrap();
         let mut text = String::new();
         let says = async {
@@ -201,7 +201,7 @@ impl Drop for Bench {
 }
 
 /// A container that runs a script.
-pub fn script(id: &str, script: &str) -> ContainerSpec {
+pub(crate) fn script(id: &str, script: &str) -> ContainerSpec {
     ContainerSpec {
         id: id.into(),
         image: IMAGE.into(),

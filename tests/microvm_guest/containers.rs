@@ -9,7 +9,7 @@ use lambdalet_proto::agent::v1::{ContainerSpec, PidMode, Resources, Rlimit};
 
 use crate::bench::{Bench, IMAGE, PATIENCE, script};
 
-pub async fn a_container_runs_and_its_exit_code_and_log_are_told(bench: &mut Bench) {
+pub(crate) async fn a_container_runs_and_its_exit_code_and_log_are_told(bench: &mut Bench) {
     let spec = ContainerSpec {
         env: vec!["GREETING=hello".into(), "GREETING=good day".into()],
         cwd: "/made/for/it".into(),
@@ -40,7 +40,7 @@ pub async fn a_container_runs_and_its_exit_code_and_log_are_told(bench: &mut Ben
     assert_eq!(bench.agent.create_container(script("../x", "true")).await.unwrap_err().kind(), Kind::Invalid);
 }
 
-pub async fn a_command_that_is_not_there_exits_with_127_and_one_that_may_not_run_with_128(bench: &mut Bench) {
+pub(crate) async fn a_command_that_is_not_there_exits_with_127_and_one_that_may_not_run_with_128(bench: &mut Bench) {
     for (command, code, words) in [("no-such", 127, "No such file"), ("/bin/plain", 128, "ermission denied")] {
         let spec = ContainerSpec { args: vec![command.into()], ..script("bad", "") };
         bench.agent.create_container(spec).await.unwrap();
@@ -54,7 +54,7 @@ pub async fn a_command_that_is_not_there_exits_with_127_and_one_that_may_not_run
     }
 }
 
-pub async fn a_user_of_the_image_runs_with_the_rights_of_the_spec(bench: &mut Bench) {
+pub(crate) async fn a_user_of_the_image_runs_with_the_rights_of_the_spec(bench: &mut Bench) {
     let show =
         "id; grep -E 'Cap(Eff|Bnd)|NoNewPrivs|Seccomp:' /proc/self/status; ulimit -n; cat /proc/self/oom_score_adj";
     let spec = ContainerSpec {
@@ -97,7 +97,7 @@ pub async fn a_user_of_the_image_runs_with_the_rights_of_the_spec(bench: &mut Be
     bench.agent.remove("nobody").await.unwrap();
 }
 
-pub async fn root_file_systems_are_their_containers_own(bench: &mut Bench) {
+pub(crate) async fn root_file_systems_are_their_containers_own(bench: &mut Bench) {
     let (_, said) =
         bench.run(script("writes", "echo mine > /file && cat /file; ls -d /up/self; df -a / | tail -1")).await;
     assert!(said.starts_with("mine\n/up/self\n"), "{said}");
@@ -106,7 +106,7 @@ pub async fn root_file_systems_are_their_containers_own(bench: &mut Bench) {
     assert!(ended.exit_code != 0 && said.contains("No such file") && said.contains("Read-only file system"), "{said}");
 }
 
-pub async fn what_is_the_kernels_is_hidden(bench: &mut Bench) {
+pub(crate) async fn what_is_the_kernels_is_hidden(bench: &mut Bench) {
     let look = "ls /dev; wc -c < /proc/kcore; ls /sys/firmware | wc -l; echo 1 > /proc/sys/vm/drop_caches; ls /dev/vport* /dev/vd*; \
                 head -c 4 /dev/urandom | wc -c; echo fine > /dev/shm/x && cat /dev/shm/x";
     let (_, said) = bench.run(script("looks", look)).await;
@@ -116,7 +116,7 @@ pub async fn what_is_the_kernels_is_hidden(bench: &mut Bench) {
     assert_eq!(said.matches("No such file").count(), 2, "{said}");
 }
 
-pub async fn a_container_sees_its_own_processes_only_unless_they_are_shared(bench: &mut Bench) {
+pub(crate) async fn a_container_sees_its_own_processes_only_unless_they_are_shared(bench: &mut Bench) {
     let (_, said) = bench.run(script("alone", "echo $$; ls -d /proc/[0-9]* | wc -l; kill -9 1; echo alive")).await;
     assert!(said.starts_with("1\n") && said.ends_with("alive\n"), "{said}");
     let shared = |id: &str, run: &str| {
@@ -140,7 +140,7 @@ pub async fn a_container_sees_its_own_processes_only_unless_they_are_shared(benc
     bench.agent.remove("target").await.unwrap();
 }
 
-pub async fn a_signal_ends_a_container_and_what_it_started(bench: &mut Bench) {
+pub(crate) async fn a_signal_ends_a_container_and_what_it_started(bench: &mut Bench) {
     bench.start(script("traps", "trap 'echo asked; exit 3' TERM; sleep 1000 & echo ready; wait")).await;
     bench.log_says("traps", "ready").await;
     bench.agent.signal("traps", "SIGTERM", false).await.unwrap();
@@ -158,7 +158,7 @@ pub async fn a_signal_ends_a_container_and_what_it_started(bench: &mut Bench) {
     assert!(bench.agent.signal("deaf", "9", true).await.unwrap_err().is_not_found());
 }
 
-pub async fn a_frozen_container_gets_no_time(bench: &mut Bench) {
+pub(crate) async fn a_frozen_container_gets_no_time(bench: &mut Bench) {
     bench.start(script("counts", "while sleep 0.05; do echo tick; done")).await;
     bench.log_says("counts", "tick").await;
     bench.agent.freeze("counts").await.unwrap();
@@ -177,7 +177,7 @@ pub async fn a_frozen_container_gets_no_time(bench: &mut Bench) {
     assert!(bench.agent.freeze("counts").await.unwrap_err().is_not_found());
 }
 
-pub async fn statistics_are_counted(bench: &mut Bench) {
+pub(crate) async fn statistics_are_counted(bench: &mut Bench) {
     bench.start(script("busy", "head -c 1000000 /dev/zero > /file; echo written; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo done; sleep 1000")).await;
     bench.log_says("busy", "done").await;
     let stats = bench.agent.stats(true).await.unwrap();
@@ -195,7 +195,7 @@ pub async fn statistics_are_counted(bench: &mut Bench) {
     bench.agent.remove("busy").await.unwrap();
 }
 
-pub async fn events_tell_what_happens(bench: &mut Bench) {
+pub(crate) async fn events_tell_what_happens(bench: &mut Bench) {
     let events = bench.agent.events().await.unwrap();
     bench.run(script("told", "exit 4")).await;
     let told: Vec<_> = tokio::time::timeout(PATIENCE, events.take(3).collect()).await.unwrap();
@@ -203,7 +203,7 @@ pub async fn events_tell_what_happens(bench: &mut Bench) {
     assert_eq!(told, [Event::Started(id()), Event::Exited(id(), 4), Event::Removed(id())]);
 }
 
-pub async fn too_much_memory_is_told_as_such(bench: &mut Bench) {
+pub(crate) async fn too_much_memory_is_told_as_such(bench: &mut Bench) {
     let mut events = bench.agent.events().await.unwrap();
     let resources = Resources { memory_bytes: 16 << 20, ..Resources::default() };
     let spec = ContainerSpec { resources: Some(resources), ..script("eats", "tail /dev/zero; sleep 1000") };
@@ -220,7 +220,7 @@ pub async fn too_much_memory_is_told_as_such(bench: &mut Bench) {
     tokio::time::timeout(PATIENCE, told).await.unwrap();
 }
 
-pub async fn too_many_processes_are_refused(bench: &mut Bench) {
+pub(crate) async fn too_many_processes_are_refused(bench: &mut Bench) {
     let resources = Resources { pids: 10, cpu_quota_us: 50_000, ..Resources::default() };
     // Only what the shell does itself: it could not start another program.
     let bomb = "(b() { b | b & }; b) 2>/dev/null; cd /sys/fs/cgroup; until read name count < pids.events && [ $count -gt 0 ]; \

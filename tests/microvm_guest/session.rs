@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::bench::{Bench, PATIENCE, script};
 use lambdalet::runtime::session::ExecRequest;
 
-pub async fn hello_is_answered_and_the_guest_takes_its_identity(bench: &mut Bench) {
+pub(crate) async fn hello_is_answered_and_the_guest_takes_its_identity(bench: &mut Bench) {
     assert!(!bench.hello.configured);
     bench.configure().await;
     // Once more changes nothing.
@@ -22,7 +22,7 @@ pub async fn hello_is_answered_and_the_guest_takes_its_identity(bench: &mut Benc
     }
 }
 
-pub async fn a_node_that_comes_back_finds_all_as_it_was(bench: &mut Bench) {
+pub(crate) async fn a_node_that_comes_back_finds_all_as_it_was(bench: &mut Bench) {
     bench
         .start(script("stays", "echo before; while sleep 0.05; do [ -e /go ] && break; done; echo after; sleep 1000"))
         .await;
@@ -63,7 +63,7 @@ pub async fn a_node_that_comes_back_finds_all_as_it_was(bench: &mut Bench) {
     bench.agent.remove("stays").await.unwrap();
 }
 
-pub async fn a_shutdown_ends_the_machine(bench: Bench) {
+pub(crate) async fn a_shutdown_ends_the_machine(bench: Bench) {
     bench.start(script("polite", "trap 'exit 0' TERM; while true; do sleep 0.1; done")).await;
     bench.agent.shutdown(Duration::from_secs(20)).await.unwrap();
     bench.ended().await;

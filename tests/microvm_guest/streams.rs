@@ -39,7 +39,7 @@ async fn says(session: &mut Session, wanted: &str) -> String {
     text
 }
 
-pub async fn a_command_has_its_streams_and_its_exit_code(bench: &mut Bench) {
+pub(crate) async fn a_command_has_its_streams_and_its_exit_code(bench: &mut Bench) {
     bench.start(ContainerSpec { env: vec!["X=of the container".into()], ..script("host", "sleep 1000") }).await;
     let mut session = bench.agent.exec("host", &command("echo $X; wc -c; echo bad >&2; exit 9")).await.unwrap();
     let mut stdin = session.stdin.take().unwrap();
@@ -59,7 +59,7 @@ pub async fn a_command_has_its_streams_and_its_exit_code(bench: &mut Bench) {
     assert_eq!(all(bench.agent.exec("host", &leaves).await.unwrap()).await, ("left\n".into(), String::new(), 0));
 }
 
-pub async fn a_command_with_a_terminal_has_a_size(bench: &mut Bench) {
+pub(crate) async fn a_command_with_a_terminal_has_a_size(bench: &mut Bench) {
     let request =
         ExecRequest { tty: true, stderr: false, ..command("tty; while read line; do stty size; done; exit 5") };
     let mut session = bench.agent.exec("host", &request).await.unwrap();
@@ -73,7 +73,7 @@ pub async fn a_command_with_a_terminal_has_a_size(bench: &mut Bench) {
     assert_eq!(all(session).await.2, 5);
 }
 
-pub async fn a_command_ends_with_whoever_waits_for_it(bench: &mut Bench) {
+pub(crate) async fn a_command_ends_with_whoever_waits_for_it(bench: &mut Bench) {
     let gone = command("while grep -qs '[s]leep.4321' /proc/[0-9]*/cmdline; do sleep 0.05; done");
     for keep_output in [false, true] {
         let session = bench.agent.exec("host", &command("echo on; exec sleep 4321")).await.unwrap();
@@ -89,7 +89,7 @@ pub async fn a_command_ends_with_whoever_waits_for_it(bench: &mut Bench) {
     bench.agent.remove("host").await.unwrap();
 }
 
-pub async fn an_attached_client_speaks_to_the_process(bench: &mut Bench) {
+pub(crate) async fn an_attached_client_speaks_to_the_process(bench: &mut Bench) {
     let spec = ContainerSpec {
         stdin: true,
         stdin_once: true,
@@ -128,7 +128,7 @@ pub async fn an_attached_client_speaks_to_the_process(bench: &mut Bench) {
     bench.agent.remove("shell").await.unwrap();
 }
 
-pub async fn a_port_is_reached_and_each_direction_closed(bench: &mut Bench) {
+pub(crate) async fn a_port_is_reached_and_each_direction_closed(bench: &mut Bench) {
     bench.start(script("serves", "nc -l -p 8080 -e sh -c 'wc -c; echo answered'")).await;
     let mut stream = loop {
         // Until it listens.
@@ -146,7 +146,7 @@ pub async fn a_port_is_reached_and_each_direction_closed(bench: &mut Bench) {
     assert_eq!(bench.agent.port_forward(8080).await.err().unwrap().kind(), Kind::Invalid);
 }
 
-pub async fn a_log_is_followed_and_read_again_from_an_offset(bench: &mut Bench) {
+pub(crate) async fn a_log_is_followed_and_read_again_from_an_offset(bench: &mut Bench) {
     let spec = ContainerSpec {
         log_limit: 64 << 10,
         ..script(

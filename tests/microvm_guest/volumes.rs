@@ -19,7 +19,7 @@ fn file(path: &str, bytes: Vec<u8>) -> PushedFile {
     PushedFile { path: path.into(), mode: 0o444, owner: (0, 0), content: PushedContent::File(bytes.into()) }
 }
 
-pub async fn files_are_pushed_and_exchanged_at_once(bench: &mut Bench) {
+pub(crate) async fn files_are_pushed_and_exchanged_at_once(bench: &mut Bench) {
     let agent = &bench.agent;
     agent.make_volume(volume("config", VolumeKind::Pushed(Empty {}))).await.unwrap();
     agent.make_volume(volume("config", VolumeKind::Pushed(Empty {}))).await.unwrap();
@@ -60,7 +60,7 @@ pub async fn files_are_pushed_and_exchanged_at_once(bench: &mut Bench) {
     }
 }
 
-pub async fn a_volume_is_shared_and_read_back(bench: &mut Bench) {
+pub(crate) async fn a_volume_is_shared_and_read_back(bench: &mut Bench) {
     let agent = &bench.agent;
     agent.make_volume(volume("memory", VolumeKind::Memory(1 << 20))).await.unwrap();
     agent.make_volume(volume("disk", VolumeKind::Scratch(Empty {}))).await.unwrap();

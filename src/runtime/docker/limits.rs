@@ -5,9 +5,8 @@ use bollard::models::{ContainerInspectResponse, ContainerUpdateBody};
 use super::DockerRuntime;
 use super::container::state_of;
 use super::failure::failed;
-use super::sandbox::blocking;
 use crate::runtime::types::{ContainerId, ContainerState, Resources, SandboxId};
-use crate::runtime::{Kind, Result, RuntimeError};
+use crate::runtime::{Kind, Result, RuntimeError, blocking};
 
 impl DockerRuntime {
     pub(super) async fn set_limits(&self, id: &ContainerId, limits: &Resources) -> Result<()> {

@@ -177,6 +177,7 @@ impl SandboxRecord {
             image_ref: container.image_ref.clone(),
             pid: vmm.filter(|_| state == ContainerState::Running),
             annotations: container.annotations.clone(),
+            resources: None,
         })
     }
 
