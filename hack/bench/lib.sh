@@ -3,6 +3,8 @@
 #
 # The bench sets DIR, where its cluster lives, and RESULTS.
 . "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+# shellcheck source=hack/lib/node.sh
+. "$HACK_DIR/lib/node.sh"
 
 PROFILE=release
 
@@ -36,7 +38,9 @@ start_node() {
   kubeconfig=$("$HACK_DIR/cluster" --dir "$DIR" node-kubeconfig "$name")
   NODE_PORT=$(free_ports 1)
   mkdir -p "$DIR/run"
-  proc_start "$DIR/run" lambdalet "$(built lambdalet)" run --kubeconfig "$kubeconfig" --node-name "$name" \
+  guest_config "$DIR/run/config.yaml"
+  proc_start "$DIR/run" lambdalet "$(built lambdalet)" run --kubeconfig "$kubeconfig" \
+    --config "$DIR/run/config.yaml" --node-name "$name" \
     --node-ip "$(host_address)" --port "$NODE_PORT" --root-dir "$DIR/root" --max-pods 150 --client-ca-file "$DIR/ca.crt" \
     --drain-on-exit "$@"
   proc_ready "$DIR/run" lambdalet 60 node_ready "$name" || fail "lambdalet does not become Ready" "read $DIR/run/lambdalet.log"

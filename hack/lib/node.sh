@@ -1,6 +1,17 @@
 # shellcheck shell=bash
-# What a lambdalet node leaves on the host when it was killed. Sourced by the
-# scripts that start one.
+# How a lambdalet node is to be on a host that has other work, and what one leaves
+# there when it was killed. Sourced by the scripts that start one.
+
+# guest_config FILE: the configuration of a node that neither refuses Pods nor removes
+# images because somebody else has nearly filled the disk.
+guest_config() {
+  cat >"$1" <<'YAML'
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+evictionHard: {memory.available: 100Mi, nodefs.available: 1%, nodefs.inodesFree: 1%}
+imageGCHighThresholdPercent: 100
+YAML
+}
 
 # As the node makes it, from the record it keeps in its root directory.
 owner_word() { # ROOT-DIR
