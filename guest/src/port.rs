@@ -10,11 +10,13 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use rustix::fs::OFlags;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::time::{Sleep, sleep};
 
 use crate::sys::{Owned, polled};
 
@@ -41,11 +43,16 @@ impl Edges {
     }
 }
 
+/// How long the other side must be gone before that counts. The kernel tells of a hang-up beside the bytes, and may do so
+/// after the first bytes of the next node have come.
+const HANG_UP: Duration = Duration::from_millis(200);
+
 /// The side that is read. A hang-up is one end of file; reading on waits for the next node.
 pub(crate) struct PortReader {
     file: File,
     edges: Edges,
     away: bool,
+    hanging: Option<Pin<Box<Sleep>>>,
 }
 
 /// The side that is written. While no node is there it waits.
@@ -62,7 +69,12 @@ pub(crate) fn open(path: &Path) -> io::Result<(PortReader, PortWriter)> {
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let file =
         std::os::unix::fs::OpenOptionsExt::custom_flags(File::options().read(true).write(true), flags).open(path)?;
-    let reader = PortReader { file: file.try_clone()?, edges: Edges::new(&file, EpollFlags::EPOLLIN)?, away: true };
+    let reader = PortReader {
+        file: file.try_clone()?,
+        edges: Edges::new(&file, EpollFlags::EPOLLIN)?,
+        away: true,
+        hanging: None,
+    };
     let edges = Edges::new(&file, EpollFlags::EPOLLOUT)?;
     Ok((reader, PortWriter { file, edges }))
 }
@@ -72,17 +84,21 @@ impl AsyncRead for PortReader {
         let this = self.get_mut();
         loop {
             match this.file.read(buffer.initialize_unfilled()) {
-                Ok(0) if !this.away => {
-                    this.away = true;
-                    return Poll::Ready(Ok(()));
+                Ok(0) if this.away => {}
+                Ok(0) => {
+                    let hanging = this.hanging.get_or_insert_with(|| Box::pin(sleep(HANG_UP)));
+                    if hanging.as_mut().poll(cx).is_ready() {
+                        (this.away, this.hanging) = (true, None);
+                        return Poll::Ready(Ok(()));
+                    }
                 }
-                Ok(0) => {}
                 Ok(read) => {
-                    this.away = false;
+                    (this.away, this.hanging) = (false, None);
                     buffer.advance(read);
                     return Poll::Ready(Ok(()));
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // Somebody is there, and says nothing.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => (this.away, this.hanging) = (false, None),
                 Err(error) => return Poll::Ready(Err(error)),
             }
             ready!(this.edges.poll_next(cx))?;

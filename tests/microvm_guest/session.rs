@@ -64,7 +64,8 @@ pub(crate) async fn a_node_that_comes_back_finds_all_as_it_was(bench: &mut Bench
 }
 
 pub(crate) async fn a_shutdown_ends_the_machine(bench: Bench) {
-    bench.start(script("polite", "trap 'exit 0' TERM; while true; do sleep 0.1; done")).await;
+    bench.start(script("polite", "trap 'exit 0' TERM; echo ready; while true; do sleep 0.1; done")).await;
+    bench.log_says("polite", "ready").await;
     bench.agent.shutdown(Duration::from_secs(20)).await.unwrap();
     bench.ended().await;
 }
