@@ -6,6 +6,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use assert_cmd::Command;
 use base64::Engine;
@@ -51,9 +52,13 @@ const RUN_FLAGS: [&str; 34] = [
     "log-format",
 ];
 
+/// Longer than any of these calls takes; one that starts a node by mistake would never end.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 fn lambdalet(args: &[&str]) -> (bool, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lambdalet"));
-    let output = command.args(args).env_remove("KUBECONFIG").env_remove("RUST_LOG").output().unwrap();
+    command.args(args).env_remove("KUBECONFIG").env_remove("RUST_LOG").timeout(PATIENCE);
+    let output = command.output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.success(), text(&output.stdout), text(&output.stderr))
 }
@@ -219,13 +224,13 @@ fn what_a_configuration_file_says_in_vain_is_logged_once() {
     let files = Files::new();
     let path = files.write(
         "c.yaml",
-        "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nstaticPodPath: /m\nwrong: 1\n",
+        "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nvolumePluginDir: /m\nwrong: 1\n",
     );
     let stderr = refused(&["run", "--config", &path, "--log-format", "json"]);
-    let line = stderr.lines().find(|line| line.contains("staticPodPath")).expect("a warning");
+    let line = stderr.lines().find(|line| line.contains("volumePluginDir")).expect("a warning");
     let object: serde_json::Value = serde_json::from_str(line).unwrap();
     assert_eq!(object["level"], "WARN");
-    assert!(object["message"].as_str().unwrap().contains("staticPodPath, wrong"), "{object}");
+    assert!(object["message"].as_str().unwrap().contains("volumePluginDir, wrong"), "{object}");
 }
 
 #[test]

@@ -20,7 +20,7 @@ use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope};
 use super::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
-    RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+    Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::{ImageStore, Kind, Result, Runtime, RuntimeError, SandboxRuntime};
 
@@ -234,6 +234,16 @@ impl SandboxRuntime for Handlers {
     async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
         let (via, id) = self.of_container(id);
         via.runtime.unpause_container(&id).await
+    }
+
+    async fn update_container_resources(&self, id: &ContainerId, resources: &Resources) -> Result<()> {
+        let (via, id) = self.of_container(id);
+        via.runtime.update_container_resources(&id, resources).await
+    }
+
+    async fn update_pod_sandbox_resources(&self, id: &SandboxId, resources: &Resources) -> Result<()> {
+        let (via, id) = self.of_sandbox(id);
+        via.runtime.update_pod_sandbox_resources(&id, resources).await
     }
 
     async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {

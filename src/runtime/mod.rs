@@ -157,17 +157,13 @@ pub trait SandboxRuntime: Send + Sync + 'static {
     /// # Errors
     /// [`Kind::NotFound`] for an unknown container, [`Kind::Invalid`] for one that has exited or limits the engine
     /// refuses, [`Kind::Unsupported`] if the driver cannot do it.
-    async fn update_container_resources(&self, id: &ContainerId, _resources: &Resources) -> Result<()> {
-        Err(RuntimeError::new(Kind::Unsupported, format!("the limits of container {id} cannot be changed as it runs")))
-    }
+    async fn update_container_resources(&self, id: &ContainerId, resources: &Resources) -> Result<()>;
 
     /// Gives a sandbox as a whole other limits ([`SandboxConfig::resources`]); `None` leaves one as it is.
     ///
     /// # Errors
     /// [`Kind::NotFound`] for an unknown sandbox, [`Kind::Unsupported`] if the driver cannot do it.
-    async fn update_pod_sandbox_resources(&self, id: &SandboxId, _resources: &Resources) -> Result<()> {
-        Err(RuntimeError::new(Kind::Unsupported, format!("the limits of sandbox {id} cannot be changed as it runs")))
-    }
+    async fn update_pod_sandbox_resources(&self, id: &SandboxId, resources: &Resources) -> Result<()>;
 
     /// What every ready sandbox of this owner and its running containers use, in no order; CRI's ListPodSandboxStats.
     /// Cheap enough to be asked every few seconds: it reads the host's files and asks the engine nothing about each.

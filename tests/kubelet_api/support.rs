@@ -24,7 +24,7 @@ use lambdalet::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
 use lambdalet::runtime::stats::{ImageFs, SandboxStats, StatsScope};
 use lambdalet::runtime::types::{
     ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
-    RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+    Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use lambdalet::runtime::{ImageStore, Kind, Result as RuntimeResult, RuntimeError, SandboxRuntime};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
@@ -332,6 +332,12 @@ impl SandboxRuntime for World {
         unsupported()
     }
     async fn unpause_container(&self, _: &ContainerId) -> RuntimeResult<()> {
+        unsupported()
+    }
+    async fn update_container_resources(&self, _: &ContainerId, _: &Resources) -> RuntimeResult<()> {
+        unsupported()
+    }
+    async fn update_pod_sandbox_resources(&self, _: &SandboxId, _: &Resources) -> RuntimeResult<()> {
         unsupported()
     }
     async fn list_pod_sandbox_stats(&self, _: StatsScope) -> RuntimeResult<Vec<SandboxStats>> {

@@ -74,6 +74,12 @@ impl SandboxRuntime for Silent {
     async fn unpause_container(&self, _: &ContainerId) -> Result<()> {
         unsupported()
     }
+    async fn update_container_resources(&self, _: &ContainerId, _: &Resources) -> Result<()> {
+        unsupported()
+    }
+    async fn update_pod_sandbox_resources(&self, _: &SandboxId, _: &Resources) -> Result<()> {
+        unsupported()
+    }
     async fn list_pod_sandbox_stats(&self, _: StatsScope) -> Result<Vec<SandboxStats>> {
         unsupported()
     }

@@ -47,6 +47,8 @@ pub(crate) struct Bench {
     handler: Option<String>,
     /// Whether a sandbox can be on the host's network.
     pub(crate) has_host_network: bool,
+    /// Whether what runs can be given other limits.
+    pub(crate) resizes: bool,
     folder: TempDir,
 }
 
@@ -78,6 +80,7 @@ impl Bench {
             owner: String::new(),
             handler: None,
             has_host_network: true,
+            resizes: true,
             folder: tempfile::tempdir().unwrap(),
         }
     }
@@ -107,7 +110,7 @@ impl Bench {
             Arc::new(MicrovmRuntime::open(options, Arc::new(vms), images).await.unwrap())
         };
         let (runtime, stranger) = (driver("own").await, driver("stranger").await);
-        Self { runtime, stranger, has_host_network: false, ..fake }
+        Self { runtime, stranger, has_host_network: false, resizes: false, ..fake }
     }
 
     /// `None` unless the environment asks for it.
@@ -128,6 +131,7 @@ impl Bench {
             owner,
             handler: None,
             has_host_network: true,
+            resizes: true,
             folder: tempfile::tempdir().unwrap(),
         };
         Some(bench)

@@ -47,7 +47,7 @@ use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope};
 use super::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions,
-    RegistryAuth, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+    RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime, blocking};
 use crate::telemetry::chain;
@@ -261,6 +261,14 @@ impl SandboxRuntime for MicrovmRuntime {
 
     async fn unpause_container(&self, id: &ContainerId) -> Result<()> {
         self.running(id).await?.set_frozen(id.as_str(), false).await
+    }
+
+    async fn update_container_resources(&self, id: &ContainerId, _: &Resources) -> Result<()> {
+        Err(RuntimeError::new(Kind::Unsupported, format!("the limits of container {id} cannot be changed as it runs")))
+    }
+
+    async fn update_pod_sandbox_resources(&self, id: &SandboxId, _: &Resources) -> Result<()> {
+        Err(RuntimeError::new(Kind::Unsupported, format!("the limits of sandbox {id} cannot be changed as it runs")))
     }
 
     async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
