@@ -102,7 +102,11 @@ impl Mirrors {
             };
             tokio::select! {
                 // Cancel-safe: a change not taken stays unseen.
-                changed = self.work.changed() => if changed.is_err() { return },
+                changed = self.work.changed() => if changed.is_err() {
+                    // Who says what there is to do has ended, as the whole process is about to.
+                    stop.cancelled().await;
+                    return;
+                },
                 // Cancel-safe: likewise.
                 Ok(()) = self.registration.changed() => {}
                 // Cancel-safe: a timer.
