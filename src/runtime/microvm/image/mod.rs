@@ -13,10 +13,10 @@
 //! built or loaded into Docker runs with pull policy `IfNotPresent` or `Never` and no registry is asked. A pull always
 //! asks the registry, with the credentials given; the daemon's copy never stands in for a refusal.
 //!
-//! *What is trusted.* A digest, once the content has it. A layer is hostile: see [`unpack`]. Everything is bounded by
+//! *What is trusted.* A digest, once the content has it. A layer is hostile: see `unpack`. Everything is bounded by
 //! [`Limits`]; what an image may not exceed there is refused with the figure.
 //!
-//! *What survives.* Whatever has its final name is whole (see [`shelf`]): a crash leaves what is swept at the next start,
+//! *What survives.* Whatever has its final name is whole (see `shelf`): a crash leaves what is swept at the next start,
 //! when each image is looked at again and dropped if it is damaged. Pins do not survive: a driver that starts anew asks
 //! for the block of each image its VMs use, before anything is removed.
 
