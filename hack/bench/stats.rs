@@ -25,9 +25,7 @@ use lambdalet::kubelet_api::{About, Access, Authorization, KubeletApi, Limits, P
 use lambdalet::metrics::Metrics;
 use lambdalet::pod::directory::Directory;
 use lambdalet::runtime::docker::{DockerOptions, DockerRuntime, NoCable, remove_cgroup_root};
-use lambdalet::runtime::types::{
-    ContainerConfig, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxNetwork, Security,
-};
+use lambdalet::runtime::types::{ContainerConfig, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxNetwork};
 use lambdalet::runtime::{ImageStore as _, Runtime, SandboxRuntime as _};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls_pki_types::ServerName;
@@ -128,27 +126,9 @@ async fn pod(owner: &str, number: usize, runtime: &Arc<dyn Runtime>) -> anyhow::
     };
     let id = runtime.run_pod_sandbox(&sandbox).await?;
     let container = ContainerConfig {
-        pod: sandbox.pod.clone(),
-        name: "c".into(),
-        attempt: 0,
-        image: image.id,
         image_ref: IMAGE.into(),
-        command: vec!["sleep".into(), "100000".into()],
-        args: Vec::new(),
-        working_dir: None,
-        env: Vec::new(),
-        mounts: Vec::new(),
-        stdin: false,
-        stdin_once: false,
-        tty: false,
-        resources: Resources::default(),
-        security: Security::default(),
         cgroup_parent: sandbox.cgroup_parent.clone(),
-        pid: NamespaceMode::Container,
-        pid_target: None,
-        ipc: NamespaceMode::Pod,
-        stop_signal: None,
-        annotations: BTreeMap::new(),
+        ..ContainerConfig::new(sandbox.pod.clone(), "c", image.id, vec!["sleep".into(), "100000".into()])
     };
     let container = runtime.create_container(&id, &container).await?;
     runtime.start_container(&container).await?;

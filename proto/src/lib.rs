@@ -6,6 +6,7 @@
 //! byte stream                   virtio-serial port, or vsock
 //! ```
 
+pub mod capability;
 pub mod session;
 
 /// The messages of `lambdalet/agent/v1/agent.proto`, as generated; that file is their documentation.

@@ -164,6 +164,36 @@ pub struct ContainerConfig {
     pub annotations: BTreeMap<String, String>,
 }
 
+impl ContainerConfig {
+    /// The first attempt of a container that runs `command` and asks for nothing else: no mounts, no input, no limits, the
+    /// sandbox's IPC namespace and a PID namespace of its own.
+    pub fn new(pod: PodRef, name: impl Into<String>, image: ImageId, command: Vec<String>) -> Self {
+        Self {
+            pod,
+            name: name.into(),
+            attempt: 0,
+            image_ref: image.as_str().to_owned(),
+            image,
+            command,
+            args: Vec::new(),
+            working_dir: None,
+            env: Vec::new(),
+            mounts: Vec::new(),
+            stdin: false,
+            stdin_once: false,
+            tty: false,
+            resources: Resources::default(),
+            security: Security::default(),
+            cgroup_parent: String::new(),
+            pid: NamespaceMode::Container,
+            pid_target: None,
+            ipc: NamespaceMode::Pod,
+            stop_signal: None,
+            annotations: BTreeMap::new(),
+        }
+    }
+}
+
 /// One host path made visible inside a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {

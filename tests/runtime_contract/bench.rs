@@ -22,7 +22,7 @@ use lambdalet::runtime::microvm::volumes::Places;
 use lambdalet::runtime::microvm::{MicrovmOptions, MicrovmRuntime};
 use lambdalet::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, ImageId, LogChunk, LogOptions, Mount,
-    MountPropagation, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxId, SandboxNetwork, Security,
+    MountPropagation, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxId, SandboxNetwork,
 };
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -197,27 +197,9 @@ impl Bench {
 
     pub(crate) fn container_config(&self, pod: &str, name: &str, command: Vec<String>) -> ContainerConfig {
         ContainerConfig {
-            pod: self.pod(pod),
-            name: name.into(),
-            attempt: 0,
-            image: self.image.clone(),
             image_ref: self.image_ref.clone(),
-            command,
-            args: Vec::new(),
-            working_dir: None,
-            env: Vec::new(),
-            mounts: Vec::new(),
-            stdin: false,
-            stdin_once: false,
-            tty: false,
-            resources: Resources::default(),
-            security: Security::default(),
             cgroup_parent: format!("/{}/pod-{pod}", self.owner),
-            pid: NamespaceMode::Container,
-            ipc: NamespaceMode::Pod,
-            pid_target: None,
-            stop_signal: None,
-            annotations: BTreeMap::new(),
+            ..ContainerConfig::new(self.pod(pod), name, self.image.clone(), command)
         }
     }
 

@@ -4,6 +4,7 @@
 use std::io;
 
 use lambdalet_proto::agent::v1::{ContainerSpec, Rlimit};
+use lambdalet_proto::capability::NAMES;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use rustix::thread::{
@@ -16,50 +17,6 @@ use super::{Failure, seccomp};
 
 /// Where commands are looked for if nobody says.
 pub(super) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Capabilities by number, include/uapi/linux/capability.h.
-const CAPABILITIES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
 
 /// Gives up all that the spec does not give.
 pub(super) fn take(spec: &ContainerSpec, identity: &Identity) -> Result<(), Failure> {
@@ -78,13 +35,13 @@ pub(super) fn none() -> io::Result<()> {
 
 /// The set that the spec names.
 fn capabilities(spec: &ContainerSpec) -> Result<CapabilitySet, String> {
-    let all = CapabilitySet::from_bits_retain((1 << CAPABILITIES.len()) - 1);
+    let all = CapabilitySet::from_bits_retain((1 << NAMES.len()) - 1);
     if spec.privileged {
         return Ok(all);
     }
     let number = |name: &String| {
         let name = name.strip_prefix("CAP_").unwrap_or(name);
-        CAPABILITIES.iter().position(|known| *known == name).ok_or_else(|| name.to_owned())
+        NAMES.iter().position(|known| *known == name).ok_or_else(|| name.to_owned())
     };
     let mut kept = CapabilitySet::empty();
     for name in &spec.capabilities {
@@ -95,7 +52,7 @@ fn capabilities(spec: &ContainerSpec) -> Result<CapabilitySet, String> {
 
 /// What the workload can never get back, also not by a setuid program.
 fn bound(kept: CapabilitySet) -> io::Result<()> {
-    for number in 0..CAPABILITIES.len() {
+    for number in 0..NAMES.len() {
         let one = CapabilitySet::from_bits_retain(1 << number);
         // An older kernel knows fewer.
         if !kept.contains(one) && capability_is_in_bounding_set(one).unwrap_or(false) {

@@ -8,48 +8,10 @@ use std::fs;
 use std::sync::Arc;
 
 use bollard::models::{DeviceMapping, HostConfig};
+use lambdalet_proto::capability::NAMES;
 
-/// Every capability that all supported versions of Docker know, each at its number.
-const NAMES: [&str; 38] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-];
+/// Of all capabilities, the first so many are known to every supported version of Docker.
+const KNOWN: usize = 38;
 
 /// CAP_SYS_RESOURCE in a set of capabilities.
 pub(super) const SYS_RESOURCE: u64 = 1 << 24;
@@ -63,8 +25,9 @@ pub(super) fn held(pid: i32) -> Option<Held> {
 }
 
 fn restricted(set: u64) -> Option<Held> {
-    let held: Held = NAMES.iter().enumerate().filter(|(at, _)| set & (1 << at) != 0).map(|(_, name)| *name).collect();
-    (held.len() < NAMES.len()).then_some(held)
+    let known = NAMES.iter().take(KNOWN).enumerate();
+    let held: Held = known.filter(|(at, _)| set & (1 << at) != 0).map(|(_, name)| *name).collect();
+    (held.len() < KNOWN).then_some(held)
 }
 
 /// The effective set in `/proc/<pid>/status`.

@@ -233,9 +233,7 @@ mod tests {
 
     use super::*;
     use crate::runtime::SandboxRuntime;
-    use crate::runtime::types::{
-        ContainerConfig, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxNetwork, Security,
-    };
+    use crate::runtime::types::{ContainerConfig, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxNetwork};
 
     async fn running(fake: &FakeRuntime) -> ContainerId {
         let pod = PodRef { uid: "u".into(), namespace: "n".into(), name: "p".into() };
@@ -252,29 +250,7 @@ mod tests {
             resources: Resources::default(),
         };
         let sandbox = fake.run_pod_sandbox(&sandbox).await.unwrap();
-        let container = ContainerConfig {
-            pod,
-            name: "c".into(),
-            attempt: 0,
-            image: fake.add_image("i"),
-            image_ref: "i".into(),
-            command: vec!["idle".into()],
-            args: Vec::new(),
-            working_dir: None,
-            env: Vec::new(),
-            mounts: Vec::new(),
-            stdin: false,
-            stdin_once: false,
-            tty: false,
-            resources: Resources::default(),
-            security: Security::default(),
-            cgroup_parent: String::new(),
-            pid: NamespaceMode::Container,
-            ipc: NamespaceMode::Pod,
-            pid_target: None,
-            stop_signal: None,
-            annotations: BTreeMap::new(),
-        };
+        let container = ContainerConfig::new(pod, "c", fake.add_image("i"), vec!["idle".into()]);
         let id = fake.create_container(&sandbox, &container).await.unwrap();
         fake.start_container(&id).await.unwrap();
         id

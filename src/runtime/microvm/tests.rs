@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::fake::FakeVms;
 use super::*;
-use crate::runtime::types::{EventKind, NamespaceMode, PodRef, Resources, SandboxNetwork, SandboxState, Security};
+use crate::runtime::types::{EventKind, NamespaceMode, PodRef, Resources, SandboxNetwork, SandboxState};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -36,28 +36,12 @@ impl Host {
     }
 
     fn container(&self, name: &str, image: &str, command: &[&str]) -> ContainerConfig {
+        let words = command.iter().map(|part| (*part).to_owned()).collect();
         ContainerConfig {
-            pod: pod(),
-            name: name.into(),
-            attempt: 0,
-            image: self.vms.engine.add_image(image),
             image_ref: image.into(),
-            command: command.iter().map(|part| (*part).to_owned()).collect(),
-            args: Vec::new(),
-            working_dir: None,
-            env: Vec::new(),
-            mounts: Vec::new(),
-            stdin: false,
-            stdin_once: false,
-            tty: false,
-            resources: Resources::default(),
-            security: Security::default(),
             cgroup_parent: "/pod".into(),
-            pid: NamespaceMode::Container,
-            pid_target: None,
-            ipc: NamespaceMode::Pod,
-            stop_signal: None,
             annotations: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
+            ..ContainerConfig::new(pod(), name, self.vms.engine.add_image(image), words)
         }
     }
 }

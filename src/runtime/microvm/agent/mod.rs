@@ -12,6 +12,7 @@
 
 mod files;
 mod forward;
+mod outlet;
 mod process;
 pub mod said;
 pub mod spec;

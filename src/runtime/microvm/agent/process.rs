@@ -1,14 +1,10 @@
 //! Streams of processes in a guest: commands executed, containers attached to.
 
-use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt, TryStreamExt};
-use lambdalet_proto::MAX_PIECE;
 use lambdalet_proto::agent::v1::process_input::Message as Input;
 use lambdalet_proto::agent::v1::process_output::Message as Outcome;
 use lambdalet_proto::agent::v1::{
@@ -17,17 +13,14 @@ use lambdalet_proto::agent::v1::{
 use tokio::io::AsyncWrite;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::PollSender;
 use tonic::Streaming;
 
+use super::outlet::{Outlet, QUEUE};
 use super::said::{self, OutOfBounds};
 use super::{Agent, Outgoing, PATIENCE, hostile, refused};
 use crate::runtime::session::{AttachRequest, ExecRequest, Output, Session, Terminal, TerminalSize};
 use crate::runtime::types::LogSource;
 use crate::runtime::{Kind, Result, RuntimeError};
-
-/// Pieces of input on their way, each of at most [`MAX_PIECE`] bytes.
-const QUEUE: usize = 4;
 
 /// The streams of a process once it is joined.
 struct Joined {
@@ -149,7 +142,9 @@ type Exit = futures::future::BoxFuture<'static, Result<i32>>;
 
 fn session(joined: Joined, stdin: bool, wanted: Wanted, (tried, exit): (String, Exit)) -> Session {
     let Joined { input, output } = joined;
-    let writer = stdin.then(|| Box::pin(Stdin(PollSender::new(input.clone()))) as Pin<Box<dyn AsyncWrite + Send>>);
+    let piece = |bytes| ProcessInput { message: Some(Input::Stdin(bytes)) };
+    let end = || ProcessInput { message: Some(Input::StdinEnd(Empty {})) };
+    let writer = stdin.then(|| Box::pin(Outlet::new(input.clone(), piece, end)) as Pin<Box<dyn AsyncWrite + Send>>);
     Session { stdin: writer, output: outputs(output, wanted, tried), terminal: Box::new(Pty(input)), exit }
 }
 
@@ -176,37 +171,5 @@ impl Terminal for Pty {
         // A process that has ended has no size.
         let _ = self.0.send(ProcessInput { message: Some(Input::Resize(size)) }).await;
         Ok(())
-    }
-}
-
-/// Standard input of a process in a guest.
-struct Stdin(PollSender<ProcessInput>);
-
-impl Stdin {
-    fn poll_send(&mut self, cx: &mut Context<'_>, message: impl FnOnce() -> Input) -> Poll<io::Result<()>> {
-        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
-        ready!(self.0.poll_reserve(cx)).map_err(gone)?;
-        Poll::Ready(self.0.send_item(ProcessInput { message: Some(message()) }).map_err(gone))
-    }
-}
-
-impl AsyncWrite for Stdin {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let piece = &bytes[..bytes.len().min(MAX_PIECE)];
-        ready!(self.poll_send(cx, || Input::Stdin(Bytes::copy_from_slice(piece))))?;
-        Poll::Ready(Ok(piece.len()))
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.0.is_closed() {
-            return Poll::Ready(Ok(()));
-        }
-        ready!(self.poll_send(cx, || Input::StdinEnd(Empty {})))?;
-        self.0.close();
-        Poll::Ready(Ok(()))
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use lambdalet_proto::agent::v1::{self, PidMode};
+use lambdalet_proto::capability;
 
 use crate::runtime::types::{ContainerConfig, NamespaceMode, Profile, Resources, Security};
 use crate::runtime::{Kind, Result, RuntimeError};
@@ -23,50 +24,6 @@ const DEFAULT_CAPABILITIES: [&str; 14] = [
     "SETPCAP",
     "SETUID",
     "SYS_CHROOT",
-];
-/// Every capability there is (capabilities(7)).
-const ALL_CAPABILITIES: [&str; 41] = [
-    "AUDIT_CONTROL",
-    "AUDIT_READ",
-    "AUDIT_WRITE",
-    "BLOCK_SUSPEND",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "KILL",
-    "LEASE",
-    "LINUX_IMMUTABLE",
-    "MAC_ADMIN",
-    "MAC_OVERRIDE",
-    "MKNOD",
-    "NET_ADMIN",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_RAW",
-    "PERFMON",
-    "SETFCAP",
-    "SETGID",
-    "SETPCAP",
-    "SETUID",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_CHROOT",
-    "SYS_MODULE",
-    "SYS_NICE",
-    "SYS_PACCT",
-    "SYS_PTRACE",
-    "SYS_RAWIO",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "SYSLOG",
-    "WAKE_ALARM",
 ];
 
 /// What only the image knows.
@@ -162,7 +119,7 @@ fn capabilities(security: &Security) -> Vec<String> {
     let added: BTreeSet<String> = security.add_capabilities.iter().map(plain).collect();
     let dropped: BTreeSet<String> = security.drop_capabilities.iter().map(plain).collect();
     let mut kept: BTreeSet<String> = match (added.contains("ALL"), dropped.contains("ALL")) {
-        (true, _) => ALL_CAPABILITIES.map(str::to_owned).into(),
+        (true, _) => capability::NAMES.map(str::to_owned).into(),
         (false, true) => BTreeSet::new(),
         (false, false) => DEFAULT_CAPABILITIES.map(str::to_owned).into(),
     };
@@ -185,7 +142,7 @@ mod tests {
         assert_eq!(kept(&[], &[]), DEFAULT_CAPABILITIES);
         assert_eq!(kept(&["NET_ADMIN"], &["ALL"]), ["NET_ADMIN"]);
         assert_eq!(kept(&["CAP_SYS_TIME"], &["chown"]).len(), DEFAULT_CAPABILITIES.len());
-        assert_eq!(kept(&["ALL"], &["SYS_ADMIN"]).len(), ALL_CAPABILITIES.len() - 1);
+        assert_eq!(kept(&["ALL"], &["SYS_ADMIN"]).len(), capability::NAMES.len() - 1);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::VmExit;
+use super::{VmExit, VmId};
 use crate::runtime::{Kind, RuntimeError};
 
 /// Result of whatever is done with machines.
@@ -129,6 +129,12 @@ impl MachineError {
     pub(super) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::File { action, path, source }
+    }
+
+    /// Makes the error of a step of a machine's start.
+    pub(super) fn start(action: &str, id: &VmId) -> impl FnOnce(io::Error) -> Self {
+        let (action, id) = (action.to_owned(), id.to_string());
+        move |source| Self::Start { action, id, source }
     }
 
     /// The class of this failure for callers of the runtime.

@@ -3,6 +3,28 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::path::Path;
+use std::time::Duration;
+
+use super::Why;
+
+/// How long a program may take to say its version; some 50 ms on an idle host.
+const VERSION_PATIENCE: Duration = Duration::from_secs(20);
+
+/// What a VMM's program says that its version is, asked by `flag`: what stands behind `name` in its first line.
+///
+/// # Errors
+/// Why it cannot be had, in words.
+pub(super) async fn version_of(program: &Path, flag: &str, name: &str) -> Result<String, Why> {
+    let shown = program.display();
+    let asked = tokio::process::Command::new(program).arg(flag).kill_on_drop(true).output();
+    let output = tokio::time::timeout(VERSION_PATIENCE, asked).await;
+    let output = output.map_err(|_| Why(format!("{shown} {flag} does not end")))?;
+    let output = output.map_err(|error| Why(format!("{shown} cannot be run: {error}")))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let version = text.lines().next().and_then(|line| line.strip_prefix(name));
+    let (vmm, _) = name.split_once(' ').unwrap_or((name, ""));
+    version.map(str::to_owned).ok_or_else(|| Why(format!("{shown} is not {vmm}")))
+}
 
 /// Whether guests can run on the host's own processor.
 ///

@@ -119,7 +119,7 @@ impl Setups for HostSetups {
 }
 
 fn tap_error(action: &str, dir: &VmDir, error: NetworkError) -> MachineError {
-    MachineError::Start { action: action.to_owned(), id: dir.id().to_string(), source: std::io::Error::other(error) }
+    MachineError::start(action, dir.id())(std::io::Error::other(error))
 }
 
 // === impl SetupPool ===

@@ -11,8 +11,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::VmExit;
+use super::cgroup::VmCgroup;
 use super::directory::Checkpoint;
+use super::{VmExit, VmId};
 
 /// A process that ran when it was looked at.
 #[derive(Debug)]
@@ -55,6 +56,17 @@ impl Process {
     pub(super) fn kill(&self) {
         // It may have ended since.
         let _ = pidfd_send_signal(self.handle.get_ref(), Signal::KILL);
+    }
+
+    /// Kills it, waits for its end, and removes the cgroup of its machine.
+    pub(super) async fn end(&self, cgroup: &VmCgroup, id: &VmId) {
+        self.kill();
+        self.ended().await;
+        let cgroup = cgroup.clone();
+        let removed = tokio::task::spawn_blocking(move || cgroup.remove()).await;
+        if let Ok(Err(error)) = removed {
+            tracing::warn!(machine = %id, %error, "failed to remove the cgroup of a VMM");
+        }
     }
 
     /// Returns once it has ended. Cancel-safe: it only waits, and what the kernel tells once is kept.

@@ -211,12 +211,13 @@ impl Templates {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::io::Write;
 
     use super::*;
 
-    fn kind(memory: u64) -> TemplateKind {
+    /// A kind that differs from others by the guest's memory.
+    pub(in super::super) fn kind(memory: u64) -> TemplateKind {
         TemplateKind {
             vmm: "qemu 7.2 tcg".to_owned(),
             kernel: "k".to_owned(),

@@ -92,6 +92,7 @@ mod tests {
     use async_trait::async_trait;
 
     use super::*;
+    use crate::runtime::microvm::machine::template::tests::kind;
     use crate::runtime::microvm::machine::{TapLink, Template, VmDir, VmDirs, VmExit, VmId};
     use crate::runtime::session::Duplex;
 
@@ -143,18 +144,6 @@ mod tests {
         let machine = Box::new(Told { dir: dir.clone(), told: Arc::clone(&told), ended });
         let tap = TapLink { name: "lt0".to_owned(), mac: [2; 6], device: None };
         (Warm { machine, setup: Setup { dir, tap } }, told)
-    }
-
-    fn kind(memory: u64) -> TemplateKind {
-        TemplateKind {
-            vmm: "qemu".to_owned(),
-            kernel: "k".to_owned(),
-            initramfs: "i".to_owned(),
-            memory,
-            vcpus: 1,
-            image_slots: 8,
-            network: true,
-        }
     }
 
     #[tokio::test]

@@ -95,27 +95,14 @@ impl Firecracker {
     }
 
     async fn version(&self) -> Result<&str, Why> {
-        let ask = || async {
-            let shown = self.program.display();
-            let asked = tokio::process::Command::new(&self.program).arg("--version").kill_on_drop(true).output();
-            let output = tokio::time::timeout(START_PATIENCE, asked).await;
-            let output = output.map_err(|_| Why(format!("{shown} --version does not end")))?;
-            let output = output.map_err(|error| Why(format!("{shown} cannot be run: {error}")))?;
-            let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            let version = text.lines().next().and_then(|line| line.strip_prefix("Firecracker "));
-            version.map(str::to_owned).ok_or_else(|| Why(format!("{shown} is not Firecracker")))
-        };
+        let ask = || host::version_of(&self.program, "--version", "Firecracker ");
         self.version.get_or_try_init(ask).await.map(String::as_str)
     }
 
     /// A Firecracker that answers, in its jail, with nothing configured.
     async fn start(&self, spec: &MachineSpec) -> Result<FirecrackerMachine> {
         spec.validate()?;
-        let id = spec.dir.id().to_string();
-        let step = |action: &str| {
-            let (action, id) = (action.to_owned(), id.clone());
-            move |source| MachineError::Start { action, id, source }
-        };
+        let step = |action| MachineError::start(action, spec.dir.id());
         let root = self.prepare(spec)?;
         let cgroup = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
         let limits = Limits { guest_memory: spec.memory, cpus: spec.cpus.clone(), numa_node: spec.numa_node };
@@ -176,10 +163,7 @@ impl Firecracker {
         let (dir, root, program) = (spec.dir.clone(), root.to_owned(), self.program.clone());
         let (image_slots, cgroup_parent) = (spec.image_slots, spec.cgroup_parent.clone());
         let run = move || {
-            let step = |action: &str| {
-                let (action, id) = (action.to_owned(), dir.id().to_string());
-                move |source| MachineError::Start { action, id, source }
-            };
+            let step = |action| MachineError::start(action, dir.id());
             let errors = console.try_clone().map_err(step("open the console"))?;
             command.env_clear().process_group(0).stdin(Stdio::null()).stdout(console).stderr(errors);
             let status = command.status().map_err(step("run the jailer"))?;
@@ -197,11 +181,7 @@ impl Firecracker {
             dir.write_checkpoint(&checkpoint)?;
             Process::open(pid).map_err(step("watch the VMM"))
         };
-        let died = |error| MachineError::Start {
-            action: "run the jailer".to_owned(),
-            id: spec.dir.id().to_string(),
-            source: std::io::Error::other(error),
-        };
+        let died = |error| MachineError::start("run the jailer", spec.dir.id())(std::io::Error::other(error));
         tokio::task::spawn_blocking(run).await.map_err(died)?
     }
 

@@ -123,13 +123,7 @@ impl Machine for QemuMachine {
     }
 
     async fn kill(&self) {
-        self.process.kill();
-        self.process.ended().await;
-        let cgroup = self.cgroup.clone();
-        let removed = tokio::task::spawn_blocking(move || cgroup.remove()).await;
-        if let Ok(Err(error)) = removed {
-            tracing::warn!(machine = %self.dir.id(), %error, "failed to remove the cgroup of a VMM");
-        }
+        self.process.end(&self.cgroup, self.dir.id()).await;
     }
 
     async fn exited(&self) -> VmExit {

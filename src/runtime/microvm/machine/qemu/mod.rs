@@ -119,16 +119,7 @@ impl Qemu {
 
     /// As it says of itself: `7.2.22 (Debian …)`.
     async fn version(&self) -> Result<&str, Why> {
-        let ask = || async {
-            let shown = self.program.display();
-            let asked = tokio::process::Command::new(&self.program).arg("-version").kill_on_drop(true).output();
-            let output = tokio::time::timeout(START_PATIENCE, asked).await;
-            let output = output.map_err(|_| Why(format!("{shown} -version does not end")))?;
-            let output = output.map_err(|error| Why(format!("{shown} cannot be run: {error}")))?;
-            let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            let version = text.lines().next().and_then(|line| line.strip_prefix("QEMU emulator version "));
-            version.map(str::to_owned).ok_or_else(|| Why(format!("{shown} is not QEMU")))
-        };
+        let ask = || host::version_of(&self.program, "-version", "QEMU emulator version ");
         self.version.get_or_try_init(ask).await.map(String::as_str)
     }
 
@@ -138,9 +129,7 @@ impl Qemu {
         let jail = self.jail(spec, accel, memory, template)?;
         let cgroup = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
         let limits = Limits { guest_memory: spec.memory, cpus: spec.cpus.clone(), numa_node: spec.numa_node };
-        let id = spec.dir.id().to_string();
-        let made = cgroup.make(&limits);
-        made.map_err(|source| MachineError::Start { action: "make a cgroup".to_owned(), id: id.clone(), source })?;
+        cgroup.make(&limits).map_err(MachineError::start("make a cgroup", spec.dir.id()))?;
         let started = match jail.start().await {
             Ok(pid) => Process::open(pid).map_err(|source| Failed { step: "watch the VMM".to_owned(), source }),
             Err(failed) => Err(failed),
@@ -150,7 +139,7 @@ impl Qemu {
             Err(Failed { step, source }) => {
                 // Nothing is in it; what cannot be removed now is found by its name.
                 let _ = cgroup.remove();
-                return Err(MachineError::Start { action: step, id, source });
+                return Err(MachineError::start(&step, spec.dir.id())(source));
             }
         };
         // From here on its end is that of the machine; nothing is waited for before its checkpoint is written.
@@ -166,11 +155,7 @@ impl Qemu {
 
     /// From a process to a QEMU that answers.
     async fn finish_start(&self, machine: &QemuMachine, spec: &MachineSpec) -> Result<()> {
-        let id = spec.dir.id().to_string();
-        let step = |action: &str| {
-            let (action, id) = (action.to_owned(), id.clone());
-            move |source| MachineError::Start { action, id, source }
-        };
+        let step = |action| MachineError::start(action, spec.dir.id());
         machine.cgroup.join(machine.pid()).map_err(step("enter the cgroup"))?;
         let gone = || io::Error::other("the VMM has ended");
         let checkpoint = Checkpoint {
@@ -187,7 +172,7 @@ impl Qemu {
         let read = PROGRAMS.iter().chain(&[KERNEL, INITRAMFS, MEMORY]);
         let places = read.map(PathBuf::from).chain([self.program.clone()]).collect();
         let stripped = strip(machine.pid(), places).await;
-        stripped.map_err(|Failed { step, source }| MachineError::Start { action: step, id: id.clone(), source })
+        stripped.map_err(|Failed { step, source }| MachineError::start(&step, spec.dir.id())(source))
     }
 
     /// What it runs in; makes the files it needs.
