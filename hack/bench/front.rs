@@ -84,8 +84,11 @@ fn main() -> anyhow::Result<()> {
         None => measure(&args),
         Some(Role::Load) => load(&args),
         Some(role) => {
-            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-            runtime.block_on(serve(role, &args))
+            let mut runtime = tokio::runtime::Builder::new_multi_thread();
+            if role == Role::Front {
+                runtime.worker_threads(lambdalet::args::worker_threads());
+            }
+            runtime.enable_all().build()?.block_on(serve(role, &args))
         }
     }
 }
