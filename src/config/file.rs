@@ -274,10 +274,26 @@ pub(crate) fn decode<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, St
         };
         serde_saphyr::with_deserializer_from_str(text, read).map_err(|error| yaml_error(&error))
     };
-    decoded.map_err(|message| match track.path().to_string() {
+    decoded.map_err(|message| at(&track.path(), message))
+}
+
+/// What [`decode`] has read, as a `T`. An error names the field.
+pub(crate) fn decode_value<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, String> {
+    let mut track = serde_path_to_error::Track::new();
+    let tracked = serde_path_to_error::Deserializer::new(value, &mut track);
+    // Erased, since the code that reads a Pod is a megabyte for each kind of deserializer, and most of it stays in memory.
+    let mut erased = <dyn erased_serde::Deserializer>::erase(tracked);
+    let decoded = erased_serde::deserialize(&mut erased).map_err(|error| error.to_string());
+    drop(erased);
+    decoded.map_err(|message| at(&track.path(), message))
+}
+
+/// `message` with the field that it is about, where that is known.
+fn at(field: &serde_path_to_error::Path, message: String) -> String {
+    match field.to_string() {
         nowhere if nowhere == "." || nowhere.contains('?') => message,
         field => format!("field {field}: {message}"),
-    })
+    }
 }
 
 /// A YAML error in one line with its place, and without the text around it (which may be secret).

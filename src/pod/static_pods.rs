@@ -18,7 +18,7 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use super::qos::CRITICAL_PRIORITY;
-use crate::config::file::decode;
+use crate::config::file::{decode, decode_value};
 
 /// What a file of a static Pod says, as a word; also the Pod's UID on this node.
 pub const HASH: &str = "kubernetes.io/config.hash";
@@ -121,7 +121,7 @@ pub fn read(text: &str, file: &Path, node: &str) -> Result<Pod, StaticError> {
     if (raw["apiVersion"].as_str(), raw["kind"].as_str()) != (Some("v1"), Some("Pod")) {
         return Err(parse(format!("it holds {} {}, not v1 Pod", raw["apiVersion"], raw["kind"])));
     }
-    let mut pod: Pod = decode(text).map_err(parse)?;
+    let mut pod: Pod = decode_value(raw).map_err(parse)?;
     pod.status = None;
     let hash = hash(&pod, file, node);
     let Some(spec) = &mut pod.spec else { return Err(refused("it has no spec".to_owned())) };
@@ -314,6 +314,14 @@ mod tests {
         assert_ne!(uid(file(&text.replace("image: i", "image: j")).unwrap()), one);
         assert_ne!(uid(read(&text, Path::new("/m/other.yaml"), "Node-1").unwrap()), one);
         assert_ne!(uid(read(&text, Path::new("/m/web.yaml"), "n2").unwrap()), one);
+    }
+
+    #[test]
+    fn a_field_of_the_wrong_type_is_named() {
+        let error = with("  terminationGracePeriodSeconds: soon\n").unwrap_err().to_string();
+        assert!(error.contains("web.yaml") && error.contains("field spec.terminationGracePeriodSeconds: "), "{error}");
+        let ports = file(&format!("{HEAD}  containers: [{{name: c, image: i, ports: [{{containerPort: []}}]}}]\n"));
+        assert!(ports.unwrap_err().to_string().contains("field spec.containers[0].ports[0].containerPort: "));
     }
 
     #[test]
