@@ -1,7 +1,8 @@
 //! The contract of the runtime seam, one case per promise, the same cases for every driver.
 //!
 //! The fake is always tested. Docker is when `LAMBDALET_TEST_DOCKER=1` (a daemon at /var/run/docker.sock, root, and a
-//! static /bin/busybox are needed); what is made there is owned by the test and removed with it.
+//! static /bin/busybox are needed); what is made there is owned by the test and removed with it. MicroVMs are when
+//! `LAMBDALET_TEST_GUEST` names a guest too (hack/guest), beside Docker and with its images, as on a node that has both.
 
 // Helpers of a test are test code too, but only what bears #[test] is spared by the lint.
 #![allow(clippy::unwrap_used)]
@@ -44,6 +45,15 @@ macro_rules! contract {
             $($(#[tokio::test]
             async fn $case() {
                 crate::bench::run(crate::bench::Bench::docker().await, crate::$room::$case).await;
+            })*)*
+        }
+        mod microvm {
+            $($(#[test]
+            fn $case() {
+                crate::bench::on_a_host(|| async {
+                    let bench = crate::bench::Bench::microvm(crate::bench::Templates::Shared).await;
+                    crate::bench::run(bench, crate::$room::$case).await;
+                });
             })*)*
         }
     };
