@@ -33,8 +33,6 @@ const MAX_EXECS: usize = 512;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long an exit code is kept for somebody to ask.
 const KEPT: Duration = Duration::from_secs(30);
-/// What a terminal takes for end of file.
-const END_OF_FILE: [u8; 1] = [4];
 
 /// Where the output goes.
 pub(crate) type Output = mpsc::Sender<Result<ProcessOutput, Status>>;
@@ -198,7 +196,7 @@ async fn carry(guest: &Guest, exec: &Exec, ends: Ends, input: Streaming<ProcessI
     tokio::select! {
         _ = all => {}
         () = ended => {}
-        () = async { feed(input, stdin, terminal, || ()).await; std::future::pending().await } => {}
+        () = async { feed(input, stdin, terminal, || true).await; std::future::pending().await } => {}
         () = output.closed() => {
             if !exec.waited.load(Ordering::Relaxed) {
                 guest.end_exec(exec);
@@ -219,13 +217,15 @@ async fn drain(source: Option<FdStream>, output: &Output, message: impl Fn(bytes
     }
 }
 
-/// Gives a process what the node sends. The input is closed when the node says so (then `ended` is called), or goes.
+/// Gives a process what the node sends. The input is closed when the node goes, or says so: then `ended` is asked whether
+/// that is the end for the process too.
 pub(crate) async fn feed(
     mut input: Streaming<ProcessInput>,
     mut stdin: Option<FdStream>,
     terminal: Option<FdStream>,
-    ended: impl Fn(),
+    ended: impl Fn() -> bool,
 ) {
+    let mut mid_line = false;
     while let Ok(Some(message)) = input.message().await {
         match message.message {
             Some(Input::Stdin(bytes)) => {
@@ -234,14 +234,16 @@ pub(crate) async fn feed(
                 {
                     stdin = None;
                 }
+                mid_line = bytes.last().map_or(mid_line, |last| !matches!(last, b'\n' | b'\r'));
             }
             Some(Input::StdinEnd(_)) => {
-                if let (Some(_), Some(terminal)) = (&stdin, &terminal) {
+                if ended()
+                    && let (Some(_), Some(terminal)) = (&stdin, &terminal)
+                {
                     // A terminal that is gone has nobody to tell.
-                    let _ = terminal.write_all(&END_OF_FILE).await;
+                    let _ = terminal.write_all(&terminal.end_of_file(mid_line)).await;
                 }
                 stdin = None;
-                ended();
             }
             Some(Input::Resize(size)) => {
                 if let Some(terminal) = &terminal {

@@ -5,10 +5,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::termios::{LocalModes, SpecialCodeIndex, tcgetattr};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::sys::{Owned, polled};
+
+/// Control-D.
+const END_OF_TRANSMISSION: u8 = 4;
 
 /// One end of a pipe, or the agent's side of a terminal. Its bytes never wait in the agent.
 #[derive(Clone, Debug)]
@@ -64,5 +68,16 @@ impl FdStream {
         let size = rustix::termios::Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
         // What is no terminal has no size.
         let _ = rustix::termios::tcsetwinsize(&self.0.get_ref().0, size);
+    }
+
+    /// What somebody types at a terminal to end the input of its process: the terminal's key for that, twice in the middle
+    /// of a line, where the first only hands over what was typed. A process that reads key by key gets one Control-D.
+    pub(crate) fn end_of_file(&self, mid_line: bool) -> Vec<u8> {
+        match tcgetattr(&self.0.get_ref().0) {
+            Ok(modes) if modes.local_modes.contains(LocalModes::ICANON) => {
+                vec![modes.special_codes[SpecialCodeIndex::VEOF]; if mid_line { 2 } else { 1 }]
+            }
+            _ => vec![END_OF_TRANSMISSION],
+        }
     }
 }

@@ -52,6 +52,7 @@ impl Guest {
                 if closes {
                     *container.stdin.lock().unwrap_or_else(PoisonError::into_inner) = None;
                 }
+                closes
             };
             let told = async {
                 while let Some(Ok(batch)) = log.recv().await {
@@ -86,7 +87,10 @@ impl Guest {
         output: mpsc::Sender<Result<PortData, Status>>,
     ) -> Result<()> {
         let port = u16::try_from(port).map_err(|_| Error::invalid(format!("{port} is no port")))?;
-        let refused = |error: std::io::Error| Error::state(format!("failed to connect to port {port}: {error}"));
+        let refused = |error: std::io::Error| match error.kind() {
+            std::io::ErrorKind::ConnectionRefused => Error::state("connection refused"),
+            _ => Error::state(format!("failed to connect to port {port}: {error}")),
+        };
         let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.map_err(refused)?;
         // Small answers are not held back.
         stream.set_nodelay(true).tried(|| "failed to prepare a connection".to_owned())?;

@@ -24,9 +24,24 @@ pub struct Tap {
     pub device: Option<Arc<OwnedFd>>,
 }
 
+/// What a guest has to know of the Pod network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Surroundings {
+    /// Through which it reaches everybody.
+    pub gateway: IpAddr,
+    /// Bytes of the largest packet.
+    pub mtu: u32,
+}
+
 /// Joins machines to the node's Pod network.
 #[async_trait]
 pub trait Taps: Send + Sync {
+    /// What guests have to know of the network.
+    ///
+    /// # Errors
+    /// There is no network, as the node is ending.
+    async fn surroundings(&self) -> Result<Surroundings, NetworkError>;
+
     /// Makes the tap of this sandbox, in the place of one that is there; its guest reaches nobody yet.
     ///
     /// With an `owner` the device stays until it is removed, for a process of that user to open by name. Otherwise it

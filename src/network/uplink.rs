@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use super::bridge::Bridge;
-use super::tap::{Tap, Taps};
+use super::tap::{Surroundings, Tap, Taps};
 use super::{Cable, NetworkError};
 
 /// A cable that waits for its bridge.
@@ -43,6 +43,10 @@ impl Cable for Uplink {
 
 #[async_trait]
 impl Taps for Uplink {
+    async fn surroundings(&self) -> Result<Surroundings, NetworkError> {
+        self.bridge().await?.surroundings().await
+    }
+
     async fn make_tap(&self, sandbox: &str, owner: Option<u32>) -> Result<Tap, NetworkError> {
         self.bridge().await?.make_tap(sandbox, owner).await
     }

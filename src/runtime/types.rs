@@ -220,7 +220,7 @@ pub enum MountPropagation {
 }
 
 /// cgroup limits; `None` leaves the runtime's default.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Resources {
     /// Relative CPU weight, cgroup v1 scale (2 to 262144, 1024 is one core).
     pub cpu_shares: Option<i64>,

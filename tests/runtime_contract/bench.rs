@@ -12,12 +12,18 @@ use std::time::{Duration, Instant};
 use bollard::Docker;
 use bollard::query_parameters::CreateImageOptionsBuilder;
 use futures::{FutureExt, TryStreamExt};
+use lambdalet::network::Cable;
+use lambdalet::network::bridge::Bridge;
 use lambdalet::runtime::Runtime;
 use lambdalet::runtime::docker::{DockerOptions, DockerRuntime, NoCable};
 use lambdalet::runtime::fake::FakeRuntime;
 use lambdalet::runtime::handler::{Handlers, Named};
 use lambdalet::runtime::microvm::fake::FakeVms;
+use lambdalet::runtime::microvm::host::{HostOptions, HostVms};
+use lambdalet::runtime::microvm::image;
 use lambdalet::runtime::microvm::logs::LogLimits;
+use lambdalet::runtime::microvm::machine::VmmUser;
+use lambdalet::runtime::microvm::machine::qemu::{AccelChoice, Qemu};
 use lambdalet::runtime::microvm::volumes::Places;
 use lambdalet::runtime::microvm::{MicrovmOptions, MicrovmRuntime};
 use lambdalet::runtime::types::{
@@ -29,8 +35,16 @@ use tokio::net::TcpListener;
 
 /// Distinguishes the benches of one process.
 static NUMBER: AtomicU32 = AtomicU32::new(0);
+/// Held by whoever looks for the template of all microVMs, and makes it if there is none.
+static TEMPLATE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 /// Longer than anything but a stuck driver takes on a loaded machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// The network of a bench with machines, in a namespace of its own.
+pub(crate) const GATEWAY: [u8; 4] = [10, 99, 0, 1];
+const RANGE: &str = "10.99.0.0/24";
+const BRIDGE: &str = "lbcontract";
+/// What the containers of a machine can write, in bytes.
+pub(crate) const SCRATCH: u64 = 256 << 20;
 const BUSYBOX: &str = "/bin/busybox";
 const APPLETS: [&str; 8] = ["sh", "sleep", "cat", "hostname", "id", "head", "tail", "ls"];
 
@@ -47,23 +61,56 @@ pub(crate) struct Bench {
     handler: Option<String>,
     /// Whether a sandbox can be on the host's network.
     pub(crate) has_host_network: bool,
-    /// Whether what runs can be given other limits.
-    pub(crate) resizes: bool,
+    machines: Option<Machines>,
     folder: TempDir,
 }
 
-/// Runs a case and cleans up whether it passes or not; `None` says why it is skipped.
+/// What a bench makes machines of.
+struct Machines {
+    bundle: PathBuf,
+    templates: PathBuf,
+    bridge: Bridge,
+}
+
+/// Whose templates the machines of a bench are restored from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Templates {
+    /// Those of all benches, in which there is one.
+    Shared,
+    /// Its own, of which there is none.
+    Own,
+}
+
+/// Runs a case and cleans up whether it passes or not; without a bench it is skipped, and why was said.
 pub(crate) async fn run(bench: Option<Bench>, case: impl AsyncFnOnce(&Bench)) {
-    let Some(bench) = bench else {
-        println!("skipped: set LAMBDALET_TEST_DOCKER=1 to run this case against the local Docker daemon");
-        return;
-    };
-    let result = AssertUnwindSafe(case(&bench)).catch_unwind().await;
+    run_changing(bench, async |bench: &mut Bench| case(bench).await).await;
+}
+
+/// The same for a case that does something to the bench itself.
+pub(crate) async fn run_changing(bench: Option<Bench>, case: impl AsyncFnOnce(&mut Bench)) {
+    let Some(mut bench) = bench else { return };
+    let result = AssertUnwindSafe(case(&mut bench)).catch_unwind().await;
     let left = bench.clean_up().await;
     if let Err(panic) = result {
         resume_unwind(panic);
     }
     assert_eq!(left, Vec::<String>::new(), "left behind");
+}
+
+/// Runs a test of machines on a thread with a network of its own, as if that were a host.
+pub(crate) fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+    if std::env::var_os("LAMBDALET_TEST_GUEST").is_none() {
+        println!("skipped: LAMBDALET_TEST_GUEST names no guest (hack/guest makes one)");
+        return;
+    }
+    let run = move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("root may make a network namespace");
+        assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap().success());
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test());
+    };
+    if let Err(panic) = std::thread::spawn(run).join() {
+        resume_unwind(panic);
+    }
 }
 
 impl Bench {
@@ -80,7 +127,7 @@ impl Bench {
             owner: String::new(),
             handler: None,
             has_host_network: true,
-            resizes: true,
+            machines: None,
             folder: tempfile::tempdir().unwrap(),
         }
     }
@@ -110,12 +157,13 @@ impl Bench {
             Arc::new(MicrovmRuntime::open(options, Arc::new(vms), images).await.unwrap())
         };
         let (runtime, stranger) = (driver("own").await, driver("stranger").await);
-        Self { runtime, stranger, has_host_network: false, resizes: false, ..fake }
+        Self { runtime, stranger, has_host_network: false, ..fake }
     }
 
     /// `None` unless the environment asks for it.
     pub(crate) async fn docker() -> Option<Self> {
         if std::env::var_os("LAMBDALET_TEST_DOCKER").is_none_or(|value| value != "1") {
+            println!("skipped: set LAMBDALET_TEST_DOCKER=1 to run this case against the local Docker daemon");
             return None;
         }
         let owner = format!("contract-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
@@ -123,7 +171,7 @@ impl Bench {
         let (image, image_ref) = import_image(&docker, &owner).await;
         let stranger = DockerRuntime::connect(DockerOptions::new(format!("{owner}-other")), Arc::new(NoCable)).await;
         let bench = Self {
-            runtime: connect(&owner).await,
+            runtime: connect(&owner, Arc::new(NoCable)).await,
             stranger: Arc::new(stranger.unwrap()),
             image,
             image_ref,
@@ -131,15 +179,97 @@ impl Bench {
             owner,
             handler: None,
             has_host_network: true,
-            resizes: true,
+            machines: None,
             folder: tempfile::tempdir().unwrap(),
         };
         Some(bench)
     }
 
+    /// Machines of QEMU beside the Docker daemon, whose images they run, on one bridge; `None` unless the environment asks
+    /// for it. To be made [`on_a_host`].
+    pub(crate) async fn microvm(templates: Templates) -> Option<Self> {
+        let bundle = std::env::var_os("LAMBDALET_TEST_GUEST").map(PathBuf::from)?;
+        let docker = Self::docker().await?;
+        let bridge = Bridge::ensure(BRIDGE, GATEWAY.into(), RANGE.parse().unwrap()).await.unwrap();
+        let templates = match templates {
+            Templates::Shared => Path::new(env!("CARGO_TARGET_TMPDIR")).join("microvm-templates"),
+            Templates::Own => docker.folder.path().join("templates"),
+        };
+        let machines = Some(Machines { bundle, templates, bridge });
+        let mut bench = Self { machines, handler: Some("microvm".to_owned()), has_host_network: false, ..docker };
+        bench.restart().await;
+        Some(bench)
+    }
+
+    /// Ends the drivers, as with their process, and starts others.
+    pub(crate) async fn restart(&mut self) {
+        let Some(Machines { bundle, templates, bridge }) = &self.machines else { panic!("this bench has no machines") };
+        // The last one who has it.
+        self.runtime = Arc::clone(&self.stranger);
+        let root = self.root();
+        let images = image::Options { docker: Some("/var/run/docker.sock".into()), ..image::Options::default() };
+        let images = image::Store::open(&root.join("images"), images).await.unwrap();
+        let options = HostOptions {
+            templates: templates.clone(),
+            cgroup: self.owner.clone(),
+            scratch: SCRATCH,
+            taps: Some(Arc::new(bridge.clone())),
+            ..HostOptions::new(root.clone(), bundle.clone())
+        };
+        let qemu = Qemu::new("/usr/bin/qemu-system-x86_64".into(), VmmUser::default(), AccelChoice::Auto);
+        let vms = HostVms::open(options, Arc::new(qemu)).await.unwrap();
+        if !templates.starts_with(self.folder.path()) {
+            // All cases have guests of one size.
+            let _turn = TEMPLATE.lock().await;
+            vms.prepare(&self.sandbox_config("p").resources).await.unwrap();
+        }
+        let places = Places { host_paths: vec![self.folder.path().to_owned()], ..Places::default() };
+        let options = MicrovmOptions { owner: self.owner.clone(), root, places, logs: LogLimits::default() };
+        let microvm = MicrovmRuntime::open(options, Arc::new(vms), Arc::new(images)).await.unwrap();
+        let named = |handler: &str, runtime| Named { handler: handler.to_owned(), runtime };
+        let docker = named("docker", connect(&self.owner, Arc::new(bridge.clone())).await);
+        self.runtime = Arc::new(Handlers::new(docker, vec![named("microvm", Arc::new(microvm))], "docker"));
+    }
+
+    /// Where the driver of machines keeps what it has.
+    pub(crate) fn root(&self) -> PathBuf {
+        self.folder.path().join("microvm")
+    }
+
+    /// Where this bench's own templates are.
+    pub(crate) fn own_templates(&self) -> PathBuf {
+        self.folder.path().join("templates")
+    }
+
+    /// What there is of machines on this host: directories, interfaces, rules, mounts, cgroups, processes.
+    pub(crate) fn of_machines(&self) -> Vec<String> {
+        let Some(machines) = &self.machines else { return Vec::new() };
+        let mut found = Vec::new();
+        for place in ["vms/default", "vms/making", "sandboxes"] {
+            let entries = std::fs::read_dir(self.root().join(place)).into_iter().flatten();
+            found.extend(entries.map(|entry| entry.unwrap().path().display().to_string()));
+        }
+        let mut lines = |said: String, wanted: &str| {
+            found.extend(said.lines().filter(|line| line.contains(wanted)).map(|line| line.trim().to_owned()));
+        };
+        lines(output("ip", &["-o", "link", "show", "master", machines.bridge.name()]), ": lt");
+        lines(output("nft", &["list", "ruleset"]), "chain lt");
+        lines(output("ip", &["-o", "route"]), "10.99.0.7 ");
+        let folder = self.folder.path().display().to_string();
+        lines(std::fs::read_to_string("/proc/self/mounts").unwrap(), &folder);
+        for process in directories(Path::new("/proc")) {
+            let cgroups = std::fs::read_to_string(process.join("cgroup")).unwrap_or_default();
+            if cgroups.contains(&format!("/{}/", self.owner)) {
+                let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
+                found.push(format!("{} ({})", process.display(), name.trim()));
+            }
+        }
+        found
+    }
+
     /// A driver for the same owner, as after a restart of the process.
     pub(crate) async fn again(&self) -> Arc<dyn Runtime> {
-        connect(&self.owner).await
+        connect(&self.owner, Arc::new(NoCable)).await
     }
 
     /// Removes everything; what would not go is returned.
@@ -156,6 +286,12 @@ impl Bench {
             left.extend(runtime.list_containers(None).await.unwrap().into_iter().map(|left| format!("{left:?}")));
         }
         let _ = self.runtime.remove_image(&self.image).await;
+        let begun = Instant::now();
+        // A template may still be in the making.
+        while !self.of_machines().is_empty() && begun.elapsed() < PATIENCE {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        left.extend(self.of_machines());
         if self.docker.is_some() {
             for tree in std::fs::read_dir("/sys/fs/cgroup").unwrap() {
                 let root = tree.unwrap().path().join(&self.owner);
@@ -182,12 +318,21 @@ impl Bench {
             handler: self.handler.clone(),
             attempt: 0,
             hostname: format!("host-{pod}"),
-            network: SandboxNetwork::Pod { address: [10, 99, 0, 7].into() },
+            network: SandboxNetwork::Pod { address: self.address(pod).into() },
             ipc: NamespaceMode::Pod,
             pid: NamespaceMode::Container,
             sysctls: BTreeMap::new(),
             cgroup_parent: format!("/{}/pod-{pod}", self.owner),
             resources: Resources { cpu_shares: Some(128), memory_limit: Some(256 << 20), ..Resources::default() },
+        }
+    }
+
+    /// Where a Pod is reached. Those that talk to each other have names of one letter.
+    pub(crate) fn address(&self, pod: &str) -> [u8; 4] {
+        match pod.as_bytes() {
+            [b'p'] => [10, 99, 0, 7],
+            [letter] => [10, 99, 0, *letter],
+            several => [10, 99, 0, 128 + several.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)) % 100],
         }
     }
 
@@ -213,6 +358,17 @@ impl Bench {
             // It listens once its program has come so far.
             while self.runtime.port_forward(&sandbox, port).await.is_err() {
                 tokio::task::yield_now().await;
+            }
+            return sandbox;
+        }
+        if self.handler.is_some() {
+            // Nobody enters a guest from outside.
+            let listen = self.script(&format!("exec busybox nc -ll -p {port} -e cat"));
+            let config = self.container_config(pod, "echo", listen);
+            let id = self.runtime.create_container(&sandbox, &config).await.unwrap();
+            self.runtime.start_container(&id).await.unwrap();
+            while self.runtime.port_forward(&sandbox, port).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
             }
             return sandbox;
         }
@@ -344,8 +500,15 @@ pub(crate) fn text(chunks: &[LogChunk]) -> Vec<u8> {
     chunks.iter().flat_map(|chunk| chunk.bytes.iter().copied()).collect()
 }
 
-async fn connect(owner: &str) -> Arc<dyn Runtime> {
-    Arc::new(DockerRuntime::connect(DockerOptions::new(owner), Arc::new(NoCable)).await.unwrap())
+async fn connect(owner: &str, cable: Arc<dyn Cable>) -> Arc<dyn Runtime> {
+    Arc::new(DockerRuntime::connect(DockerOptions::new(owner), cable).await.unwrap())
+}
+
+/// What a program says, which is to succeed.
+pub(crate) fn output(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
 }
 
 fn directories(path: &Path) -> impl Iterator<Item = PathBuf> {

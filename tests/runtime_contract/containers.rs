@@ -226,13 +226,6 @@ pub(crate) async fn a_container_is_given_other_limits_as_it_runs(bench: &Bench) 
     let config = ContainerConfig { resources: limits.clone(), ..bench.container_config("p", "c", bench.idles()) };
     let id = bench.runtime.create_container(&sandbox, &config).await.unwrap();
     bench.runtime.start_container(&id).await.unwrap();
-    if !bench.resizes {
-        let error = bench.runtime.update_container_resources(&id, &limits).await.unwrap_err();
-        assert_eq!(error.kind(), Kind::Unsupported, "{error}");
-        let error = bench.runtime.update_pod_sandbox_resources(&sandbox, &limits).await.unwrap_err();
-        assert_eq!(error.kind(), Kind::Unsupported, "{error}");
-        return;
-    }
     let before = bench.runtime.container_status(&id).await.unwrap();
     let told = |status: &ContainerStatus| {
         let told = status.resources.clone().unwrap();
@@ -267,9 +260,6 @@ pub(crate) async fn a_container_is_given_other_limits_as_it_runs(bench: &Bench) 
 }
 
 pub(crate) async fn what_has_exited_or_never_was_is_given_no_limits(bench: &Bench) {
-    if !bench.resizes {
-        return;
-    }
     let limits = Resources { cpu_shares: Some(128), ..Resources::default() };
     let id = bench.started("c", bench.exits(0)).await;
     bench.exited(&id).await;

@@ -1,7 +1,8 @@
 //! The contract of the runtime seam, one case per promise, the same cases for every driver.
 //!
 //! The fake is always tested. Docker is when `LAMBDALET_TEST_DOCKER=1` (a daemon at /var/run/docker.sock, root, and a
-//! static /bin/busybox are needed); what is made there is owned by the test and removed with it.
+//! static /bin/busybox are needed); what is made there is owned by the test and removed with it. MicroVMs are when
+//! `LAMBDALET_TEST_GUEST` names a guest too (hack/guest), beside Docker and with its images, as on a node that has both.
 
 // Helpers of a test are test code too, but only what bears #[test] is spared by the lint.
 #![allow(clippy::unwrap_used)]
@@ -13,7 +14,9 @@ mod docker_only;
 mod events;
 mod execs;
 mod images;
+mod isolation;
 mod logs;
+mod machines;
 mod registry;
 mod sandboxes;
 mod stats;
@@ -44,6 +47,15 @@ macro_rules! contract {
             $($(#[tokio::test]
             async fn $case() {
                 crate::bench::run(crate::bench::Bench::docker().await, crate::$room::$case).await;
+            })*)*
+        }
+        mod microvm {
+            $($(#[test]
+            fn $case() {
+                crate::bench::on_a_host(|| async {
+                    let bench = crate::bench::Bench::microvm(crate::bench::Templates::Shared).await;
+                    crate::bench::run(bench, crate::$room::$case).await;
+                });
             })*)*
         }
     };
@@ -175,6 +187,37 @@ on_docker! {
         a_port_of_the_hosts_network_is_reached;
     stats:
         the_kernels_figures_are_told;
+}
+
+/// Cases that only machines of this host can answer, each with whose templates it has.
+macro_rules! on_machines {
+    ($($room:ident: $($templates:ident $case:ident)*;)*) => {
+        mod machines_themselves {
+            $($(#[test]
+            fn $case() {
+                crate::bench::on_a_host(|| async {
+                    let bench = crate::bench::Bench::microvm(crate::bench::Templates::$templates).await;
+                    crate::bench::run_changing(bench, crate::$room::$case).await;
+                });
+            })*)*
+        }
+    };
+}
+
+on_machines! {
+    machines:
+        Shared a_driver_that_starts_anew_takes_its_machines_over_and_loses_no_line
+        Shared a_machine_that_ended_while_no_driver_ran_is_told_as_ended
+        Shared a_vmm_that_is_killed_takes_its_sandbox_along
+        Shared a_guest_that_dies_takes_its_sandbox_along
+        Own the_first_guest_is_booted_and_a_spoilt_template_is_replaced
+        Shared a_guest_is_reached_by_host_and_neighbours_and_reaches_them
+        Shared a_guest_cannot_speak_as_another
+        Shared machines_that_come_and_go_leave_nothing;
+    isolation:
+        Shared a_fork_bomb_stays_in_its_guest
+        Shared a_memory_bomb_ends_its_container_alone
+        Shared a_full_disk_is_its_guests_own;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -142,10 +142,6 @@ pub(crate) async fn many_sandboxes_can_be_run_at_once(bench: &Bench) {
 }
 
 pub(crate) async fn a_sandbox_is_given_other_limits_as_it_runs(bench: &Bench) {
-    // That it says so is asked with its containers.
-    if !bench.resizes {
-        return;
-    }
     let id = bench.sandbox("p").await;
     bench.started("c", bench.idles()).await;
     for (quota, memory) in [(50_000, 300 << 20), (20_000, 200 << 20)] {

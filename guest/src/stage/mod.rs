@@ -346,7 +346,7 @@ fn execute(args: &[String], environment: &[(String, String)]) -> Result<std::con
         }
     }
     let code = if refused == Errno::ENOENT { NOT_FOUND } else { NOT_STARTED };
-    Err(Failure { code, message: format!("failed to execute {command:?}: {}", io::Error::from(refused)) })
+    Err(Failure { code, message: format!("failed to execute {command:?}: {}", refused.desc().to_lowercase()) })
 }
 
 /// Where a command may be.

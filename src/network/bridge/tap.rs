@@ -12,7 +12,7 @@ use super::{
     Bridge, SETTLE_TRIES, SETTLE_WAIT, Settings, delete_by_name, finish_port, hashed, kernel, mac_of, open_netlink,
 };
 use crate::network::netlink::Netlink;
-use crate::network::tap::{Tap, Taps};
+use crate::network::tap::{Surroundings, Tap, Taps};
 use crate::network::{NetworkError, guard};
 
 /// Begins the name of each tap, before twelve hex digits.
@@ -20,6 +20,10 @@ const TAP_PREFIX: &str = "lt";
 
 #[async_trait]
 impl Taps for Bridge {
+    async fn surroundings(&self) -> Result<Surroundings, NetworkError> {
+        Ok(Surroundings { gateway: self.settings().gateway, mtu: self.mtu() })
+    }
+
     async fn make_tap(&self, sandbox: &str, owner: Option<u32>) -> Result<Tap, NetworkError> {
         let name = tap_name(sandbox);
         self.work(move |settings| make(settings, name, owner)).await

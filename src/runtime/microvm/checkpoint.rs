@@ -12,7 +12,9 @@ use serde::{Deserialize, Serialize};
 use super::slots::Slots;
 use super::vm::GuestState;
 use super::volumes::Volume;
-use crate::runtime::types::{ContainerConfig, ContainerState, ContainerStatus, ImageId, PodRef, SandboxConfig};
+use crate::runtime::types::{
+    ContainerConfig, ContainerState, ContainerStatus, ImageId, PodRef, Resources, SandboxConfig,
+};
 
 /// Of this file; another is not understood.
 const FORMAT: u32 = 1;
@@ -47,6 +49,8 @@ pub(super) struct SandboxRecord {
     pub(super) slots: Slots,
     pub(super) volumes: BTreeMap<String, Volume>,
     pub(super) containers: BTreeMap<String, ContainerRecord>,
+    #[serde(default)]
+    pub(super) resources: Resources,
 }
 
 /// A container of it.
@@ -65,6 +69,8 @@ pub(super) struct ContainerRecord {
     pub(super) ended: Option<Ended>,
     /// Files to be copied back: volume, host path.
     pub(super) returned: Vec<(String, PathBuf)>,
+    #[serde(default)]
+    pub(super) resources: Resources,
 }
 
 /// How a container ended.
@@ -107,6 +113,7 @@ impl ContainerRecord {
             started: None,
             ended: None,
             returned,
+            resources: config.resources.clone(),
         }
     }
 }
@@ -132,6 +139,7 @@ impl SandboxRecord {
             slots: Slots::new(slots),
             volumes: BTreeMap::new(),
             containers: BTreeMap::new(),
+            resources: config.resources.clone(),
         }
     }
 
@@ -177,7 +185,7 @@ impl SandboxRecord {
             image_ref: container.image_ref.clone(),
             pid: vmm.filter(|_| state == ContainerState::Running),
             annotations: container.annotations.clone(),
-            resources: None,
+            resources: Some(container.resources.clone()),
         })
     }
 
@@ -218,7 +226,7 @@ fn time(nanoseconds: i64) -> Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::runtime::types::{NamespaceMode, Resources, SandboxNetwork};
+    use crate::runtime::types::{NamespaceMode, SandboxNetwork};
 
     fn config() -> SandboxConfig {
         SandboxConfig {

@@ -345,7 +345,11 @@ async fn fetch_log(vm: &dyn Vm, id: &str, book: &Arc<LogBook>) {
             // The session was lost: the next one goes on where this one was.
             Err(error) if error.kind() == Kind::Unavailable => {
                 tracing::debug!(container = id, error = chain(&error), "its log is asked for again");
-                tokio::time::sleep(Duration::from_millis(200)).await;
+                // Both are cancel-safe: they only wait.
+                tokio::select! {
+                    () = tokio::time::sleep(Duration::from_millis(200)) => {}
+                    () = vm.exited() => return,
+                }
             }
             Err(error) => {
                 tracing::warn!(container = id, error = chain(&error), "its log is fetched no further");

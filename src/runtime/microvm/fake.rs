@@ -19,7 +19,7 @@ use crate::runtime::fake::FakeRuntime;
 use crate::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
 use crate::runtime::stats::StatsScope;
 use crate::runtime::types::{
-    ContainerConfig, ContainerId, ContainerState, ImageId, LogOptions, PodRef, SandboxConfig, SandboxId,
+    ContainerConfig, ContainerId, ContainerState, ImageId, LogOptions, PodRef, Resources, SandboxConfig, SandboxId,
 };
 use crate::runtime::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime};
 
@@ -180,6 +180,14 @@ impl Vm for FakeVm {
             Ok(stopped) => stopped,
             Err(_) => Ok(()),
         }
+    }
+
+    async fn limit(&self, id: &str, limits: &Resources) -> Result<()> {
+        self.engine.update_container_resources(&self.container(id)?, limits).await
+    }
+
+    async fn limit_all(&self, limits: &Resources) -> Result<()> {
+        self.engine.update_pod_sandbox_resources(&self.sandbox, limits).await
     }
 
     async fn wait(&self, id: &str) -> Result<()> {

@@ -1,7 +1,7 @@
 //! Pods as microVMs: each sandbox is a virtual machine, and its containers run in a kernel of their own.
 //!
 //! ```text
-//! driver (sandbox, container) --verbs--> vm::Vm      one VM: machine on the host, agent in the guest
+//! driver (sandbox, container) --verbs--> vm::Vm      one VM: machine on the host, agent in the guest (host; fake: in memory)
 //!   |-- machine      one VMM process each: QEMU or Firecracker, its directory, its jail, templates it is restored from
 //!   |-- agent        client of the agent in a guest, over one stream of bytes
 //!   |-- checkpoint   what is remembered of a sandbox; a new process finds its VMs again by it
@@ -16,7 +16,9 @@ mod checkpoint;
 mod container;
 mod copy;
 pub mod fake;
+pub mod host;
 pub mod image;
+mod limits;
 pub mod logs;
 pub mod machine;
 mod refresh;
@@ -241,7 +243,12 @@ impl SandboxRuntime for MicrovmRuntime {
     }
 
     async fn exec(&self, id: &ContainerId, request: &ExecRequest) -> Result<Session> {
-        self.running(id).await?.exec(id.as_str(), request).await
+        let vm = self.running(id).await?;
+        if self.status(id).await?.frozen {
+            // It would start, and never get any further.
+            return Err(RuntimeError::new(Kind::Invalid, format!("failed to execute a command in {id}: it is paused")));
+        }
+        vm.exec(id.as_str(), request).await
     }
 
     async fn attach(&self, id: &ContainerId, request: &AttachRequest) -> Result<Session> {
@@ -263,12 +270,12 @@ impl SandboxRuntime for MicrovmRuntime {
         self.running(id).await?.set_frozen(id.as_str(), false).await
     }
 
-    async fn update_container_resources(&self, id: &ContainerId, _: &Resources) -> Result<()> {
-        Err(RuntimeError::new(Kind::Unsupported, format!("the limits of container {id} cannot be changed as it runs")))
+    async fn update_container_resources(&self, id: &ContainerId, resources: &Resources) -> Result<()> {
+        self.limit(id, resources).await
     }
 
-    async fn update_pod_sandbox_resources(&self, id: &SandboxId, _: &Resources) -> Result<()> {
-        Err(RuntimeError::new(Kind::Unsupported, format!("the limits of sandbox {id} cannot be changed as it runs")))
+    async fn update_pod_sandbox_resources(&self, id: &SandboxId, resources: &Resources) -> Result<()> {
+        self.limit_sandbox(id, resources).await
     }
 
     async fn list_pod_sandbox_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {

@@ -7,8 +7,8 @@ use jiff::Timestamp;
 use super::MicrovmRuntime;
 use super::sandbox::{Sandbox, locked};
 use super::vm::GuestStats;
-use crate::runtime::stats::{ContainerStats, DiskUsage, SandboxStats, StatsScope};
-use crate::runtime::types::ContainerStatus;
+use crate::runtime::stats::{ContainerStats, DiskUsage, Limits, SandboxStats, StatsScope, Usage};
+use crate::runtime::types::{ContainerStatus, Resources};
 use crate::telemetry::chain;
 
 impl MicrovmRuntime {
@@ -42,7 +42,7 @@ fn told(sandbox: &Sandbox, stats: GuestStats, scope: StatsScope) -> SandboxStats
             // Of the guest's own tree; here it stands for the container as the host's does elsewhere.
             cgroup: Path::new(&cgroup).join(&id).display().to_string(),
             id: status.id,
-            usage,
+            usage: limited(usage, status.resources.as_ref(), scope),
             writable_layer,
             log,
         })
@@ -51,11 +51,23 @@ fn told(sandbox: &Sandbox, stats: GuestStats, scope: StatsScope) -> SandboxStats
         id: sandbox.id.as_str().into(),
         pod: record.pod(),
         started_at: Some(record.created_at()),
-        usage: stats.usage,
+        usage: limited(stats.usage, Some(&record.resources), scope),
         network: stats.network,
         containers: containers.collect(),
         cgroup: cgroup.clone(),
     }
+}
+
+/// With the limits that the guest was given, where it does not tell them itself.
+fn limited(usage: Usage, given: Option<&Resources>, scope: StatsScope) -> Usage {
+    let positive = |value: Option<i64>| value.and_then(|value| u64::try_from(value).ok()).filter(|value| *value > 0);
+    let given = given.filter(|_| scope == StatsScope::All).map(|given| Limits {
+        cpu_shares: positive(given.cpu_shares),
+        cpu_quota: positive(given.cpu_quota),
+        cpu_period: positive(given.cpu_period),
+        memory: positive(given.memory_limit),
+    });
+    Usage { limits: usage.limits.or(given), ..usage }
 }
 
 /// What a log takes on the host: a handful of files.

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::fake::FakeVms;
 use super::*;
-use crate::runtime::types::{EventKind, NamespaceMode, PodRef, Resources, SandboxNetwork, SandboxState};
+use crate::runtime::types::{EventKind, NamespaceMode, PodRef, SandboxNetwork, SandboxState};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

@@ -1,6 +1,6 @@
 //! What the driver asks of a microVM: the machine on this host and the agent in it, taken together.
 //!
-//! [`fake`](super::fake) is one in memory; those of this host's machines are to follow.
+//! [`host`](super::host) has those of this host's machines, [`fake`](super::fake) those in memory.
 
 use std::path::Path;
 use std::pin::Pin;
@@ -15,7 +15,7 @@ use super::image::ImageConfig;
 use crate::runtime::Result;
 use crate::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
 use crate::runtime::stats::{DiskUsage, Interface, StatsScope, Usage};
-use crate::runtime::types::{ContainerConfig, ContainerState, ImageId, LogChunk, SandboxConfig};
+use crate::runtime::types::{ContainerConfig, ContainerState, ImageId, LogChunk, Resources, SandboxConfig};
 
 /// Starts microVMs, and finds those that an earlier process left.
 #[async_trait]
@@ -74,6 +74,15 @@ pub trait Vm: Send + Sync + 'static {
 
     /// Sends a signal to a container's first process, or to all. One that does not run is fine.
     async fn signal(&self, id: &str, signal: &str, all: bool) -> Result<()>;
+
+    /// Gives a container these limits.
+    async fn limit(&self, id: &str, limits: &Resources) -> Result<()>;
+
+    /// Gives all containers together these limits.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`](crate::runtime::Kind::Unsupported) for more memory than the guest has.
+    async fn limit_all(&self, limits: &Resources) -> Result<()>;
 
     /// Waits until a container has exited. Cancel-safe.
     async fn wait(&self, id: &str) -> Result<()>;

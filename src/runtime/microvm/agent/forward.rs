@@ -24,7 +24,7 @@ impl Agent {
     /// # Errors
     /// [`Kind::Invalid`](crate::runtime::Kind::Invalid) where nothing listens.
     pub async fn port_forward(&self, port: u16) -> Result<Pin<Box<dyn Duplex>>> {
-        let tried = format!("failed to connect to port {port} in the guest");
+        let tried = format!("failed to connect to localhost:{port} inside namespace of the guest");
         let (sender, receiver) = mpsc::channel(QUEUE);
         let connect = PortData { message: Some(Message::Connect(u32::from(port))) };
         let messages = futures::stream::once(std::future::ready(connect)).chain(ReceiverStream::new(receiver));

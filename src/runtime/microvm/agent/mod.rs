@@ -18,7 +18,6 @@ pub mod said;
 pub mod spec;
 
 use std::future::Future;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -382,9 +381,6 @@ impl Agent {
 fn reference(id: &str) -> ContainerRef {
     ContainerRef { id: id.to_owned() }
 }
-
-/// A boxed stream of messages to the guest.
-type Outgoing<T> = Pin<Box<dyn futures::Stream<Item = T> + Send>>;
 
 /// What a guest's refusal means; its words are cut.
 fn refused(tried: &str, status: &Status) -> RuntimeError {

@@ -4,7 +4,7 @@ use std::pin::Pin;
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
-use futures::{FutureExt, StreamExt, TryStreamExt};
+use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
 use lambdalet_proto::agent::v1::process_input::Message as Input;
 use lambdalet_proto::agent::v1::process_output::Message as Outcome;
 use lambdalet_proto::agent::v1::{
@@ -17,7 +17,7 @@ use tonic::Streaming;
 
 use super::outlet::{Outlet, QUEUE};
 use super::said::{self, OutOfBounds};
-use super::{Agent, Outgoing, PATIENCE, hostile, refused};
+use super::{Agent, PATIENCE, hostile, refused};
 use crate::runtime::session::{AttachRequest, ExecRequest, Output, Session, Terminal, TerminalSize};
 use crate::runtime::types::LogSource;
 use crate::runtime::{Kind, Result, RuntimeError};
@@ -58,7 +58,7 @@ impl Agent {
         };
         let (input, messages) = first(Input::Exec(start));
         let mut client = self.client.clone();
-        let call = async move { client.exec(messages).await?.into_inner().started().await };
+        let call = async move { started(client.exec(messages).await?.into_inner()).await }.boxed();
         let output = self.within(PATIENCE, &tried, call).await?;
         let wanted = Wanted { stdout: request.stdout, stderr: request.stderr && !request.tty };
         let exit = self.exec_exit(exec_id, tried.clone());
@@ -81,7 +81,7 @@ impl Agent {
         };
         let (input, messages) = first(Input::Attach(start));
         let mut client = self.client.clone();
-        let call = async move { client.attach(messages).await?.into_inner().started().await };
+        let call = async move { started(client.attach(messages).await?.into_inner()).await }.boxed();
         let output = self.within(PATIENCE, &tried, call).await?;
         let wanted = Wanted { stdout: request.stdout, stderr: request.stderr };
         let (agent, id) = (self.clone(), id.to_owned());
@@ -117,25 +117,19 @@ impl Agent {
 }
 
 /// Reads the message that says that a process was joined.
-trait Started: Sized {
-    async fn started(self) -> std::result::Result<Self, tonic::Status>;
-}
-
-impl Started for Streaming<ProcessOutput> {
-    async fn started(mut self) -> std::result::Result<Self, tonic::Status> {
-        match self.message().await? {
-            Some(ProcessOutput { message: Some(Outcome::Started(_)) }) => Ok(self),
-            _ => Err(tonic::Status::internal(OutOfBounds("first output").to_string())),
-        }
+async fn started(mut output: Streaming<ProcessOutput>) -> std::result::Result<Streaming<ProcessOutput>, tonic::Status> {
+    match output.message().await? {
+        Some(ProcessOutput { message: Some(Outcome::Started(_)) }) => Ok(output),
+        _ => Err(tonic::Status::internal(OutOfBounds("first output").to_string())),
     }
 }
 
 /// A stream of messages that begins with this one.
-fn first(start: Input) -> (mpsc::Sender<ProcessInput>, Outgoing<ProcessInput>) {
+fn first(start: Input) -> (mpsc::Sender<ProcessInput>, impl Stream<Item = ProcessInput> + Send + use<>) {
     let (sender, receiver) = mpsc::channel(QUEUE);
     let start = ProcessInput { message: Some(start) };
     let messages = futures::stream::once(std::future::ready(start)).chain(ReceiverStream::new(receiver));
-    (sender, Box::pin(messages))
+    (sender, messages)
 }
 
 type Exit = futures::future::BoxFuture<'static, Result<i32>>;

@@ -138,9 +138,19 @@ impl VmCgroup {
         Ok(())
     }
 
-    /// Removes it. Removing what is not there is Ok. Blocks for a moment if a process has only just ended.
+    /// Removes it, and its Pod's if that is empty then. Removing what is not there is Ok. Blocks for a moment if a process
+    /// has only just ended.
     pub(super) fn remove(&self) -> io::Result<()> {
-        self.directories().iter().try_for_each(|directory| remove(directory))
+        let directories = self.directories();
+        directories.iter().try_for_each(|directory| remove(directory))?;
+        // One right below the root is not a Pod's but the node's, in which others are made at any time.
+        if self.relative.components().count() > 2 {
+            for pod in directories.iter().filter_map(|directory| directory.parent()) {
+                // It may hold another machine, or be gone.
+                let _ = fs::remove_dir(pod);
+            }
+        }
+        Ok(())
     }
 
     fn directories(&self) -> Vec<PathBuf> {

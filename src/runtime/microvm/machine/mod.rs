@@ -42,7 +42,7 @@ pub use asset::{Asset, AssetDirs};
 pub use directory::{VmDir, VmDirs, VmId};
 pub use error::{MachineError, Result};
 pub use jail::VmmUser;
-pub use template::Template;
+pub use template::{Template, TemplateKind};
 
 use crate::runtime::session::Duplex;
 
@@ -183,6 +183,12 @@ pub trait MachineManager: Send + Sync {
     /// # Errors
     /// Why it will not work here.
     async fn check(&self) -> Result<String, Why>;
+
+    /// What a template of such a machine is of.
+    ///
+    /// # Errors
+    /// [`MachineError::Unsupported`] if the VMM does not work here.
+    async fn template_kind(&self, spec: &MachineSpec) -> Result<TemplateKind>;
 
     /// Starts a machine from its kernel. It runs when this returns; its agent may not answer yet.
     ///

@@ -2,7 +2,7 @@
 //!
 //! A template is a directory with the guest's memory, the state of its devices and a description of what it was made
 //! of, written last: without that it is none. Templates are found by what they are of, so those of an older kernel,
-//! guest or VMM are never found again, and [`Templates::sweep`] removes them.
+//! guest or VMM are never found again; [`Templates::trim`] removes what was not found for the longest time.
 //!
 //! Nobody is to write to a template's memory again. Firecracker opens it to read, as does QEMU since 8.2; an older QEMU
 //! opens for writing even what it maps privately, so a VMM that its guest has taken over could: that is noticed before
@@ -12,6 +12,7 @@ use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -21,6 +22,8 @@ use super::error::{MachineError, Result};
 use super::{MachineSpec, VmId};
 
 const DESCRIPTION: &str = "template.json";
+/// What has been half made for so long, nobody is making any more.
+const ABANDONED: Duration = Duration::from_secs(3600);
 
 /// What a machine may be restored from: the whole state of a guest of one kernel, guest bundle and size. It holds
 /// nothing of any Pod.
@@ -46,6 +49,8 @@ pub struct TemplateKind {
     pub vcpus: u32,
     /// Image slots.
     pub image_slots: u8,
+    /// Bytes of the scratch disk.
+    pub scratch: u64,
     /// Whether it has a network card.
     pub network: bool,
 }
@@ -56,6 +61,8 @@ struct Description {
     kind: TemplateKind,
     /// Of the memory's file, which never changes again.
     memory_seal: String,
+    /// Of the state's, which neither does.
+    state_seal: String,
 }
 
 /// The templates of a node.
@@ -70,9 +77,10 @@ impl TemplateKind {
     /// That of a machine, run by this VMM.
     ///
     /// # Errors
-    /// [`MachineError::File`] if its kernel or initramfs cannot be looked at.
+    /// [`MachineError::File`] if its kernel, initramfs or scratch disk cannot be looked at.
     pub fn of(vmm: &str, spec: &MachineSpec) -> Result<Self> {
         let identity = |asset: &super::Asset| asset.identity().map_err(MachineError::file("look at", asset.path()));
+        let scratch = fs::symlink_metadata(&spec.scratch).map_err(MachineError::file("look at", &spec.scratch))?;
         Ok(Self {
             vmm: vmm.to_owned(),
             kernel: identity(&spec.kernel)?,
@@ -80,6 +88,7 @@ impl TemplateKind {
             memory: spec.memory,
             vcpus: spec.vcpus,
             image_slots: spec.image_slots,
+            scratch: scratch.size(),
             network: spec.tap.is_some(),
         })
     }
@@ -105,13 +114,14 @@ impl Template {
 
     /// Says what is in it, which makes it a template.
     pub(super) fn describe(&self, kind: TemplateKind) -> Result<()> {
-        let memory_seal = seal(&self.memory()).map_err(MachineError::file("look at", &self.memory()))?;
+        let sealed = |path: &Path| seal(path).map_err(MachineError::file("look at", path));
+        let (memory_seal, state_seal) = (sealed(&self.memory())?, sealed(&self.state())?);
         let path = self.path.join(DESCRIPTION);
-        write_json(&path, &Description { kind, memory_seal }).map_err(MachineError::file("write", &path))
+        write_json(&path, &Description { kind, memory_seal, state_seal }).map_err(MachineError::file("write", &path))
     }
 
     /// # Errors
-    /// [`MachineError::Mismatch`] if it is of something else, is not whole, or its memory was written to since.
+    /// [`MachineError::Mismatch`] if it is of something else, is not whole, or was written to since.
     pub(super) fn check(&self, kind: &TemplateKind) -> Result<()> {
         let mismatch = |what: &str| MachineError::Mismatch { template: self.path.clone(), what: what.to_owned() };
         let text = fs::read(self.path.join(DESCRIPTION)).map_err(|_| mismatch("it has no description"))?;
@@ -120,10 +130,19 @@ impl Template {
         if description.kind != *kind {
             return Err(mismatch(&format!("it is of {:?}, not of {kind:?}", description.kind)));
         }
-        match seal(&self.memory()) {
-            Ok(seal) if seal == description.memory_seal => Ok(()),
-            _ => Err(mismatch("its memory was changed after it was made")),
+        let is_as_made = |path: &Path, made: &str| seal(path).is_ok_and(|seal| seal == made);
+        if !is_as_made(&self.memory(), &description.memory_seal) {
+            return Err(mismatch("its memory was changed after it was made"));
         }
+        if !is_as_made(&self.state(), &description.state_seal) {
+            return Err(mismatch("its state was changed after it was made"));
+        }
+        Ok(())
+    }
+
+    /// Notes that it is of use.
+    fn touch(&self) -> io::Result<()> {
+        fs::File::options().write(true).open(self.path.join(DESCRIPTION))?.set_modified(SystemTime::now())
     }
 }
 
@@ -145,11 +164,16 @@ impl Templates {
     pub fn find(&self, kind: &TemplateKind) -> Option<Template> {
         let template = Template { path: self.path.join(kind.directory()) };
         match template.check(kind) {
-            Ok(()) => Some(template),
+            Ok(()) => {
+                if let Err(error) = template.touch() {
+                    tracing::debug!(%error, path = %template.path.display(), "the use of a template is not noted");
+                }
+                Some(template)
+            }
             Err(error) => {
                 if template.path.exists() {
                     tracing::warn!(error = crate::telemetry::chain(&error), "removing a template");
-                    self.discard(&template.path);
+                    self.discard(&template);
                 }
                 None
             }
@@ -175,7 +199,7 @@ impl Templates {
         made.check(kind)?;
         let place = self.path.join(kind.directory());
         match fs::rename(&made.path, &place) {
-            Err(_) if place.exists() => self.discard(&made.path),
+            Err(_) if place.exists() => self.discard(&made),
             result => result.map_err(MachineError::file("rename", &made.path))?,
         }
         let template = Template { path: place };
@@ -183,29 +207,42 @@ impl Templates {
         Ok(template)
     }
 
-    /// Removes whatever is of none of these kinds: templates of older kernels and guests, and what is half made. To be
-    /// called when no template is being made.
+    /// Removes those that were not found for the longest time, until there are at most so many; and what somebody has
+    /// begun to make who is gone.
     ///
     /// # Errors
     /// [`MachineError::File`] if they cannot be listed.
-    pub fn sweep(&self, keep: &[TemplateKind]) -> Result<()> {
-        let keep: Vec<String> = keep.iter().map(TemplateKind::directory).collect();
+    pub fn trim(&self, most: usize) -> Result<()> {
         let entries = match fs::read_dir(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             entries => entries.map_err(MachineError::file("list", &self.path))?,
         };
-        for entry in entries.flatten() {
-            if !entry.file_name().to_str().is_some_and(|name| keep.iter().any(|kept| kept == name)) {
-                self.discard(&entry.path());
+        let changed = |path: &Path| fs::metadata(path).and_then(|seen| seen.modified());
+        let mut used = Vec::new();
+        for template in entries.flatten().map(|entry| Template { path: entry.path() }) {
+            match changed(&template.path.join(DESCRIPTION)) {
+                Ok(at) => used.push((at, template)),
+                Err(_) => {
+                    let age = changed(&template.path).ok().and_then(|at| at.elapsed().ok());
+                    if age.is_some_and(|age| age > ABANDONED) {
+                        self.discard(&template);
+                    }
+                }
             }
         }
+        used.sort_by_key(|(at, _)| *at);
+        let many = used.len().saturating_sub(most);
+        used.iter().take(many).for_each(|(_, template)| self.discard(template));
         Ok(())
     }
 
-    /// Machines that were restored from it keep their memory.
-    fn discard(&self, path: &Path) {
-        if let Err(error) = fs::remove_dir_all(path) {
-            tracing::warn!(%error, path = %path.display(), "failed to remove a template");
+    /// Removes a template. Machines that were restored from it keep their memory.
+    pub fn discard(&self, template: &Template) {
+        match fs::remove_dir_all(&template.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%error, path = %template.path.display(), "failed to remove a template");
+            }
+            _ => {}
         }
     }
 }
@@ -225,6 +262,7 @@ pub(super) mod tests {
             memory,
             vcpus: 1,
             image_slots: 8,
+            scratch: 1 << 20,
             network: true,
         }
     }
@@ -232,6 +270,7 @@ pub(super) mod tests {
     fn made(templates: &Templates, kind: &TemplateKind) -> Template {
         let template = Template { path: templates.begin().unwrap() };
         fs::write(template.memory(), "memory").unwrap();
+        fs::write(template.state(), "state").unwrap();
         template.describe(kind.clone()).unwrap();
         template
     }
@@ -240,7 +279,7 @@ pub(super) mod tests {
     fn a_template_is_found_by_exactly_what_it_is_of() {
         let directory = tempfile::tempdir().unwrap();
         let templates = Templates::new(directory.path().join("templates"));
-        templates.sweep(&[]).unwrap();
+        templates.trim(0).unwrap();
         assert_eq!(templates.find(&kind(1)), None);
         let template = made(&templates, &kind(1));
         assert!(templates.commit(template.clone(), &kind(2)).is_err());
@@ -249,24 +288,39 @@ pub(super) mod tests {
         assert_eq!(templates.find(&kind(2)), None);
         let second = templates.commit(made(&templates, &kind(1)), &kind(1)).unwrap();
         assert_eq!(second, template, "the first one stays");
-        templates.commit(made(&templates, &kind(2)), &kind(2)).unwrap();
-        templates.begin().unwrap();
-        templates.sweep(&[kind(2)]).unwrap();
-        assert_eq!(fs::read_dir(directory.path().join("templates")).unwrap().count(), 1);
-        assert!(templates.find(&kind(2)).is_some());
     }
 
     #[test]
-    fn a_template_whose_memory_was_written_to_is_none() {
+    fn what_was_not_used_for_the_longest_time_makes_room() {
         let directory = tempfile::tempdir().unwrap();
         let templates = Templates::new(directory.path().to_owned());
-        let template = templates.commit(made(&templates, &kind(1)), &kind(1)).unwrap();
-        // File systems tell times in steps of the kernel's clock.
-        std::thread::sleep(std::time::Duration::from_millis(10));
-        let mut memory = fs::OpenOptions::new().write(true).open(template.memory()).unwrap();
-        memory.write_all(b"MEMORY").unwrap();
-        assert_eq!(templates.find(&kind(1)), None);
-        assert!(!template.path.exists(), "it is of no use to anybody");
+        for memory in [1, 2, 3] {
+            templates.commit(made(&templates, &kind(memory)), &kind(memory)).unwrap();
+        }
+        for memory in [2, 3, 1] {
+            assert!(templates.find(&kind(memory)).is_some());
+        }
+        let (making, abandoned) = (templates.begin().unwrap(), templates.begin().unwrap());
+        let long_ago = SystemTime::now() - 2 * ABANDONED;
+        fs::File::open(&abandoned).unwrap().set_modified(long_ago).unwrap();
+        templates.trim(2).unwrap();
+        let left = [1, 2, 3].map(|memory| templates.find(&kind(memory)).is_some());
+        assert_eq!((left, making.exists(), abandoned.exists()), ([true, false, true], true, false));
+    }
+
+    #[test]
+    fn a_template_that_was_written_to_is_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let templates = Templates::new(directory.path().to_owned());
+        for file in [Template::memory, Template::state] {
+            let template = templates.commit(made(&templates, &kind(1)), &kind(1)).unwrap();
+            // File systems tell times in steps of the kernel's clock.
+            std::thread::sleep(Duration::from_millis(10));
+            let mut spoilt = fs::OpenOptions::new().write(true).open(file(&template)).unwrap();
+            spoilt.write_all(b"SPOILT").unwrap();
+            assert_eq!(templates.find(&kind(1)), None);
+            assert!(!template.path.exists(), "it is of no use to anybody");
+        }
     }
 
     #[test]

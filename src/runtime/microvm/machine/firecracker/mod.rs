@@ -85,15 +85,6 @@ impl Firecracker {
         Self { program, jailer, user, backend, version: OnceCell::new() }
     }
 
-    /// What a template of such a machine is of.
-    ///
-    /// # Errors
-    /// [`MachineError::Unsupported`] if Firecracker does not work here.
-    pub async fn template_kind(&self, spec: &MachineSpec) -> Result<TemplateKind> {
-        let version = self.version().await.map_err(unsupported)?;
-        TemplateKind::of(&format!("{NAME} {version}"), spec)
-    }
-
     async fn version(&self) -> Result<&str, Why> {
         let ask = || host::version_of(&self.program, "--version", "Firecracker ");
         self.version.get_or_try_init(ask).await.map(String::as_str)
@@ -251,6 +242,11 @@ impl MachineManager for Firecracker {
         }
         host::usable_kvm().map_err(|reason| Why(format!("Firecracker needs KVM: {reason}")))?;
         Ok(format!("Firecracker {version} with KVM"))
+    }
+
+    async fn template_kind(&self, spec: &MachineSpec) -> Result<TemplateKind> {
+        let version = self.version().await.map_err(unsupported)?;
+        TemplateKind::of(&format!("{NAME} {version}"), spec)
     }
 
     async fn boot(&self, spec: &MachineSpec) -> Result<Box<dyn Machine>> {

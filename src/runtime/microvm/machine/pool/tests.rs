@@ -7,7 +7,7 @@ use tokio::sync::Barrier;
 use tokio::time::timeout;
 
 use super::*;
-use crate::network::tap::Tap;
+use crate::network::tap::{Surroundings, Tap};
 
 /// Setups of nothing, numbered as they are made; faults on demand.
 #[derive(Default)]
@@ -152,6 +152,10 @@ struct Wires {
 
 #[async_trait]
 impl Taps for Wires {
+    async fn surroundings(&self) -> Result<Surroundings, NetworkError> {
+        Ok(Surroundings { gateway: [10, 0, 0, 1].into(), mtu: 1500 })
+    }
+
     async fn make_tap(&self, sandbox: &str, owner: Option<u32>) -> Result<Tap, NetworkError> {
         assert_eq!(owner, Some(7));
         if self.bad == Some(self.made.fetch_add(1, Ordering::SeqCst)) {

@@ -89,19 +89,6 @@ impl Qemu {
         Self { program, user, choice, version: OnceCell::new() }
     }
 
-    /// What a template of such a machine is of.
-    ///
-    /// # Errors
-    /// [`MachineError::Unsupported`] if QEMU does not work here.
-    pub async fn template_kind(&self, spec: &MachineSpec) -> Result<TemplateKind> {
-        let accel = match self.accel()? {
-            Accel::Kvm => "kvm",
-            Accel::Tcg { .. } => "tcg",
-        };
-        let version = self.version().await.map_err(unsupported)?;
-        TemplateKind::of(&format!("{NAME} {version} {accel}"), spec)
-    }
-
     fn accel(&self) -> Result<Accel> {
         self.choose().map_err(unsupported)
     }
@@ -241,6 +228,15 @@ impl MachineManager for Qemu {
                 Err(reason) => format!("QEMU {version} without KVM ({reason}): guests are some ten times slower"),
             },
         })
+    }
+
+    async fn template_kind(&self, spec: &MachineSpec) -> Result<TemplateKind> {
+        let accel = match self.accel()? {
+            Accel::Kvm => "kvm",
+            Accel::Tcg { .. } => "tcg",
+        };
+        let version = self.version().await.map_err(unsupported)?;
+        TemplateKind::of(&format!("{NAME} {version} {accel}"), spec)
     }
 
     async fn boot(&self, spec: &MachineSpec) -> Result<Box<dyn Machine>> {

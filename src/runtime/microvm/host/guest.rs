@@ -1,0 +1,238 @@
+//! One microVM of this host: its machine, and the session with its agent.
+
+use std::path::Path;
+use std::pin::Pin;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{FutureExt, StreamExt, TryStreamExt};
+use lambdalet_proto::agent::v1::{self, FileLayout};
+use tokio::sync::Mutex as AsyncMutex;
+
+use super::told;
+use crate::runtime::microvm::agent::spec::{ImageFacts, container_spec, resources};
+use crate::runtime::microvm::agent::{Agent, PushedContent, PushedFile};
+use crate::runtime::microvm::machine::{Machine, MachineError, slot_name};
+use crate::runtime::microvm::vm::{
+    GuestContainer, GuestFile, GuestMount, GuestState, GuestStats, Layout, LogBatch, Vm, VolumeKind,
+};
+use crate::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
+use crate::runtime::stats::StatsScope;
+use crate::runtime::types::{ImageId, Resources};
+use crate::runtime::{Kind, Result, RuntimeError};
+
+/// How long a guest that runs may take to open a session.
+const SESSION_PATIENCE: Duration = Duration::from_secs(30);
+/// How much of a console is shown with an error, in bytes.
+const SHOWN: u64 = 1000;
+/// The file system of images.
+const FILESYSTEM: &str = "erofs";
+
+/// A machine of this host, and its guest.
+pub(super) struct HostVm {
+    machine: Box<dyn Machine>,
+    /// A machine has room for one session at a time.
+    session: AsyncMutex<Option<Agent>>,
+}
+
+impl HostVm {
+    pub(super) fn new(machine: Box<dyn Machine>) -> Self {
+        Self { machine, session: AsyncMutex::default() }
+    }
+
+    async fn agent(&self) -> Result<Agent> {
+        self.agent_within(SESSION_PATIENCE).await
+    }
+
+    /// The open session, or a new one once that has ended. Dropped while it waits, it leaves none.
+    pub(super) async fn agent_within(&self, patience: Duration) -> Result<Agent> {
+        let mut session = self.session.lock().await;
+        if let Some(agent) = session.take() {
+            if agent.ended().now_or_never().is_none() {
+                *session = Some(agent.clone());
+                return Ok(agent);
+            }
+            agent.close();
+        }
+        let id = self.machine.dir().id();
+        let tried = || format!("failed to reach the guest of microVM {id}");
+        let lost = |error: MachineError| RuntimeError::new(Kind::Unavailable, tried()).with_source(error);
+        let stream = self.machine.agent().await.map_err(lost)?;
+        // Both are cancel-safe: a session that is dropped is none, and an end is told again.
+        let (agent, hello) = tokio::select! {
+            connected = Agent::connect(stream, patience) => connected?,
+            exit = self.machine.exited() => {
+                let said = self.machine.dir().console_tail(SHOWN);
+                let text = format!("{}: it has ended ({exit:?}): {}", tried(), said.trim());
+                return Err(RuntimeError::new(Kind::Unavailable, text));
+            }
+        };
+        tracing::debug!(machine = %id, kernel = hello.kernel_release, agent = hello.agent_version, "a guest answers");
+        *session = Some(agent.clone());
+        Ok(agent)
+    }
+
+    /// Ends the session, for a template to be made of the machine: it is to hold nobody's.
+    pub(super) async fn hang_up(&self) {
+        if let Some(agent) = self.session.lock().await.take() {
+            agent.close();
+        }
+    }
+
+    pub(super) fn machine(&self) -> &dyn Machine {
+        self.machine.as_ref()
+    }
+}
+
+/// What an image is called in a guest, whose names have no colon.
+fn image_name(image: &ImageId) -> String {
+    image.as_str().replace(':', "-")
+}
+
+fn mounted(mount: GuestMount) -> v1::Mount {
+    let GuestMount { volume, file, container_path, read_only } = mount;
+    v1::Mount { volume, sub_path: file, container_path, read_only }
+}
+
+fn pushed(file: GuestFile) -> PushedFile {
+    PushedFile { path: file.path, mode: file.mode, owner: file.owner, content: PushedContent::File(file.bytes) }
+}
+
+#[async_trait]
+impl Vm for HostVm {
+    fn pid(&self) -> i32 {
+        self.machine.pid()
+    }
+
+    async fn put_image(&self, slot: u8, image: &ImageId, path: &Path) -> Result<()> {
+        let (agent, name) = (self.agent().await?, image_name(image));
+        // Mounted already if an earlier process got as far as here; the guest must not use the slot meanwhile.
+        agent.unmount_image(&name).await?;
+        let failed = |error: MachineError| error.during(format!("failed to put image {image} into slot {slot}"));
+        self.machine.put_image(slot, path).await.map_err(failed)?;
+        let mounted = agent.mount_image(&slot_name(slot), &name, FILESYSTEM).await;
+        if mounted.is_err() {
+            // The first error says what is wrong; an image left in the slot is replaced by the next.
+            let _ = self.machine.take_image(slot).await;
+        }
+        mounted
+    }
+
+    async fn take_image(&self, slot: u8, image: &ImageId) -> Result<()> {
+        self.agent().await?.unmount_image(&image_name(image)).await?;
+        let failed = |error: MachineError| error.during(format!("failed to take image {image} out of slot {slot}"));
+        self.machine.take_image(slot).await.map_err(failed)
+    }
+
+    async fn make_volume(&self, name: &str, kind: VolumeKind) -> Result<()> {
+        let kind = match kind {
+            VolumeKind::Memory(bytes) => v1::volume::Kind::Memory(bytes),
+            VolumeKind::Scratch => v1::volume::Kind::Scratch(v1::Empty {}),
+            VolumeKind::Pushed => v1::volume::Kind::Pushed(v1::Empty {}),
+        };
+        // Without a mode anybody may write, as in an emptyDir of a kubelet.
+        let volume = v1::Volume { name: name.to_owned(), kind: Some(kind), ..v1::Volume::default() };
+        self.agent().await?.make_volume(volume).await
+    }
+
+    async fn push_files(&self, name: &str, layout: Layout, files: Vec<GuestFile>) -> Result<()> {
+        let layout = match layout {
+            Layout::Atomic => FileLayout::Atomic,
+            Layout::Plain => FileLayout::Plain,
+        };
+        let files: Vec<_> = files.into_iter().map(pushed).collect();
+        self.agent().await?.push_files(name, layout, &files).await
+    }
+
+    async fn read_file(&self, name: &str, path: &str, limit: u32) -> Result<Option<Bytes>> {
+        self.agent().await?.read_file(name, path, limit).await
+    }
+
+    async fn create(&self, container: GuestContainer) -> Result<()> {
+        let GuestContainer { id, config, image, mounts } = container;
+        let name = image_name(&config.image);
+        let facts = ImageFacts {
+            name: &name,
+            user: &image.user,
+            working_dir: &image.working_dir,
+            stop_signal: &image.stop_signal,
+        };
+        let spec = container_spec(&id, facts, &config, mounts.into_iter().map(mounted).collect())?;
+        self.agent().await?.create_container(spec).await
+    }
+
+    async fn start(&self, id: &str) -> Result<()> {
+        self.agent().await?.start(id).await
+    }
+
+    async fn signal(&self, id: &str, signal: &str, all: bool) -> Result<()> {
+        self.agent().await?.signal(id, signal, all).await
+    }
+
+    async fn limit(&self, id: &str, limits: &Resources) -> Result<()> {
+        self.agent().await?.update(id, resources(limits)).await
+    }
+
+    async fn limit_all(&self, limits: &Resources) -> Result<()> {
+        let (agent, limits) = (self.agent().await?, resources(limits));
+        let memory = agent.stats(false).await?.memory_total;
+        if limits.memory_bytes > memory {
+            let text = format!("a microVM of {memory} bytes of memory does not grow to {}", limits.memory_bytes);
+            return Err(RuntimeError::new(Kind::Unsupported, text));
+        }
+        // What is not named in it stays as it is.
+        agent.configure(v1::ConfigureRequest { resources: Some(limits), ..v1::ConfigureRequest::default() }).await
+    }
+
+    async fn wait(&self, id: &str) -> Result<()> {
+        self.agent().await?.wait(id).await.map(drop)
+    }
+
+    async fn remove(&self, id: &str) -> Result<()> {
+        self.agent().await?.remove(id).await
+    }
+
+    async fn list(&self) -> Result<Vec<GuestState>> {
+        Ok(self.agent().await?.list().await?.into_iter().map(told::state).collect())
+    }
+
+    async fn set_frozen(&self, id: &str, frozen: bool) -> Result<()> {
+        let agent = self.agent().await?;
+        if frozen { agent.freeze(id).await } else { agent.thaw(id).await }
+    }
+
+    async fn logs(&self, id: &str, offset: u64) -> Result<BoxStream<'static, Result<LogBatch>>> {
+        Ok(self.agent().await?.logs(id, offset, true).await?.map_ok(told::log).boxed())
+    }
+
+    async fn changes(&self) -> Result<BoxStream<'static, ()>> {
+        Ok(self.agent().await?.events().await?.map(|_| ()).boxed())
+    }
+
+    async fn stats(&self, scope: StatsScope) -> Result<GuestStats> {
+        let stats = self.agent().await?.stats(scope == StatsScope::All).await?;
+        Ok(told::stats(stats, scope))
+    }
+
+    async fn exec(&self, id: &str, request: &ExecRequest) -> Result<Session> {
+        self.agent().await?.exec(id, request).await
+    }
+
+    async fn attach(&self, id: &str, request: &AttachRequest) -> Result<Session> {
+        self.agent().await?.attach(id, request).await
+    }
+
+    async fn port_forward(&self, port: u16) -> Result<Pin<Box<dyn Duplex>>> {
+        self.agent().await?.port_forward(port).await
+    }
+
+    async fn kill(&self) {
+        self.machine.kill().await;
+    }
+
+    async fn exited(&self) {
+        self.machine.exited().await;
+    }
+}

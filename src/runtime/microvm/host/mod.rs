@@ -1,0 +1,466 @@
+//! The driver's VMs on this host: machines, their taps on the node's bridge, the agents in them.
+//!
+//! ```text
+//! launch   directory, scratch disk, tap -> restore from a template, or boot -> session -> configure -> lead the address
+//! find     the machine that an earlier process left
+//! destroy  kill, tap, directory
+//! ```
+//! The first guest of its size is booted; a template is made beside it, and what starts later is restored from that. A
+//! launch that nobody waits for any more is carried to its end all the same, and whoever removes its VM waits for that:
+//! so no VMM is started that nobody knows of.
+
+mod guest;
+mod scratch;
+mod size;
+mod told;
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use lambdalet_proto::agent::v1;
+use tokio::sync::{Mutex as AsyncMutex, OnceCell, oneshot};
+use tokio::task::JoinSet;
+
+use self::guest::HostVm;
+use self::size::Size;
+use super::agent::spec::resources;
+use super::image::turns::Turns;
+use super::machine::template::Templates;
+use super::machine::{
+    Asset, MAX_IMAGE_SLOTS, Machine, MachineError, MachineManager, MachineSpec, TapLink, TapUse, Template, VmDir,
+    VmDirs, VmId, VmmUser, Why,
+};
+use super::vm::{Vm, Vms};
+use crate::network::NetworkError;
+use crate::network::tap::{Taps, mac_of};
+use crate::runtime::types::{NamespaceMode, Resources, SandboxConfig, SandboxNetwork};
+use crate::runtime::{Kind, Result, RuntimeError, blocking};
+use crate::telemetry::chain;
+
+/// How long a guest may take from its machine's start to its agent's first answer: some 0.2 s with KVM, some 5 s without
+/// on an idle host.
+const BOOT_PATIENCE: Duration = Duration::from_secs(120);
+/// The same for one that is restored: a tenth of a second on an idle host.
+const RESTORE_PATIENCE: Duration = Duration::from_secs(60);
+/// What the guest's network card is called in it.
+const INTERFACE: &str = "eth0";
+/// Where the machines are that templates are made of: no sandbox's.
+const MAKING: &str = "making";
+/// Of the files below a guest bundle's directory.
+const KERNEL: &str = "vmlinux";
+const INITRAMFS: &str = "initramfs.cpio";
+
+/// What guests are made from.
+#[derive(Clone)]
+pub struct HostOptions {
+    /// Where machines have their directories, and the empty disk lies: `<root-dir>/microvm`.
+    pub root: PathBuf,
+    /// Where templates are kept; those of other nodes of this host may lie there too.
+    pub templates: PathBuf,
+    /// How many of them are kept, each of some 70 MiB and more on the disk; 0: every guest is booted.
+    pub most_templates: usize,
+    /// Directory of a guest bundle (`hack/guest`): `vmlinux`, `initramfs.cpio`.
+    pub bundle: PathBuf,
+    /// Another kernel than the bundle's.
+    pub kernel: Option<PathBuf>,
+    /// Whom VMMs run as.
+    pub user: VmmUser,
+    /// Bytes of memory of a guest whose Pod has no limit.
+    pub memory: u64,
+    /// Bytes of what the containers of a guest can write; taken from the host as they are written.
+    pub scratch: u64,
+    /// The cgroup in which machines run that templates are made of, from the cgroup root: the node's own.
+    pub cgroup: String,
+    /// The node's Pod network; without it guests have no network card.
+    pub taps: Option<Arc<dyn Taps>>,
+}
+
+/// The VMs of this host.
+pub struct HostVms {
+    inner: Arc<Inner>,
+    /// Launches, and templates in the making.
+    tasks: Mutex<JoinSet<()>>,
+}
+
+struct Inner {
+    options: HostOptions,
+    manager: Arc<dyn MachineManager>,
+    dirs: VmDirs,
+    making: VmDirs,
+    templates: Templates,
+    /// One is made at a time.
+    template_turn: AsyncMutex<()>,
+    blank: OnceCell<PathBuf>,
+    running: Mutex<HashMap<String, Arc<HostVm>>>,
+    /// Whoever starts or ends a VM has its turn.
+    turns: Turns,
+}
+
+// === impl HostOptions ===
+
+impl HostOptions {
+    /// Guests of this bundle: 512 MiB where there is no limit, 10 GiB to be written, without a network card.
+    pub fn new(root: PathBuf, bundle: PathBuf) -> Self {
+        Self {
+            templates: root.join("templates"),
+            most_templates: 16,
+            root,
+            bundle,
+            kernel: None,
+            user: VmmUser::default(),
+            memory: 512 << 20,
+            scratch: 10 << 30,
+            cgroup: "lambdalet".to_owned(),
+            taps: None,
+        }
+    }
+}
+
+// === impl HostVms ===
+
+impl HostVms {
+    /// VMs of this manager. Ends the machines of templates that an earlier process did not finish.
+    ///
+    /// # Errors
+    /// [`Kind::Internal`] if the directories cannot be used.
+    pub async fn open(options: HostOptions, manager: Arc<dyn MachineManager>) -> Result<Self> {
+        let failed = |error: MachineError| error.during("failed to open the microVMs of this host");
+        let base = options.root.join("vms");
+        let inner = Inner {
+            dirs: VmDirs::new(&base, super::machine::directory::DEFAULT_NAMESPACE).map_err(failed)?,
+            making: VmDirs::new(&base, MAKING).map_err(failed)?,
+            templates: Templates::new(options.templates.clone()),
+            template_turn: AsyncMutex::default(),
+            blank: OnceCell::new(),
+            running: Mutex::default(),
+            turns: Turns::default(),
+            options,
+            manager,
+        };
+        inner.templates.trim(inner.options.most_templates).map_err(failed)?;
+        for dir in inner.making.list().map_err(failed)? {
+            inner.end(&dir, None).await.map_err(failed)?;
+        }
+        Ok(Self { inner: Arc::new(inner), tasks: Mutex::default() })
+    }
+
+    /// Makes the template for guests of Pods with these limits, unless there is one: then the first of them is not booted
+    /// either.
+    ///
+    /// # Errors
+    /// Why no guest can be booted.
+    pub async fn prepare(&self, limits: &Resources) -> Result<()> {
+        let size = Size::of(limits, self.inner.options.memory);
+        self.inner.make_template(size).await
+    }
+
+    /// Runs a task that ends with the VMs' owner.
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        // A set of tasks is never half changed, so a panic elsewhere does not spoil it.
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(task);
+    }
+}
+
+#[async_trait]
+impl Vms for HostVms {
+    async fn check(&self) -> Result<String> {
+        let unusable = |Why(why)| RuntimeError::new(Kind::Unsupported, format!("no microVM can be run: {why}"));
+        let manager = self.inner.manager.check().await.map_err(unusable)?;
+        self.inner.assets().map_err(|error| error.during("no microVM can be run: its guest cannot be opened"))?;
+        Ok(manager)
+    }
+
+    fn slots(&self) -> u8 {
+        MAX_IMAGE_SLOTS
+    }
+
+    async fn launch(&self, id: &str, config: &SandboxConfig) -> Result<Arc<dyn Vm>> {
+        let turn = self.inner.turns.turn(id).await;
+        let (inner, id, config) = (Arc::clone(&self.inner), id.to_owned(), config.clone());
+        let tried = format!("failed to start a microVM for {}", config.pod);
+        let (told, launched) = oneshot::channel();
+        self.spawn(async move {
+            let outcome = inner.launch(&id, &config).await;
+            drop(turn);
+            let booted = matches!(outcome, Ok((_, Started::Booted)));
+            // Whoever waited may be gone: what was started is found by its id.
+            let _ = told.send(outcome);
+            if booted {
+                inner.want_template(Size::of(&config.resources, inner.options.memory)).await;
+            }
+        });
+        let ending = |_| RuntimeError::new(Kind::Unavailable, format!("{tried}: the node is ending"));
+        let (vm, _) = launched.await.map_err(ending)??;
+        Ok(vm)
+    }
+
+    async fn find(&self, id: &str) -> Result<Option<Arc<dyn Vm>>> {
+        let _turn = self.inner.turns.turn(id).await;
+        let failed = |error: MachineError| error.during(format!("failed to look for microVM {id}"));
+        if let Some(vm) = self.inner.running().get(id) {
+            return Ok(Some(Arc::clone(vm) as Arc<dyn Vm>));
+        }
+        let dir = self.inner.dirs.of(&VmId::new(id).map_err(failed)?);
+        let Some(machine) = self.inner.manager.adopt(&dir).await.map_err(failed)? else { return Ok(None) };
+        let vm = Arc::new(HostVm::new(machine));
+        self.inner.running().insert(id.to_owned(), Arc::clone(&vm));
+        Ok(Some(vm))
+    }
+
+    async fn destroy(&self, id: &str) -> Result<()> {
+        let _turn = self.inner.turns.turn(id).await;
+        let failed = |error: MachineError| error.during(format!("failed to remove microVM {id}"));
+        let dir = self.inner.dirs.of(&VmId::new(id).map_err(failed)?);
+        let known = self.inner.running().get(id).cloned();
+        self.inner.end(&dir, known.as_deref()).await.map_err(failed)?;
+        self.inner.running().remove(id);
+        Ok(())
+    }
+}
+
+/// How a machine came to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Started {
+    Booted,
+    Restored(Template),
+}
+
+// === impl Inner ===
+
+impl Inner {
+    fn running(&self) -> MutexGuard<'_, HashMap<String, Arc<HostVm>>> {
+        // Entries are inserted and removed whole, so a panic elsewhere does not spoil them.
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Kernel and initramfs, opened anew each time: they may be replaced by newer ones.
+    fn assets(&self) -> super::machine::Result<(Asset, Asset)> {
+        let bundle = &self.options.bundle;
+        let kernel = self.options.kernel.clone().unwrap_or_else(|| bundle.join(KERNEL));
+        Ok((Asset::open(&kernel)?, Asset::open(&bundle.join(INITRAMFS))?))
+    }
+
+    async fn launch(&self, id: &str, config: &SandboxConfig) -> Result<(Arc<HostVm>, Started)> {
+        let tried = || format!("failed to start a microVM for {}", config.pod);
+        let failed = |error: MachineError| error.during(tried());
+        let SandboxNetwork::Pod { address } = config.network else {
+            let text = format!("{}: it has no part in the host's network", tried());
+            return Err(RuntimeError::new(Kind::Unsupported, text));
+        };
+        let dir = self.dirs.of(&VmId::new(id).map_err(failed)?);
+        let size = Size::of(&config.resources, self.options.memory);
+        let spec = self.spec(dir, size, Some(address), &config.cgroup_parent).await?;
+        let (machine, started) = self.start(&spec).await.map_err(failed)?;
+        // A tap that was handed over is to end with its VMM.
+        drop(spec);
+        let vm = Arc::new(HostVm::new(machine));
+        self.running().insert(id.to_owned(), Arc::clone(&vm));
+        let agent = match &started {
+            Started::Booted => vm.agent_within(BOOT_PATIENCE).await?,
+            // Whoever tries again boots, and makes a new one.
+            Started::Restored(template) => {
+                vm.agent_within(RESTORE_PATIENCE).await.inspect_err(|_| self.templates.discard(template))?
+            }
+        };
+        agent.configure(self.identity(id, address, config).await?).await?;
+        if let Some(taps) = &self.options.taps {
+            let unled = |error| RuntimeError::new(Kind::Internal, tried()).with_source(error);
+            taps.lead(id, address).await.map_err(unled)?;
+        }
+        Ok((vm, started))
+    }
+
+    /// From a template of its kind, or from its kernel.
+    async fn start(&self, spec: &MachineSpec) -> super::machine::Result<(Box<dyn Machine>, Started)> {
+        let kind = self.manager.template_kind(spec).await?;
+        if let Some(template) = self.templates.find(&kind) {
+            match self.manager.restore(spec, &template).await {
+                Ok(machine) => return Ok((machine, Started::Restored(template))),
+                Err(error) => {
+                    tracing::warn!(machine = %spec.dir.id(), error = chain(&error), "a template is of no use: booting");
+                    self.templates.discard(&template);
+                }
+            }
+        }
+        Ok((self.manager.boot(spec).await?, Started::Booted))
+    }
+
+    /// Makes what a machine of this size is started in: its directory, its scratch disk and, with an address, its tap.
+    async fn spec(&self, dir: VmDir, size: Size, address: Option<IpAddr>, cgroup_parent: &str) -> Result<MachineSpec> {
+        let id = dir.id().to_string();
+        let tried = || format!("failed to prepare microVM {id}");
+        let failed = |error: MachineError| error.during(tried());
+        let (kernel, initramfs) = self.assets().map_err(failed)?;
+        dir.create(self.options.user.uid, self.options.user.gid).map_err(failed)?;
+        let disk = self.options.root.join("blank.ext4");
+        let blank = self.blank.get_or_try_init(|| scratch::make_blank(disk, self.options.scratch)).await?.clone();
+        let scratch = dir.inside().join(super::machine::SCRATCH);
+        let place = scratch.clone();
+        blocking(format!("failed to copy {} for microVM {id}", blank.display()), move || scratch::copy(&blank, &place))
+            .await?;
+        let tap = match &self.options.taps {
+            Some(taps) => Some(
+                self.tap(taps.as_ref(), &id, address)
+                    .await
+                    .map_err(|error| RuntimeError::new(Kind::Internal, tried()).with_source(error))?,
+            ),
+            None => None,
+        };
+        Ok(MachineSpec {
+            dir,
+            kernel,
+            initramfs,
+            kernel_args: Vec::new(),
+            memory: size.memory,
+            vcpus: size.vcpus,
+            cpus: None,
+            numa_node: None,
+            tap,
+            scratch,
+            image_slots: MAX_IMAGE_SLOTS,
+            cgroup_parent: cgroup_parent.to_owned(),
+            template: None,
+        })
+    }
+
+    async fn tap(&self, taps: &dyn Taps, id: &str, address: Option<IpAddr>) -> Result<TapLink, NetworkError> {
+        let owner = match self.manager.tap_use() {
+            TapUse::Handed => None,
+            TapUse::Named { uid } => Some(uid),
+        };
+        let tap = taps.make_tap(id, owner).await?;
+        // Nobody's, for a template: whoever is restored from it is told its own.
+        let mac = mac_of(address.unwrap_or(IpAddr::from([0, 0, 0, 0])));
+        Ok(TapLink { name: tap.name, mac, device: tap.device })
+    }
+
+    /// Who the guest is.
+    async fn identity(&self, id: &str, address: IpAddr, config: &SandboxConfig) -> Result<v1::ConfigureRequest> {
+        let mut request = v1::ConfigureRequest {
+            vm_id: id.to_owned(),
+            hostname: config.hostname.clone(),
+            machine_id: format!("{:032x}", rand::random::<u128>()),
+            time_ns: u64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or_default(),
+            seed: rand::random::<[u8; 32]>().to_vec().into(),
+            resources: Some(resources(&config.resources)),
+            scratch: true,
+            shared_pid: config.pid == NamespaceMode::Pod,
+            ..v1::ConfigureRequest::default()
+        };
+        let sysctls = config.sysctls.iter();
+        request.sysctls =
+            sysctls.map(|(name, value)| v1::Sysctl { name: name.clone(), value: value.clone() }).collect();
+        if let Some(taps) = &self.options.taps {
+            let failed = |error| {
+                let text = format!("failed to find the Pod network for {}", config.pod);
+                RuntimeError::new(Kind::Internal, text).with_source(error)
+            };
+            let around = taps.surroundings().await.map_err(failed)?;
+            let mac = mac_of(address).iter().fold(String::new(), |mut text, byte| {
+                // Writing to a string does not fail.
+                let _ = write!(text, "{}{byte:02x}", if text.is_empty() { "" } else { ":" });
+                text
+            });
+            // As in a sandbox of containers: neighbours are reached through the gateway too.
+            let (longest, everywhere) = if address.is_ipv4() { (32, "0.0.0.0/0") } else { (128, "::/0") };
+            let route = |destination: String, gateway: String| v1::Route {
+                destination,
+                gateway,
+                interface: INTERFACE.to_owned(),
+            };
+            request.interfaces = vec![v1::Interface {
+                mac,
+                name: INTERFACE.to_owned(),
+                addresses: vec![format!("{address}/{longest}")],
+                mtu: around.mtu,
+            }];
+            request.routes = vec![
+                route(format!("{}/{longest}", around.gateway), String::new()),
+                route(everywhere.to_owned(), around.gateway.to_string()),
+            ];
+        }
+        Ok(request)
+    }
+
+    /// Ends the machine of a directory if it runs, and removes what there is of it.
+    async fn end(&self, dir: &VmDir, known: Option<&HostVm>) -> super::machine::Result<()> {
+        match known {
+            Some(vm) => vm.kill().await,
+            // Of one that has ended already its cgroup is removed by this.
+            None => {
+                if let Some(machine) = self.manager.adopt(dir).await? {
+                    machine.kill().await;
+                }
+            }
+        }
+        if let Some(taps) = &self.options.taps {
+            let id = dir.id().to_string();
+            let action = "remove the tap".to_owned();
+            let removed = taps.remove_tap(&id).await.map_err(std::io::Error::other);
+            removed.map_err(|source| MachineError::Start { action, id, source })?;
+        }
+        dir.remove()
+    }
+
+    /// Makes a template of a size that was asked for, unless one is being made.
+    async fn want_template(&self, size: Size) {
+        if self.options.most_templates == 0 || self.template_turn.try_lock().is_err() {
+            // While one is made the next of that size wants it too.
+            return;
+        }
+        if let Err(error) = self.make_template(size).await {
+            tracing::warn!(error = chain(&error), "failed to make a template: guests go on being booted");
+        }
+    }
+
+    async fn make_template(&self, size: Size) -> Result<()> {
+        let _turn = self.template_turn.lock().await;
+        let dir = self.making.of(&VmId::random());
+        let made = self.boot_template(&dir, size).await;
+        let removed = self.end(&dir, None).await;
+        made?;
+        removed.map_err(|error| error.during("failed to remove what a template was made in"))
+    }
+
+    /// Boots a guest that is told nothing, and keeps its state.
+    async fn boot_template(&self, dir: &VmDir, size: Size) -> Result<()> {
+        let tried = || format!("failed to make a template of {} MiB and {} CPUs", size.memory >> 20, size.vcpus);
+        let failed = |error: MachineError| error.during(tried());
+        let spec = self.spec(dir.clone(), size, None, &self.options.cgroup).await?;
+        let kind = self.manager.template_kind(&spec).await.map_err(failed)?;
+        if self.templates.find(&kind).is_some() {
+            return Ok(());
+        }
+        let place = self.templates.begin().map_err(failed)?;
+        let spec = MachineSpec { template: Some(place.clone()), ..spec };
+        let made = async {
+            let vm = HostVm::new(self.manager.boot(&spec).await.map_err(failed)?);
+            let saved = async {
+                // Answered once all that containers need is loaded.
+                vm.agent_within(BOOT_PATIENCE).await?.stats(false).await?;
+                vm.hang_up().await;
+                vm.machine().save().await.map_err(failed)
+            };
+            let saved = saved.await;
+            vm.kill().await;
+            self.templates.commit(saved?, &kind).map_err(failed)?;
+            self.templates.trim(self.options.most_templates).map_err(failed)
+        };
+        let made = made.await;
+        if made.is_err() {
+            // Half a template is none.
+            let _ = std::fs::remove_dir_all(place);
+        }
+        made
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,179 @@
+//! Guests that mean harm, in machines that are none: what they say comes from the test.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::result::Result;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
+
+use tokio::io::AsyncWriteExt;
+use tokio::sync::Notify;
+
+use super::*;
+use crate::runtime::microvm::machine::{TemplateKind, VmExit};
+use crate::runtime::session::Duplex;
+use crate::runtime::types::PodRef;
+
+/// What a guest says to whoever connects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Says {
+    /// Nothing: it hangs up.
+    Nothing,
+    /// Any bytes, without an end.
+    Garbage,
+}
+
+#[derive(Debug, Default)]
+struct Counted {
+    started: AtomicU32,
+    asked: AtomicU32,
+    killed: AtomicU32,
+}
+
+#[derive(Debug)]
+struct Hostile {
+    says: Says,
+    counted: Arc<Counted>,
+}
+
+#[derive(Debug)]
+struct HostileMachine {
+    dir: VmDir,
+    says: Says,
+    counted: Arc<Counted>,
+    ended: Notify,
+}
+
+#[async_trait]
+impl MachineManager for Hostile {
+    fn name(&self) -> &'static str {
+        "hostile"
+    }
+
+    fn tap_use(&self) -> TapUse {
+        TapUse::Handed
+    }
+
+    async fn check(&self) -> Result<String, Why> {
+        Ok("hostile".to_owned())
+    }
+
+    async fn template_kind(&self, spec: &MachineSpec) -> Result<TemplateKind, MachineError> {
+        TemplateKind::of("hostile", spec)
+    }
+
+    async fn boot(&self, spec: &MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
+        self.counted.started.fetch_add(1, Ordering::Relaxed);
+        let (dir, counted) = (spec.dir.clone(), Arc::clone(&self.counted));
+        Ok(Box::new(HostileMachine { dir, says: self.says, counted, ended: Notify::new() }))
+    }
+
+    async fn restore(&self, spec: &MachineSpec, _: &Template) -> Result<Box<dyn Machine>, MachineError> {
+        self.boot(spec).await
+    }
+
+    async fn adopt(&self, _: &VmDir) -> Result<Option<Box<dyn Machine>>, MachineError> {
+        Ok(None)
+    }
+}
+
+#[async_trait]
+impl Machine for HostileMachine {
+    fn pid(&self) -> i32 {
+        1
+    }
+
+    fn dir(&self) -> &VmDir {
+        &self.dir
+    }
+
+    // The task ends with the stream.
+    #[allow(clippy::disallowed_methods)]
+    async fn agent(&self) -> Result<Pin<Box<dyn Duplex>>, MachineError> {
+        self.counted.asked.fetch_add(1, Ordering::Relaxed);
+        let (ours, mut guests) = tokio::io::duplex(64 << 10);
+        let says = self.says;
+        tokio::spawn(async move {
+            while says == Says::Garbage {
+                let bytes: [u8; 4096] = rand::random();
+                if guests.write_all(&bytes).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Box::pin(ours))
+    }
+
+    async fn put_image(&self, _: u8, _: &std::path::Path) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    async fn take_image(&self, _: u8) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    async fn pause(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    async fn save(&self) -> Result<Template, MachineError> {
+        Err(MachineError::Unsupported { vmm: "hostile", what: "save".to_owned() })
+    }
+
+    async fn kill(&self) {
+        self.counted.killed.fetch_add(1, Ordering::Relaxed);
+        self.ended.notify_one();
+    }
+
+    async fn exited(&self) -> VmExit {
+        self.ended.notified().await;
+        VmExit::Signal(9)
+    }
+}
+
+fn config() -> SandboxConfig {
+    SandboxConfig {
+        pod: PodRef { uid: "u".into(), namespace: "n".into(), name: "p".into() },
+        handler: None,
+        attempt: 0,
+        hostname: "p".into(),
+        network: SandboxNetwork::Pod { address: [10, 0, 0, 2].into() },
+        ipc: NamespaceMode::Pod,
+        pid: NamespaceMode::Container,
+        sysctls: BTreeMap::new(),
+        cgroup_parent: "/l/p".into(),
+        resources: Resources::default(),
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_talks_nonsense_is_an_error_in_bounds_and_leaves_nothing() {
+    for says in [Says::Nothing, Says::Garbage] {
+        let place = tempfile::tempdir().unwrap();
+        for file in [KERNEL, INITRAMFS] {
+            std::fs::write(place.path().join(file), file).unwrap();
+        }
+        let user = VmmUser { uid: nix::unistd::geteuid().as_raw(), gid: nix::unistd::getegid().as_raw() };
+        let root = place.path().join("microvm");
+        let options = HostOptions { user, scratch: 16 << 20, ..HostOptions::new(root, place.path().to_owned()) };
+        let counted = Arc::<Counted>::default();
+        let vms = HostVms::open(options, Arc::new(Hostile { says, counted: Arc::clone(&counted) })).await.unwrap();
+        for _ in 0..3 {
+            let begun = Instant::now();
+            let error = vms.launch("vm", &config()).await.err().expect("it is no guest");
+            println!("{says:?} after {:?}: {}", begun.elapsed(), chain(&error));
+            assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+            assert!(begun.elapsed() < BOOT_PATIENCE / 2, "{:?}", begun.elapsed());
+            vms.destroy("vm").await.unwrap();
+            vms.destroy("vm").await.unwrap();
+            assert!(vms.find("vm").await.unwrap().is_none());
+            assert!(vms.inner.dirs.list().unwrap().is_empty());
+        }
+        let count = |counter: &AtomicU32| counter.load(Ordering::Relaxed);
+        assert_eq!((count(&counted.started), count(&counted.asked), count(&counted.killed)), (3, 3, 3));
+    }
+}
