@@ -221,7 +221,7 @@ async fn load(path: &Path) -> Result<Config, ConnectError> {
         }
         // Its Display quotes the file, keys included.
         KubeconfigError::Parse(error) => {
-            ConnectError::Malformed { path: path.to_owned(), message: crate::config::file::yaml_error(&error) }
+            ConnectError::Malformed { path: path.to_owned(), message: crate::config::document::yaml_error(&error) }
         }
         source => ConnectError::Unusable { path: path.to_owned(), source },
     };

@@ -3,6 +3,7 @@
 //! [`Settings`] is the sum; every room takes the group it needs and knows neither flags nor files.
 
 pub mod configuration;
+pub(crate) mod document;
 pub mod file;
 pub mod tls;
 pub mod values;

@@ -13,12 +13,12 @@ node_ready() { [ "$(kubectl get node "$1" -o 'jsonpath={.status.conditions[?(@.t
 pid_of() { awk '{print $1; exit}' "$1"; }
 built() { echo "$REPO_DIR/target/${PROFILE/#dev/debug}/$1"; }
 
-# build_bench EXAMPLE: the node and the program that measures it.
+# build_bench EXAMPLE...: the node and the programs that measure it.
 build_bench() {
   need_root
   need_command cargo "install Rust: https://rustup.rs"
   need_packages curl ca-certificates gcc libc6-dev make iproute2 iptables procps util-linux openssl
-  (cd "$REPO_DIR" && run_logged "cargo build --profile $PROFILE" "$CACHE/log/bench-build.log" cargo build --profile "$PROFILE" --locked --bin lambdalet --example "$1") ||
+  (cd "$REPO_DIR" && run_logged "cargo build --profile $PROFILE" "$CACHE/log/bench-build.log" cargo build --profile "$PROFILE" --locked --bin lambdalet "${@/#/--example=}") ||
     fail "lambdalet does not build"
 }
 

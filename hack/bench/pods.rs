@@ -6,12 +6,16 @@
 
 #[path = "changes.rs"]
 mod changes;
+#[allow(dead_code, reason = "what other benches use of it")]
+#[path = "client.rs"]
+mod client;
 #[path = "memory.rs"]
 mod memory;
 #[path = "namespace.rs"]
 mod namespace;
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -19,13 +23,18 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::Parser;
 use futures::future::try_join_all;
+use http_body_util::BodyExt as _;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, DeleteParams, PostParams};
 use serde_json::{Value, json};
 
 use changes::{Change, Changes};
+use client::Client;
 use memory::Group;
 use namespace::{PATIENCE, Place};
+
+/// Answers probes, and ends on SIGTERM.
+const SERVER: &str = "trap 'exit 0' TERM; httpd -p 8080 -h /; while :; do sleep 3600 & wait $!; done";
 
 #[derive(Parser)]
 struct Args {
@@ -47,15 +56,27 @@ struct Args {
     /// Pods created back to back, each when the creation of the one before is answered; 0 leaves it out
     #[arg(long, default_value_t = 0)]
     back_to_back: usize,
-    /// Pods kept for the idle measurement; 0 leaves it out
-    #[arg(long, default_value_t = 50)]
-    idle: usize,
+    /// Numbers of Pods kept for the idle measurements; 0 leaves them out
+    #[arg(long, value_delimiter = ',', default_value = "50")]
+    idle: Vec<usize>,
     /// Seconds of idleness measured
     #[arg(long, default_value_t = 30)]
     idle_seconds: u64,
+    /// Give every Pod a readiness and a liveness probe over HTTP; the image must have a busybox shell
+    #[arg(long)]
+    probes: bool,
     /// A process measured while idle, as NAME=PID
     #[arg(long)]
     process: Vec<String>,
+    /// Where the node's API listens, to measure a scrape of its statistics while idle
+    #[arg(long, requires = "certificate")]
+    api: Option<SocketAddr>,
+    /// PEM certificate of somebody who may use it
+    #[arg(long, requires = "key")]
+    certificate: Option<PathBuf>,
+    /// The certificate's key
+    #[arg(long)]
+    key: Option<PathBuf>,
     /// Text in the command line of the runtime's shims, which are measured while idle with what they started; those
     /// that were there before are left out
     #[arg(long)]
@@ -114,7 +135,10 @@ async fn measure(pods: Api<Pod>, args: Args) -> anyhow::Result<Value> {
         let size = bench.args.back_to_back;
         bursts.push(bench.round(size, Pace::BackToBack).await?.summary(size, "back to back"));
     }
-    let idle = if bench.args.idle > 0 { bench.idle().await? } else { Value::Null };
+    let mut idle = Vec::new();
+    for size in bench.args.idle.clone().into_iter().filter(|size| *size > 0) {
+        idle.push(bench.idle(size).await?);
+    }
     Ok(json!({
         "node": bench.args.node, "start_p50": median(starts.clone()), "start_max": longest(&starts),
         "delete_p50": median(ends), "bursts": bursts, "idle": idle, "watch_troubles": bench.changes.troubles(),
@@ -180,9 +204,9 @@ impl Bench {
     }
 
     /// Memory and CPU of the named processes, and of the shims, while so many Pods run and nothing happens.
-    async fn idle(&mut self) -> anyhow::Result<Value> {
+    async fn idle(&mut self, size: usize) -> anyhow::Result<Value> {
         let earlier = self.args.shims.as_deref().map(memory::processes_with).unwrap_or_default();
-        let (names, _) = self.start(self.args.idle, Pace::AtOnce).await?;
+        let (names, _) = self.start(size, Pace::AtOnce).await?;
         // Let what the start has left behind settle before the measurement begins.
         tokio::time::sleep(Duration::from_secs(10)).await;
         let mut groups = self.args.process.iter().map(|text| Group::named(text)).collect::<Result<Vec<_>, _>>()?;
@@ -197,8 +221,25 @@ impl Bench {
         tokio::time::sleep(span).await;
         let rows: Vec<Value> =
             groups.iter().zip(before).map(|(group, before)| group.row(before, span)).collect::<Result<_, _>>()?;
+        let scrape = self.scrape().await?;
         self.delete(&names).await?;
-        Ok(json!({ "pods": self.args.idle, "processes": rows }))
+        Ok(json!({ "pods": size, "processes": rows, "scrape_ms_p50": scrape }))
+    }
+
+    /// Milliseconds of `/metrics/resource` over a kept connection, as metrics-server reads it.
+    async fn scrape(&self) -> anyhow::Result<Option<f64>> {
+        let Some(api) = self.args.api else { return Ok(None) };
+        let identity = self.args.certificate.as_deref().zip(self.args.key.as_deref());
+        let mut kept = Client::new(api, identity)?.plain().await?;
+        let mut times = Vec::new();
+        for _ in 0..30 {
+            // Longer than a node may tell the same figures again.
+            tokio::time::sleep(Duration::from_millis(1100)).await;
+            let begun = Instant::now();
+            kept.send("GET", "/metrics/resource").await?.collect().await?;
+            times.push(begun.elapsed().as_secs_f64() * 1e3);
+        }
+        Ok(Some(median(times)))
     }
 }
 
@@ -209,12 +250,19 @@ async fn create(
     name: &str,
     begun: &Mutex<HashMap<String, Instant>>,
 ) -> anyhow::Result<()> {
+    let mut container = json!({ "name": "c", "image": args.image, "imagePullPolicy": "IfNotPresent" });
+    if args.probes {
+        let probe = json!({ "httpGet": { "path": "/", "port": 8080 }, "periodSeconds": 1 });
+        container["command"] = json!(["sh", "-c", SERVER]);
+        container["readinessProbe"] = probe.clone();
+        container["livenessProbe"] = probe;
+    }
     let pod = json!({
         "metadata": { "name": name },
         "spec": {
             "nodeSelector": { "kubernetes.io/hostname": args.node },
             "tolerations": [{ "operator": "Exists" }],
-            "containers": [{ "name": "c", "image": args.image, "imagePullPolicy": "IfNotPresent" }],
+            "containers": [container],
         },
     });
     let pod = serde_json::from_value(pod)?;

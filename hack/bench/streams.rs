@@ -130,7 +130,7 @@ async fn measure(place: &Place, args: Args) -> anyhow::Result<()> {
     let pod = running.await.context("the Pod does not run")??.context("the Pod is gone")?;
     let status = pod.status.context("it has a status")?;
     let id = status.container_statuses.iter().flatten().find_map(|c| c.container_id.clone());
-    let id = id.context("the container has an id")?.trim_start_matches("docker://").to_owned();
+    let id = id.context("the container has an id")?.strip_prefix("docker://").map(str::to_owned);
     let target = SocketAddr::new(status.pod_ip.context("the Pod has an address")?.parse()?, 8080);
     let client = Client::new(args.api, args.certificate.as_deref().zip(args.key.as_deref()))?;
     let bench = Bench { client, place: format!("{}/{POD}", place.namespace), id, target, args };
@@ -139,6 +139,9 @@ async fn measure(place: &Place, args: Args) -> anyhow::Result<()> {
     bench.exec_throughput().await?;
     bench.port_throughput().await?;
     bench.followers().await?;
+    if bench.id.is_none() {
+        return Ok(());
+    }
     println!(
         "\nBeside it: `docker exec` (the program, as people run it) for exec, for port-forward a process that only ends \
          TLS and copies.\nAn upgraded connection cannot be used again, so each exec over WebSocket is a connection of its \
@@ -152,8 +155,8 @@ struct Bench {
     client: Client,
     /// Namespace and Pod, as paths have them.
     place: String,
-    /// The container, to Docker.
-    id: String,
+    /// The container, to Docker; `None` on a node with another runtime, where there is nothing to run beside it.
+    id: Option<String>,
     target: SocketAddr,
     args: Args,
 }
@@ -170,9 +173,13 @@ fn median(mut all: Vec<f64>) -> f64 {
     all[all.len() / 2]
 }
 
-/// One line of the table. `ours` and `theirs` in the same unit.
-fn row(what: &str, ours: f64, theirs: f64, (unit, wanted): (&str, &str)) {
-    println!("| {what} | {ours:.1} {unit} | {theirs:.1} {unit} | {:.2} | {wanted} |", ours / theirs);
+/// One line of the table: medians of `ours` and `theirs`, in the same unit.
+fn row(what: &str, ours: f64, theirs: Option<f64>, (unit, wanted): (&str, &str)) {
+    let (theirs, ratio) = match theirs {
+        Some(theirs) => (format!("{theirs:.1} {unit}"), format!("{:.2}", ours / theirs)),
+        None => ("-".to_owned(), "-".to_owned()),
+    };
+    println!("| {what} | {ours:.1} {unit} | {theirs} | {ratio} | {wanted} |");
 }
 
 // === exec ===
@@ -184,17 +191,21 @@ impl Bench {
         let mut times: [Vec<f64>; 4] = Default::default();
         // The first of each pays for caches.
         for number in 0..=self.args.commands {
-            let round = [
+            let mut round = vec![
                 timed(async { self.exec(&["true"], None).await.map(drop) }).await?,
                 timed(self.run(&mut kept)).await?,
-                timed(async { self.docker(&["true"], None).await.map(drop) }).await?,
-                timed(docker_true(&docker, &self.id)).await?,
             ];
+            if let Some(id) = &self.id {
+                round.push(timed(async { docker_exec(id, &["true"], None).await.map(drop) }).await?);
+                round.push(timed(docker_true(&docker, id)).await?);
+            }
             if number > 0 {
                 times.iter_mut().zip(round).for_each(|(times, time)| times.push(time));
             }
         }
-        let [socket, run, program, api] = times.map(median);
+        let beside = |times: Vec<f64>| (!times.is_empty()).then(|| median(times));
+        let [socket, run, program, api] = times;
+        let (socket, run, program, api) = (median(socket), median(run), beside(program), beside(api));
         row("exec `true`, p50, a WebSocket each", socket, program, ("ms", "<= 1.3"));
         row("run `true`, p50, one kept connection", run, program, ("ms", "<= 1.3"));
         row("the same beside Docker's API instead of its program", run, api, ("ms", ""));
@@ -214,15 +225,6 @@ impl Bench {
         Ok(())
     }
 
-    /// The same as [`Self::exec`] by the program `docker`.
-    async fn docker(&self, command: &[&str], input: Option<u64>) -> anyhow::Result<u64> {
-        let mut docker = Command::new("docker");
-        docker.arg("exec").args(input.map(|_| "-i")).arg(&self.id).args(command);
-        let stdin = if input.is_some() { Stdio::piped() } else { Stdio::null() };
-        docker.stdin(stdin).stdout(Stdio::piped());
-        tokio::task::spawn_blocking(move || exchange(docker, input.unwrap_or_default())).await?
-    }
-
     async fn exec_throughput(&self) -> anyhow::Result<()> {
         let bytes = self.args.mib << 20;
         let count = bytes.to_string();
@@ -234,12 +236,13 @@ impl Bench {
         for (what, command, input, expected) in ways {
             let (mut ours, mut theirs) = (Vec::new(), Vec::new());
             for _ in 0..self.args.rounds {
-                let (ours_now, theirs_now) = (self.exec(command, input), self.docker(command, input));
-                ours.push(timed(async { same(ours_now.await?, expected) }).await?);
-                theirs.push(timed(async { same(theirs_now.await?, expected) }).await?);
+                ours.push(timed(async { same(self.exec(command, input).await?, expected) }).await?);
+                if let Some(id) = &self.id {
+                    theirs.push(timed(async { same(docker_exec(id, command, input).await?, expected) }).await?);
+                }
             }
             let rate = |times| bytes as f64 / 1e3 / median(times);
-            row(what, rate(ours), rate(theirs), ("MB/s", ">= 0.8"));
+            row(what, rate(ours), self.id.is_some().then(|| rate(theirs)), ("MB/s", ">= 0.8"));
         }
         Ok(())
     }
@@ -248,6 +251,15 @@ impl Bench {
 fn same(seen: u64, expected: u64) -> anyhow::Result<()> {
     ensure!(seen == expected, "{seen} of {expected} bytes came");
     Ok(())
+}
+
+/// The same as [`Bench::exec`] by the program `docker`.
+async fn docker_exec(id: &str, command: &[&str], input: Option<u64>) -> anyhow::Result<u64> {
+    let mut docker = Command::new("docker");
+    docker.arg("exec").args(input.map(|_| "-i")).arg(id).args(command);
+    let stdin = if input.is_some() { Stdio::piped() } else { Stdio::null() };
+    docker.stdin(stdin).stdout(Stdio::piped());
+    tokio::task::spawn_blocking(move || exchange(docker, input.unwrap_or_default())).await?
 }
 
 /// Gives a program so many zeros and reads what it writes to the end.
@@ -312,8 +324,8 @@ impl Bench {
                 times[2].push(timed(relayed(&relay, way, bytes)).await?);
             }
             let [spdy, websocket, bare] = times.map(|times| bytes as f64 / 1e3 / median(times));
-            row(&format!("port-forward over SPDY, {what}"), spdy, bare, ("MB/s", ">= 0.8"));
-            row(&format!("port-forward over WebSocket, {what}"), websocket, bare, ("MB/s", ""));
+            row(&format!("port-forward over SPDY, {what}"), spdy, Some(bare), ("MB/s", ">= 0.8"));
+            row(&format!("port-forward over WebSocket, {what}"), websocket, Some(bare), ("MB/s", ""));
         }
         Ok(())
     }

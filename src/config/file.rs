@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Settings;
+use super::document::decode;
 use super::tls::TlsVersion;
 use super::values::{GoDuration, NodeTaint, Reserved, ValueError, parse_quantity};
 
@@ -257,51 +258,6 @@ impl ConfigFile {
             warnings.push(format!("ignored in the configuration file {}: fields {ignored}", overlay.path.display()));
         }
         Ok(warnings)
-    }
-}
-
-/// YAML, or JSON with its own line numbers (JSON may be indented with tabs, YAML may not). An error names the field.
-pub(crate) fn decode<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
-    let mut track = serde_path_to_error::Track::new();
-    let decoded = if text.trim_start().starts_with('{') {
-        let mut json = serde_json::Deserializer::from_str(text);
-        T::deserialize(serde_path_to_error::Deserializer::new(&mut json, &mut track))
-            .and_then(|value| json.end().map(|()| value))
-            .map_err(|error| error.to_string())
-    } else {
-        let read = |yaml: serde_saphyr::Deserializer<'_, '_>| {
-            T::deserialize(serde_path_to_error::Deserializer::new(yaml, &mut track))
-        };
-        serde_saphyr::with_deserializer_from_str(text, read).map_err(|error| yaml_error(&error))
-    };
-    decoded.map_err(|message| at(&track.path(), message))
-}
-
-/// What [`decode`] has read, as a `T`. An error names the field.
-pub(crate) fn decode_value<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, String> {
-    let mut track = serde_path_to_error::Track::new();
-    let tracked = serde_path_to_error::Deserializer::new(value, &mut track);
-    // Erased, since the code that reads a Pod is a megabyte for each kind of deserializer, and most of it stays in memory.
-    let mut erased = <dyn erased_serde::Deserializer>::erase(tracked);
-    let decoded = erased_serde::deserialize(&mut erased).map_err(|error| error.to_string());
-    drop(erased);
-    decoded.map_err(|message| at(&track.path(), message))
-}
-
-/// `message` with the field that it is about, where that is known.
-fn at(field: &serde_path_to_error::Path, message: String) -> String {
-    match field.to_string() {
-        nowhere if nowhere == "." || nowhere.contains('?') => message,
-        field => format!("field {field}: {message}"),
-    }
-}
-
-/// A YAML error in one line with its place, and without the text around it (which may be secret).
-pub(crate) fn yaml_error(error: &serde_saphyr::Error) -> String {
-    let rendered = error.without_snippet().render();
-    match error.location() {
-        Some(at) if !rendered.contains("line ") => format!("line {}, column {}: {rendered}", at.line(), at.column()),
-        _ => rendered,
     }
 }
 

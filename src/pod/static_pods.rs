@@ -18,7 +18,7 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use super::qos::CRITICAL_PRIORITY;
-use crate::config::file::{decode, decode_value};
+use crate::config::document::{decode, decode_object};
 
 /// What a file of a static Pod says, as a word; also the Pod's UID on this node.
 pub const HASH: &str = "kubernetes.io/config.hash";
@@ -121,7 +121,7 @@ pub fn read(text: &str, file: &Path, node: &str) -> Result<Pod, StaticError> {
     if (raw["apiVersion"].as_str(), raw["kind"].as_str()) != (Some("v1"), Some("Pod")) {
         return Err(parse(format!("it holds {} {}, not v1 Pod", raw["apiVersion"], raw["kind"])));
     }
-    let mut pod: Pod = decode_value(raw).map_err(parse)?;
+    let mut pod: Pod = decode_object(raw).map_err(parse)?;
     pod.status = None;
     let hash = hash(&pod, file, node);
     let Some(spec) = &mut pod.spec else { return Err(refused("it has no spec".to_owned())) };
