@@ -15,9 +15,11 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{ImageGarbage, ImageSettings};
+use crate::events::Events;
 use crate::node::machine::Extent;
 use crate::runtime::types::{Image, ImageId};
 use crate::runtime::{Kind, Runtime, RuntimeError};
+use crate::shutdown::Ticks;
 use crate::telemetry::chain;
 
 /// How often it is looked (the kubelet's value).
@@ -123,28 +125,52 @@ pub struct Collector {
     /// References that are never removed.
     pinned: Vec<String>,
     records: Records,
+    events: Option<Events>,
+    /// The last look failed.
+    failed: bool,
 }
 
 impl Collector {
     /// One that goes by these settings; `pinned` names images that the node itself needs.
     pub fn new(runtime: Arc<dyn Runtime>, settings: &ImageSettings, pinned: Vec<String>) -> Self {
-        Self { runtime, policy: settings.garbage.clone(), pinned, records: Records::default() }
+        Self {
+            runtime,
+            policy: settings.garbage.clone(),
+            pinned,
+            records: Records::default(),
+            events: None,
+            failed: false,
+        }
+    }
+
+    /// The same that tells of what goes wrong, on the Node.
+    pub fn telling(self, events: Events) -> Self {
+        Self { events: Some(events), ..self }
+    }
+
+    fn tell(&self, reason: &str, text: String) {
+        if let Some(events) = &self.events {
+            events.node_warning(reason, text);
+        }
+    }
+
+    /// As a kubelet: once is no news, since a start may come before the runtime's.
+    fn note(&mut self, outcome: Result<(), RuntimeError>) {
+        let failed = std::mem::replace(&mut self.failed, outcome.is_err());
+        let Err(error) = outcome else { return };
+        tracing::warn!(error = chain(&error), "failed to look for images that nobody uses");
+        if failed {
+            self.tell("ImageGCFailed", chain(&error));
+        }
     }
 
     /// Looks every `interval` until `stop`; others may use it in between.
     pub async fn run(collector: Arc<Mutex<Self>>, interval: Duration, stop: CancellationToken) {
-        let mut ticks = tokio::time::interval(interval);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                // Cancel-safe: a tick not taken comes at once.
-                _ = ticks.tick() => {}
-                // Cancel-safe: a token stays cancelled.
-                () = stop.cancelled() => return,
-            }
-            if let Err(error) = collector.lock().await.collect(Timestamp::now()).await {
-                tracing::warn!(error = chain(&error), "failed to look for images that nobody uses");
-            }
+        let mut ticks = Ticks::new(interval, stop);
+        while ticks.next().await {
+            let mut collector = collector.lock().await;
+            let outcome = collector.collect(Timestamp::now()).await;
+            collector.note(outcome);
         }
     }
 
@@ -153,7 +179,11 @@ impl Collector {
     /// # Errors
     /// The runtime does not answer. An image that cannot be removed is logged and passed over.
     pub async fn collect(&mut self, now: Timestamp) -> Result<(), RuntimeError> {
-        let wanted = self.space().await?.map_or(0, |space| excess(&self.policy, space));
+        let space = self.space().await?;
+        if space.is_some_and(|space| space.capacity == 0) {
+            self.tell("InvalidDiskCapacity", "invalid capacity 0 on image filesystem".to_owned());
+        }
+        let wanted = space.map_or(0, |space| excess(&self.policy, space));
         self.remove_for(wanted, now).await
     }
 
@@ -193,6 +223,12 @@ impl Collector {
                 "the images' file system is fuller than imageGCHighThresholdPercent allows, and no more images can go: \
                  look for logs, volumes and other data"
             );
+            let text = format!(
+                "Failed to garbage collect required amount of images. Attempted to free {} bytes, but only found {freed} \
+                 bytes eligible to free.",
+                choice.wanted
+            );
+            self.tell("FreeDiskSpaceFailed", text);
         }
         Ok(())
     }

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use k8s_openapi::api::core::v1::{Container, Pod};
 use tokio::sync::Semaphore;
 
-use super::events::Events;
 use super::status::Trouble;
+use crate::events::Events;
 use crate::runtime::types::{Image, RegistryAuth};
 use crate::runtime::{Kind, Runtime, RuntimeError};
 use crate::telemetry::chain;

@@ -13,6 +13,7 @@ mod faults;
 mod functions;
 mod hooks;
 mod interrupted;
+mod node_shutdown;
 mod pods;
 mod probes;
 mod resize;
