@@ -274,7 +274,7 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
     let (drain, drained) = watch::channel(false);
     let network = (ipam, bridge.borrow().clone());
     let shared = Arc::new(shared(&parts, network, drained).await?);
-    let images = collect_garbage(&parts);
+    let images = collect_garbage(&parts, &shared);
     evict(&parts, &shared, images)?;
     await_shutdown(&parts, &shared);
     let (statics, work) = static_pods(&parts);
@@ -290,10 +290,10 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
 }
 
 /// Removes images that nobody uses.
-fn collect_garbage(parts: &Parts) -> Arc<Mutex<Collector>> {
+fn collect_garbage(parts: &Parts, shared: &pod::Shared) -> Arc<Mutex<Collector>> {
     let pinned = parts.settings.runtime.sandbox_image.iter().cloned().collect();
     let collector = Collector::new(parts.runtime.clone(), &parts.settings.images, pinned);
-    let collector = collector.telling(parts.events.clone());
+    let collector = collector.telling(parts.events.clone()).beside(Arc::clone(shared.volumes.images()));
     let collector = Arc::new(Mutex::new(collector));
     let (running, draining) = (Arc::clone(&collector), parts.tasks.draining());
     parts.tasks.spawn("image garbage", async move {
@@ -359,6 +359,9 @@ async fn take_down(shared: &pod::Shared, bridge: &watch::Sender<Option<Bridge>>)
         && let Err(error) = bridge.remove().await
     {
         tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the Pod network");
+    }
+    if let Err(error) = shared.volumes.images().prune(std::iter::empty()).await {
+        tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove what volumes have shown of images");
     }
     if let Err(error) = shared.volumes.close().await {
         tracing::warn!(error = crate::telemetry::chain(&error), "failed to unmount the Pods' secrets");

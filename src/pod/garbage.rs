@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{ImageGarbage, ImageSettings};
 use crate::events::Events;
 use crate::node::machine::Extent;
+use crate::pod::volumes::images::ImageVolumes;
 use crate::runtime::types::{Image, ImageId};
 use crate::runtime::{Kind, Runtime, RuntimeError};
 use crate::shutdown::Ticks;
@@ -126,6 +127,8 @@ pub struct Collector {
     pinned: Vec<String>,
     records: Records,
     events: Option<Events>,
+    /// The images that Pods' volumes show.
+    shown: Option<Arc<ImageVolumes>>,
     /// The last look failed.
     failed: bool,
 }
@@ -139,6 +142,7 @@ impl Collector {
             pinned,
             records: Records::default(),
             events: None,
+            shown: None,
             failed: false,
         }
     }
@@ -146,6 +150,28 @@ impl Collector {
     /// The same that tells of what goes wrong, on the Node.
     pub fn telling(self, events: Events) -> Self {
         Self { events: Some(events), ..self }
+    }
+
+    /// The same that also keeps what volumes of Pods show, and removes what they have shown.
+    pub fn beside(self, shown: Arc<ImageVolumes>) -> Self {
+        Self { shown: Some(shown), ..self }
+    }
+
+    /// Those of `images` that volumes show.
+    async fn shown(&self, images: &[Image]) -> Result<BTreeSet<ImageId>, RuntimeError> {
+        let Some(shown) = &self.shown else { return Ok(BTreeSet::new()) };
+        let found = shown.used(images.iter().map(|image| &image.id)).await;
+        found.map_err(|e| RuntimeError::new(Kind::Internal, "failed to look which images volumes show").with_source(e))
+    }
+
+    /// Removes the files of images that are gone.
+    async fn clear_shown(&self) -> Result<(), RuntimeError> {
+        let Some(shown) = &self.shown else { return Ok(()) };
+        let images = self.runtime.list_images().await?;
+        if let Err(error) = shown.prune(images.iter().map(|image| &image.id)).await {
+            tracing::warn!(error = chain(&error), "failed to remove what volumes have shown");
+        }
+        Ok(())
     }
 
     fn tell(&self, reason: &str, text: String) {
@@ -202,6 +228,7 @@ impl Collector {
         let is_pinned =
             |image: &&Image| self.pinned.iter().any(|pin| image.tags.contains(pin) || image.digests.contains(pin));
         used.extend(images.iter().filter(is_pinned).map(|image| image.id.clone()));
+        used.extend(self.shown(&images).await?);
         self.records.observe(&images, &used, now);
         let choice = choose(&self.policy, &self.records, (&images, &used), wanted, now);
         for id in &choice.old {
@@ -216,6 +243,7 @@ impl Collector {
                 freed += size;
             }
         }
+        self.clear_shown().await?;
         if freed < choice.wanted && choice.wanted < u64::MAX {
             tracing::warn!(
                 wanted = choice.wanted,

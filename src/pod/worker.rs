@@ -13,6 +13,7 @@ mod clock;
 mod endings;
 mod finish;
 mod function;
+mod image_volumes;
 mod look;
 mod memory;
 mod preempt;

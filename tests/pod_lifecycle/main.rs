@@ -12,6 +12,7 @@ mod eviction;
 mod faults;
 mod functions;
 mod hooks;
+mod image_volumes;
 mod interrupted;
 mod node_shutdown;
 mod pods;
