@@ -5,6 +5,8 @@
 pub mod configuration;
 pub(crate) mod document;
 pub mod file;
+pub mod node_shutdown;
+pub mod sysctls;
 pub mod tls;
 pub mod values;
 
@@ -15,6 +17,8 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use node_shutdown::ShutdownGrace;
+use sysctls::SysctlPattern;
 use tls::{CipherSuite, TlsVersion};
 use values::{NodeTaint, Reserved, Threshold};
 
@@ -73,6 +77,8 @@ pub struct NodeSettings {
     pub eviction_max_pod_grace_period: Duration,
     /// How long a pressure condition stays true after it was last seen.
     pub pressure_transition: Duration,
+    /// How long Pods have when the host goes down.
+    pub shutdown_grace: ShutdownGrace,
     /// How often the status is computed, and sent if it changed.
     pub status_update_frequency: Duration,
     /// How often it is sent although nothing changed.
@@ -106,6 +112,7 @@ impl Default for NodeSettings {
             eviction_minimum_reclaim: BTreeMap::new(),
             eviction_max_pod_grace_period: Duration::ZERO,
             pressure_transition: Duration::from_secs(5 * 60),
+            shutdown_grace: ShutdownGrace::default(),
             status_update_frequency: Duration::from_secs(10),
             status_report_frequency: Duration::from_secs(5 * 60),
             lease_duration: Duration::from_secs(40),
@@ -229,6 +236,8 @@ pub struct PodSettings {
     pub static_pod_path: Option<PathBuf>,
     /// How often it is read although no change was noticed.
     pub file_check_frequency: Duration,
+    /// Kernel parameters that Pods may set beside the safe ones.
+    pub allowed_unsafe_sysctls: Vec<SysctlPattern>,
 }
 
 impl Default for PodSettings {
@@ -246,6 +255,7 @@ impl Default for PodSettings {
             log_max_files: 5,
             static_pod_path: None,
             file_check_frequency: Duration::from_secs(20),
+            allowed_unsafe_sysctls: Vec::new(),
         }
     }
 }

@@ -33,6 +33,7 @@
 //!
 //! * [`shutdown`] holds the named tasks: the first signal drains, the second aborts, a failure ends the process.
 //! * [`telemetry`] writes log lines, and errors with their whole chain of causes.
+//! * [`events`] writes events on Pods and on the Node.
 //! * [`metrics`] is the registry behind `/metrics`.
 //! * [`quantity`] reads and writes Kubernetes quantities exactly.
 //! * [`certificate`] reads and writes certificates, and says when one is to be renewed.
@@ -48,6 +49,7 @@ pub mod certificate;
 pub mod check;
 pub mod config;
 pub mod controller;
+pub mod events;
 pub mod failpoint;
 pub mod function;
 pub mod kubelet_api;

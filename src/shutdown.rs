@@ -16,6 +16,7 @@ use anyhow::{Context, anyhow};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tracing::{debug, info, warn};
@@ -130,6 +131,43 @@ impl Tasks {
     }
 }
 
+/// The beats of work that is done again and again until it is to stop.
+#[derive(Debug)]
+pub struct Ticks {
+    ticks: Interval,
+    stop: CancellationToken,
+}
+
+impl Ticks {
+    /// A beat every `period`, the first at once. One that comes late does not hurry the next.
+    pub fn new(period: Duration, stop: CancellationToken) -> Self {
+        let mut ticks = interval(period);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self { ticks, stop }
+    }
+
+    /// Waits for the next beat; false once it is to stop.
+    pub async fn next(&mut self) -> bool {
+        tokio::select! {
+            biased;
+            // Cancel-safe: a token stays cancelled.
+            () = self.stop.cancelled() => false,
+            // Cancel-safe: a tick not taken comes at once.
+            _ = self.ticks.tick() => true,
+        }
+    }
+
+    /// What the work comes to, unless it is to stop sooner: it is dropped then.
+    pub async fn within<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            // Whoever asks for it has work that may be dropped.
+            done = work => Some(done),
+            // Cancel-safe: a token stays cancelled.
+            () = self.stop.cancelled() => None,
+        }
+    }
+}
+
 /// The one place where a task is started; everything else goes through [`Tasks`].
 #[allow(clippy::disallowed_methods)]
 fn start<F>(future: F) -> JoinHandle<F::Output>
@@ -224,6 +262,17 @@ mod tests {
         tasks.spawn("watch", async { Ok(()) });
         let error = supervisor.run(SOON).await.unwrap_err();
         assert_eq!(error.to_string(), "task watch ended unexpectedly");
+    }
+
+    #[tokio::test]
+    async fn beats_end_when_it_is_to_stop_and_drop_what_is_under_way() {
+        let stop = CancellationToken::new();
+        let mut ticks = Ticks::new(Duration::from_millis(1), stop.clone());
+        assert!(ticks.next().await && ticks.next().await);
+        assert_eq!(ticks.within(async { 1 }).await, Some(1));
+        stop.cancel();
+        assert_eq!(ticks.within(std::future::pending::<()>()).await, None);
+        assert!(!ticks.next().await);
     }
 
     #[tokio::test]

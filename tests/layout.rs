@@ -12,6 +12,7 @@ const HEIGHTS: [&[&str]; 4] = [
         "apiserver",
         "certificate",
         "config",
+        "events",
         "failpoint",
         "lib",
         "metrics",

@@ -16,10 +16,12 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
 use lambdalet::apiserver::ApiServer;
 use lambdalet::config::{DEFAULT_POD_CIDR, NodeSettings};
+use lambdalet::events;
 use lambdalet::node::{self, Health, NodeHandle, Params, Registration};
 use lambdalet::shutdown::{Supervisor, Tasks};
 use serde_json::json;
 use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
 
 /// How long anything may take that should happen "at once"; generous, since test machines are slow.
 const SOON: Duration = Duration::from_secs(10);
@@ -30,9 +32,11 @@ const A_WHILE: Duration = Duration::from_millis(400);
 struct World {
     api: Api,
     health: watch::Sender<Health>,
+    shutting_down: watch::Sender<bool>,
     tasks: Tasks,
     supervisor: Supervisor,
     handle: NodeHandle,
+    _writing: AbortOnDropHandle<()>,
 }
 
 fn settings() -> NodeSettings {
@@ -56,10 +60,19 @@ fn start(api: Api, settings: NodeSettings) -> World {
 fn start_against(server: Arc<ApiServer>, api: Api, settings: NodeSettings) -> World {
     let (tasks, supervisor) = Tasks::new();
     let (health, receiver) = watch::channel(Ok(()));
-    let params =
-        Params { api: server, settings: Arc::new(settings), runtime: Arc::new(runtime::Silent), health: receiver };
+    let (events, writer) = events::events(server.client.clone(), NODE, Default::default());
+    let writing = lambdalet::shutdown::owned(writer.run(tasks.closing()));
+    let shutting_down = watch::Sender::new(false);
+    let params = Params {
+        api: server,
+        settings: Arc::new(settings),
+        runtime: Arc::new(runtime::Silent),
+        health: receiver,
+        events,
+        shutting_down: shutting_down.subscribe(),
+    };
     let handle = node::spawn(params, &tasks).unwrap();
-    World { api, health, tasks, supervisor, handle }
+    World { api, health, shutting_down, tasks, supervisor, handle, _writing: writing }
 }
 
 async fn until(what: &str, holds: impl Fn() -> bool) {
@@ -112,6 +125,31 @@ async fn a_new_node_is_registered_with_everything_it_has() {
     assert_eq!(node["status"]["nodeInfo"]["containerRuntimeVersion"], "docker://20.10.24");
     assert_eq!(node["status"]["images"][0]["names"][0], "busybox:1.36");
     assert_eq!(state.condition("Ready").0, "True");
+}
+
+#[tokio::test]
+async fn a_node_that_goes_down_is_not_ready_until_it_does_not_and_events_tell_of_it() {
+    let world = start(Api::new(), settings());
+    world.until_ready("True").await;
+    world.shutting_down.send_replace(true);
+    world.until_ready("False").await;
+    assert_eq!(world.api.state().condition("Ready").1, "node is shutting down");
+    world.shutting_down.send_replace(false);
+    world.until_ready("True").await;
+    let first = ["Starting", "NodeHasSufficientMemory", "NodeHasNoDiskPressure", "NodeHasSufficientPID", "NodeReady"];
+    // What is told again is counted, and no event of its own.
+    let told = [&first[..], &["NodeNotReady"]].concat();
+    until("all of it was told", || world.api.state().told == told).await;
+}
+
+#[tokio::test]
+async fn a_node_that_was_booted_anew_says_so() {
+    let api = Api::new();
+    let mut before = existing();
+    before["status"]["nodeInfo"] = json!({ "bootID": "another" });
+    api.state().node = Some(before);
+    let world = start(api, settings());
+    until("it was told", || world.api.state().told.contains(&"Rebooted".to_owned())).await;
 }
 
 #[tokio::test]
@@ -299,7 +337,10 @@ async fn reservations_that_leave_nothing_are_refused() {
     let settings = NodeSettings { kube_reserved: "memory=1Pi".parse().unwrap(), ..settings() };
     let (_health, health) = watch::channel(Ok(()));
     let runtime = Arc::new(runtime::Silent);
-    let params = Params { api: Api::new().server(), settings: Arc::new(settings), runtime, health };
+    let api = Api::new().server();
+    let (events, _writer) = events::events(api.client.clone(), NODE, Default::default());
+    let (_shutting_down, shutting_down) = watch::channel(false);
+    let params = Params { api, settings: Arc::new(settings), runtime, health, events, shutting_down };
     assert!(node::spawn(params, &tasks).unwrap_err().to_string().contains("memory"));
 }
 

@@ -8,6 +8,7 @@ use clap::Args;
 use ipnet::IpNet;
 
 use crate::config::file::ConfigFile;
+use crate::config::sysctls::SysctlPattern;
 use crate::config::tls::{CipherSuite, TlsVersion};
 use crate::config::values::{GoDuration, NodeLabel, NodeName, NodeTaint, RegistryHost, Reserved};
 use crate::config::{RuntimeKind, Settings};
@@ -267,6 +268,9 @@ struct PodArgs {
     /// Directory of static Pods, or the file of one: they run whether there is an API server or not
     #[arg(long, value_name = "PATH")]
     pod_manifest_path: Option<PathBuf>,
+    /// Kernel parameters that Pods may set beside the safe ones, such as net.core.somaxconn or kernel.msg*
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
+    allowed_unsafe_sysctls: Vec<SysctlPattern>,
     /// Range of Pod addresses [default: the Node's spec.podCIDR, else 10.187.0.0/16]
     #[arg(long, value_name = "CIDR")]
     pod_cidr: Option<IpNet>,
@@ -274,8 +278,11 @@ struct PodArgs {
 
 impl PodArgs {
     fn apply(self, settings: &mut Settings) {
-        let Self { root_dir, cluster_dns, cluster_domain, pod_manifest_path, pod_cidr } = self;
+        let Self { root_dir, cluster_dns, cluster_domain, pod_manifest_path, allowed_unsafe_sysctls, pod_cidr } = self;
         let pods = &mut settings.pods;
+        if !allowed_unsafe_sysctls.is_empty() {
+            pods.allowed_unsafe_sysctls = allowed_unsafe_sysctls;
+        }
         set(&mut pods.root_dir, root_dir);
         if !cluster_dns.is_empty() {
             pods.cluster_dns = cluster_dns;

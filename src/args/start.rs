@@ -17,6 +17,7 @@ use super::identity;
 use crate::apiserver::ApiServer;
 use crate::apiserver::reload::Reload;
 use crate::config::{RuntimeKind, Settings, configuration};
+use crate::events::{self, Events};
 use crate::kubelet_api::{self, KubeletApi};
 use crate::metrics::Metrics;
 use crate::network::bridge::Bridge;
@@ -40,7 +41,7 @@ use crate::pod::static_pods::StaticPods;
 use crate::pod::static_pods::source::{self, Folder};
 use crate::pod::translate::Host;
 use crate::pod::volumes::VolumeManager;
-use crate::pod::{self, Fronts, PodLoop, events};
+use crate::pod::{self, Fronts, PodLoop, node_shutdown};
 use crate::runtime::Runtime;
 use crate::runtime::docker::{self, DockerOptions, DockerRuntime, Keepers};
 use crate::runtime::fake::FakeRuntime;
@@ -72,6 +73,9 @@ struct Parts {
     node: NodeHandle,
     keepers: Keepers,
     tasks: Tasks,
+    events: Events,
+    /// True once the host goes down.
+    shutting_down: watch::Sender<bool>,
     /// SHA-256 of what lets a caller in where there is no API server to ask.
     local_token: Option<[u8; 32]>,
 }
@@ -120,21 +124,48 @@ async fn start_rooms(
     let keepers = Keepers::default();
     let runtime = driver(&settings, (&owner, &keepers), uplink, &metrics);
     let health = health::spawn(Arc::clone(&runtime), health::INTERVAL, tasks);
+    let events = events(&settings, &api, &metrics, tasks);
+    let shutting_down = watch::Sender::new(false);
     let params = node::Params {
         api: Arc::clone(&api),
         settings: Arc::new(settings.node.clone()),
         runtime: Arc::clone(&runtime),
         health,
+        events: events.clone(),
+        shutting_down: shutting_down.subscribe(),
     };
     let node = node::spawn(params, tasks)?;
     identity::keep(&settings, &api, reload, &node.facts, tasks);
     let directory = Arc::new(Directory::of_root(&settings.pods.root_dir));
-    let (tasks, local_token) = (tasks.clone(), None);
-    let parts =
-        Parts { settings, api, owner, metrics, runtime, directory, node, keepers, tasks: tasks.clone(), local_token };
+    let parts = Parts {
+        settings,
+        api,
+        owner,
+        metrics,
+        runtime,
+        directory,
+        node,
+        keepers,
+        tasks: tasks.clone(),
+        events,
+        shutting_down,
+        local_token: None,
+    };
     serve_api(&parts).await?;
     tasks.spawn("pods", pods(parts, bridge));
     Ok(())
+}
+
+/// Takes events; the task behind it writes them.
+fn events(settings: &Settings, api: &ApiServer, metrics: &Metrics, tasks: &Tasks) -> Events {
+    let dropped = metrics.register(events::dropped_counter);
+    let (events, writer) = events::events(api.client.clone(), &settings.node.name, dropped);
+    let closing = tasks.closing();
+    tasks.spawn_companion("events", async move {
+        writer.run(closing).await;
+        Ok(())
+    });
+    events
 }
 
 /// The driver that was asked for; it connects when it is first used.
@@ -243,8 +274,9 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
     let (drain, drained) = watch::channel(false);
     let network = (ipam, bridge.borrow().clone());
     let shared = Arc::new(shared(&parts, network, drained).await?);
-    let images = collect_garbage(&parts);
+    let images = collect_garbage(&parts, &shared);
     evict(&parts, &shared, images)?;
+    await_shutdown(&parts, &shared);
     let (statics, work) = static_pods(&parts);
     let pods = PodLoop::new(Arc::clone(&shared), api.client.clone(), drain).with_static_pods(statics, work);
     let pods = if parts.is_standalone() { pods.without_api_server() } else { pods };
@@ -258,9 +290,10 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
 }
 
 /// Removes images that nobody uses.
-fn collect_garbage(parts: &Parts) -> Arc<Mutex<Collector>> {
+fn collect_garbage(parts: &Parts, shared: &pod::Shared) -> Arc<Mutex<Collector>> {
     let pinned = parts.settings.runtime.sandbox_image.iter().cloned().collect();
     let collector = Collector::new(parts.runtime.clone(), &parts.settings.images, pinned);
+    let collector = collector.telling(parts.events.clone()).beside(Arc::clone(shared.volumes.images()));
     let collector = Arc::new(Mutex::new(collector));
     let (running, draining) = (Arc::clone(&collector), parts.tasks.draining());
     parts.tasks.spawn("image garbage", async move {
@@ -280,6 +313,21 @@ fn evict(parts: &Parts, shared: &Arc<pod::Shared>, images: Arc<Mutex<Collector>>
         Ok(())
     });
     Ok(())
+}
+
+/// Gives Pods their time before the host goes down, if they are to have any.
+fn await_shutdown(parts: &Parts, shared: &Arc<pod::Shared>) {
+    let grace = parts.settings.node.shutdown_grace.clone();
+    if grace.groups().is_empty() {
+        return;
+    }
+    let host = Arc::new(node_shutdown::logind::Logind::default());
+    let manager = node_shutdown::Manager::new(Arc::clone(shared), host, grace, parts.shutting_down.clone());
+    let draining = parts.tasks.draining();
+    parts.tasks.spawn("node shutdown", async move {
+        manager.run(draining).await;
+        Ok(())
+    });
 }
 
 /// The static Pods, and the keeper of their mirrors; it also removes those of an earlier configuration.
@@ -312,6 +360,9 @@ async fn take_down(shared: &pod::Shared, bridge: &watch::Sender<Option<Bridge>>)
     {
         tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the Pod network");
     }
+    if let Err(error) = shared.volumes.images().prune(std::iter::empty()).await {
+        tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove what volumes have shown of images");
+    }
     if let Err(error) = shared.volumes.close().await {
         tracing::warn!(error = crate::telemetry::chain(&error), "failed to unmount the Pods' secrets");
     }
@@ -336,13 +387,6 @@ async fn shared(
         Ok(())
     });
     let facts = parts.node.facts.clone();
-    let dropped = parts.metrics.register(events::dropped_counter);
-    let (events, writer) = events::events(client.clone(), &settings.node.name, dropped);
-    let closing = tasks.closing();
-    tasks.spawn_companion("events", async move {
-        writer.run(closing).await;
-        Ok(())
-    });
     let objects = Arc::new(Objects::new(client.clone(), DEFAULT_TTL));
     let volumes = VolumeManager::new(client.clone(), Arc::clone(&objects), &settings.pods.root_dir);
     volumes.prepare().await.context("failed to set up the directory of the Pods' secrets")?;
@@ -353,12 +397,12 @@ async fn shared(
         runtime: parts.runtime.clone(),
         runtime_name: settings.runtime.kind.name().to_owned(),
         publisher,
-        events,
+        events: parts.events.clone(),
         volumes,
         inputs,
         dns: dns_settings(settings),
         addresses: Addresses::new(Arc::new(ipam)).on(bridge),
-        admission: Admission::default(),
+        admission: Admission::allowing(settings.pods.allowed_unsafe_sysctls.clone()),
         capacity,
         evictions: Orders::default(),
         environments: Environments::default(),

@@ -71,10 +71,19 @@ fn node(node: &NodeSettings) -> Value {
         "evictionMinimumReclaim": thresholds(&node.eviction_minimum_reclaim),
         "evictionMaxPodGracePeriod": node.eviction_max_pod_grace_period.as_secs(),
         "evictionPressureTransitionPeriod": duration(node.pressure_transition),
+        "shutdownGracePeriod": duration(node.shutdown_grace.all),
+        "shutdownGracePeriodCriticalPods": duration(node.shutdown_grace.critical),
+        "shutdownGracePeriodByPodPriority": by_priority(&node.shutdown_grace.by_priority),
     })
 }
 
+fn by_priority(periods: &BTreeMap<i32, Duration>) -> Option<Vec<Value>> {
+    let entry = |(priority, period): (&i32, &Duration)| json!({"priority": priority, "shutdownGracePeriodSeconds": period.as_secs()});
+    (!periods.is_empty()).then(|| periods.iter().map(entry).collect())
+}
+
 fn pods(pods: &PodSettings) -> Value {
+    let sysctls: Vec<_> = pods.allowed_unsafe_sysctls.iter().map(|pattern| pattern.as_str()).collect();
     json!({
         "clusterDNS": (!pods.cluster_dns.is_empty()).then_some(&pods.cluster_dns),
         "clusterDomain": pods.cluster_domain,
@@ -87,6 +96,9 @@ fn pods(pods: &PodSettings) -> Value {
         "containerLogMaxFiles": pods.log_max_files,
         "staticPodPath": pods.static_pod_path,
         "fileCheckFrequency": duration(pods.file_check_frequency),
+        "allowedUnsafeSysctls": (!sysctls.is_empty()).then_some(sysctls),
+        "failSwapOn": false,
+        "memorySwap": {"swapBehavior": "NoSwap"},
     })
 }
 
@@ -141,6 +153,8 @@ mod tests {
         settings.pods.cluster_dns = vec!["10.96.0.10".parse().unwrap()];
         settings.pods.pod_cidr = Some("10.1.0.0/24".parse().unwrap());
         settings.pods.pids_limit = Some(100);
+        settings.pods.allowed_unsafe_sysctls = vec!["net.core.*".parse().unwrap()];
+        settings.node.shutdown_grace.by_priority = BTreeMap::from([(7, Duration::from_secs(9))]);
         settings.pods.log_max_size = 12_345;
         settings.images.max_parallel_pulls = Some(4);
         let (read, warnings) = read_back(&settings);

@@ -5,6 +5,8 @@
 
 mod eviction;
 mod images;
+mod node_shutdown;
+mod swap;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -129,6 +131,12 @@ struct KubeletConfiguration {
     pod_pids_limit: Option<i64>,
     static_pod_path: Option<PathBuf>,
     file_check_frequency: Option<GoDuration>,
+    shutdown_grace_period: Option<GoDuration>,
+    shutdown_grace_period_critical_pods: Option<GoDuration>,
+    shutdown_grace_period_by_pod_priority: Option<Vec<node_shutdown::ByPriority>>,
+    allowed_unsafe_sysctls: Option<Vec<String>>,
+    fail_swap_on: Option<bool>,
+    memory_swap: Option<swap::MemorySwap>,
 }
 
 /// The gates that make a difference here; the others are named as ignored.
@@ -378,7 +386,8 @@ impl Overlay {
             node.lease_duration = self.check("nodeLeaseDurationSeconds", positive(duration))?;
         }
         set_duration(&mut node.pressure_transition, fields.eviction_pressure_transition_period);
-        self.eviction(fields, node)
+        self.eviction(fields, node)?;
+        self.node_shutdown(fields, node)
     }
 
     fn pods(&mut self, fields: &KubeletConfiguration, settings: &mut Settings) -> Result<(), ConfigError> {
@@ -402,6 +411,11 @@ impl Overlay {
             };
             pods.max_restart_backoff = self.check("crashLoopBackOff.maxContainerRestartPeriod", bounded)?;
         }
+        if let Some(texts) = &fields.allowed_unsafe_sysctls {
+            let patterns = texts.iter().map(|text| text.parse()).collect::<Result<_, ValueError>>();
+            pods.allowed_unsafe_sysctls = self.check("allowedUnsafeSysctls", patterns)?;
+        }
+        self.swap(fields)?;
         set(&mut pods.cpu_cfs_quota, fields.cpu_cfs_quota);
         let path = fields.static_pod_path.clone().filter(|path| !path.as_os_str().is_empty());
         set(&mut pods.static_pod_path, path.map(Some));
@@ -440,11 +454,16 @@ mod tests {
 
     const HEAD: &str = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n";
 
-    fn applied(body: &str) -> (Settings, Vec<String>) {
+    pub(in crate::config) fn applied(body: &str) -> (Settings, Vec<String>) {
         let mut settings = Settings::default();
         let file = ConfigFile::parse(Path::new("node.yaml"), &format!("{HEAD}{body}")).unwrap();
         let warnings = file.apply(&mut settings).unwrap();
         (settings, warnings)
+    }
+
+    /// What is wrong with a file of these fields.
+    pub(in crate::config) fn refused_field(body: &str) -> String {
+        refused(&format!("{HEAD}{body}"))
     }
 
     fn refused(text: &str) -> String {
@@ -577,6 +596,10 @@ mod tests {
         };
         let images = ImageSettings { max_parallel_pulls: Some(4), garbage, ..ImageSettings::default() };
         assert_eq!(settings.images, images);
+        let (settings, _) = applied("allowedUnsafeSysctls: [net.core.*, kernel.msgmax]\n");
+        assert_eq!(settings.pods.allowed_unsafe_sysctls.len(), 2);
+        let error = refused_field("allowedUnsafeSysctls: [vm.swappiness]\n");
+        assert!(error.contains("allowedUnsafeSysctls") && error.contains("not namespaced"), "{error}");
         assert_eq!(applied("podPidsLimit: -1\n").0.pods.pids_limit, None);
         assert_eq!(applied("serializeImagePulls: false\n").0.images.max_parallel_pulls, None);
         assert_eq!(applied("maxParallelImagePulls: 4\n").0.images.max_parallel_pulls, Some(1), "serialized by default");

@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use super::Health;
 use crate::runtime::Runtime;
-use crate::shutdown::Tasks;
+use crate::shutdown::{Tasks, Ticks};
 use crate::telemetry::chain;
 
 /// How often the runtime is asked; a Node is NotReady at most this long after its runtime went down.
@@ -22,14 +22,8 @@ pub fn spawn(runtime: Arc<dyn Runtime>, interval: Duration, tasks: &Tasks) -> wa
     let (sender, receiver) = watch::channel(Err("the runtime has not been asked yet".to_owned()));
     let closing = tasks.closing();
     tasks.spawn_companion("runtime health", async move {
-        let mut ticks = tokio::time::interval(interval);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            // Cancel-safe: a tick that is dropped comes again, a cancelled token stays cancelled.
-            tokio::select! {
-                () = closing.cancelled() => return Ok(()),
-                _ = ticks.tick() => {}
-            }
+        let mut ticks = Ticks::new(interval, closing);
+        while ticks.next().await {
             let health = ask(&*runtime).await;
             sender.send_if_modified(|known| {
                 if *known == health {
@@ -43,6 +37,7 @@ pub fn spawn(runtime: Arc<dyn Runtime>, interval: Duration, tasks: &Tasks) -> wa
                 true
             });
         }
+        Ok(())
     });
     receiver
 }

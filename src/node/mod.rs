@@ -15,6 +15,7 @@ pub mod health;
 pub mod identity;
 pub mod lease;
 pub mod machine;
+mod news;
 pub mod object;
 pub mod owner;
 mod register;
@@ -29,6 +30,7 @@ use tokio::sync::watch;
 
 use crate::apiserver::{ApiServer, RequestError};
 use crate::config::{DEFAULT_POD_CIDR, NodeSettings};
+use crate::events::Events;
 use crate::runtime::Runtime;
 use crate::shutdown::Tasks;
 use machine::{Machine, MachineError};
@@ -115,6 +117,10 @@ pub struct Params {
     pub runtime: Arc<dyn Runtime>,
     /// Whether Pods can be run.
     pub health: watch::Receiver<Health>,
+    /// Takes what there is to tell of the Node.
+    pub events: Events,
+    /// True once the host goes down, and false again if it does not.
+    pub shutting_down: watch::Receiver<bool>,
 }
 
 /// What the room gives to others.

@@ -327,7 +327,7 @@ fn conditions(inputs: &Inputs<'_>) -> Vec<NodeCondition> {
         ("KubeletHasSufficientPID", "enough process ids are free"),
     );
     let ready = match (&runtime.health, inputs.draining) {
-        (_, true) => (false, "KubeletNotReady", "the node is shutting down and its Pods are being ended".to_owned()),
+        (_, true) => (false, "KubeletNotReady", "node is shutting down".to_owned()),
         (Err(problem), false) => (false, "KubeletNotReady", problem.clone()),
         (Ok(()), false) => (true, "KubeletReady", "Pods can be run".to_owned()),
     };

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::machine::{Load, Machine};
+use super::news::news;
 use super::object::{self, Inputs, Pressure, PressureMemory, RuntimeFacts};
 use super::{NodeError, Params, Registration};
 use crate::apiserver::{RequestError, Trouble};
@@ -104,7 +105,8 @@ impl Registrar {
         draining: CancellationToken,
         closing: CancellationToken,
     ) -> Result<(), NodeError> {
-        let mut health = self.params.health.clone();
+        let (mut health, mut shutting_down) = (self.params.health.clone(), self.params.shutting_down.clone());
+        self.params.events.node_normal("Starting", "Starting lambdalet.");
         // The default waits up to 30 s, and so long a deletion would go unnoticed after an outage.
         let own = watcher::watch_object(self.nodes.clone(), &self.params.settings.name).backoff(Delays::default());
         let mut own = Box::pin(own);
@@ -146,6 +148,7 @@ impl Registrar {
                     Some(Err(error)) => debug!("watch of the Node object failed: {}", chain(&error)),
                     None => {}
                 },
+                Ok(()) = shutting_down.changed() => {}
                 // Only the end takes the sender away.
                 changed = health.changed() => if changed.is_err() { break },
                 () = tokio::time::sleep_until(next.into()) => {}
@@ -189,6 +192,11 @@ impl Registrar {
             labels: node.labels().clone(),
             unschedulable: spec.unschedulable.unwrap_or_default(),
         };
+        let before = self.registration.borrow().as_ref().map(|known| known.unschedulable);
+        if before.is_some_and(|before| before != registration.unschedulable) {
+            let now = if registration.unschedulable { "NodeNotSchedulable" } else { "NodeSchedulable" };
+            self.params.events.node_is_now(now);
+        }
         self.known = Some(node);
         self.registration.send_if_modified(|known| {
             let changed = known.as_ref() != Some(&registration);
@@ -242,7 +250,7 @@ impl Registrar {
             machine: &self.host.machine,
             runtime: &self.runtime,
             pressure: self.short,
-            draining: self.draining,
+            draining: self.draining || *self.params.shutting_down.borrow(),
             previous,
             now: Timestamp::now(),
         }
@@ -293,6 +301,8 @@ impl Registrar {
             match api.request(self.nodes.create(&PostParams::default(), &wanted)).await {
                 Ok(node) => {
                     info!(node = %name, uid = node.uid().unwrap_or_default(), "registered the Node");
+                    let told = node.status.as_ref().and_then(|status| status.conditions.as_ref());
+                    self.tell(&[], told.map(Vec::as_slice).unwrap_or_default());
                     self.sent = wanted.status.map(|status| (status, Instant::now()));
                     return Ok(node);
                 }
@@ -307,7 +317,18 @@ impl Registrar {
         };
         // Whatever was sent went to an object that may be another one.
         self.sent = None;
+        let boot = node.status.as_ref().and_then(|status| status.node_info.as_ref()).map(|info| &info.boot_id);
+        let ours = &self.host.machine.boot_id;
+        if boot.is_some_and(|boot| !boot.is_empty() && boot != ours) {
+            let text = format!("Node {name} has been rebooted, boot id: {ours}");
+            self.params.events.node_warning("Rebooted", text);
+        }
         self.adopt(node).await
+    }
+
+    /// Events tell what has changed.
+    fn tell(&self, before: &[NodeCondition], now: &[NodeCondition]) {
+        news(before, now).into_iter().for_each(|reason| self.params.events.node_is_now(reason));
     }
 
     async fn adopt(&self, node: Node) -> Result<Node, Failure> {
@@ -343,6 +364,7 @@ impl Registrar {
         match answer {
             Ok(node) => {
                 debug!("sent the Node's status");
+                self.tell(&previous, wanted.conditions.as_deref().unwrap_or_default());
                 self.sent = Some((wanted, Instant::now()));
                 self.remember(node);
                 Ok(())

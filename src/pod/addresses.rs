@@ -111,13 +111,15 @@ impl Addresses {
     }
 }
 
-/// The ports of the host that a Pod with an address of its own asks for, of sidecars too.
+/// The ports of the host that are to lead to a Pod with an address of its own, of sidecars too. On the host's network
+/// they are the container's own.
 pub fn host_ports(spec: &PodSpec) -> Vec<HostPort> {
+    if spec.host_network == Some(true) { Vec::new() } else { asked_ports(spec) }
+}
+
+/// The ports of the host that a Pod asks for, of sidecars too.
+pub fn asked_ports(spec: &PodSpec) -> Vec<HostPort> {
     let number = |port: Option<i32>| port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port > 0);
-    if spec.host_network == Some(true) {
-        // There they are the container's own.
-        return Vec::new();
-    }
     let sidecars = spec.init_containers.iter().flatten().filter(|container| is_sidecar(container));
     let ports = spec.containers.iter().chain(sidecars).flat_map(|container| container.ports.iter().flatten());
     let wanted = |port: &ContainerPort| {

@@ -2,9 +2,14 @@
 //! and a Pod may name its node itself.
 
 mod claims;
+mod ports;
+pub mod preempt;
 mod pressure;
+mod room;
+mod sysctls;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use k8s_openapi::api::core::v1::{NodeSelectorRequirement, NodeSelectorTerm, Pod, PodSpec};
@@ -12,26 +17,14 @@ use tokio::sync::{Notify, watch};
 
 use self::claims::Arrivals;
 pub use self::claims::Claim;
+pub use self::sysctls::dotted;
+use super::eviction::is_critical;
 use super::qos::{ResourceList, pod_requests};
 use super::status::Trouble;
+use crate::config::sysctls::SysctlPattern;
+use crate::network::ports::HostPort;
 use crate::node::object::Pressure;
 use crate::quantity::Quantity;
-
-/// Kernel parameters that are namespaced and harmless to others; any other is refused.
-const SAFE_SYSCTLS: [&str; 12] = [
-    "kernel.shm_rmid_forced",
-    "net.ipv4.ip_local_port_range",
-    "net.ipv4.tcp_syncookies",
-    "net.ipv4.ping_group_range",
-    "net.ipv4.ip_unprivileged_port_start",
-    "net.ipv4.ip_local_reserved_ports",
-    "net.ipv4.tcp_keepalive_time",
-    "net.ipv4.tcp_fin_timeout",
-    "net.ipv4.tcp_keepalive_intvl",
-    "net.ipv4.tcp_keepalive_probes",
-    "net.ipv4.tcp_rmem",
-    "net.ipv4.tcp_wmem",
-];
 
 /// What of the node admission looks at.
 #[derive(Clone, Debug, Default)]
@@ -49,6 +42,8 @@ pub struct NodeView {
 pub struct Admission {
     taken: Mutex<BTreeMap<String, ResourceList>>,
     left: Notify,
+    /// The ports of the host that they have. Locked after `taken`.
+    ports: Mutex<BTreeMap<String, Vec<HostPort>>>,
     /// What Pods that are in ask for beyond that. Locked after `taken`.
     claims: Mutex<BTreeMap<String, Claim>>,
     /// Who was here before this process, as far as that is known.
@@ -57,9 +52,23 @@ pub struct Admission {
     pressure: Mutex<Pressure>,
     /// Counts the times there was more room.
     freed: watch::Sender<u64>,
+    /// Kernel parameters that may be set although they are not safe.
+    unsafe_sysctls: Vec<SysctlPattern>,
+    /// The node goes down: nobody is let in.
+    shutting_down: AtomicBool,
 }
 
 impl Admission {
+    /// One that lets these kernel parameters be set too.
+    pub fn allowing(unsafe_sysctls: Vec<SysctlPattern>) -> Self {
+        Self { unsafe_sysctls, ..Self::default() }
+    }
+
+    /// From now on nobody is let in, since the node goes down; or it does not after all.
+    pub fn set_shutting_down(&self, shutting_down: bool) {
+        self.shutting_down.store(shutting_down, Ordering::SeqCst);
+    }
+
     /// Lets the Pod in and counts it, or says why not. Asking again for a Pod that is in is Ok.
     ///
     /// # Errors
@@ -69,20 +78,27 @@ impl Admission {
         if self.taken.lock().unwrap_or_else(PoisonError::into_inner).contains_key(uid) {
             return Ok(());
         }
+        if self.shutting_down.load(Ordering::SeqCst) {
+            return Err(Trouble::new("NodeShutdown", "Pod was rejected as the node is shutting down."));
+        }
         self.check_pressure(pod, spec)?;
+        sysctls::check(spec, &self.unsafe_sysctls)?;
         check_os(spec)?;
-        check_sysctls(spec)?;
-        check_selectors(spec, node)?;
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let requests = requests(spec);
-        check_room(&requests, &taken, &node.allocatable)?;
+        let room = room::check(&requests, &taken, &node.allocatable);
+        let fits = check_selectors(spec, node).and_then(|()| self.check_ports(spec));
+        // For a critical Pod room can be made, so of two reasons the other one is told.
+        if is_critical(pod) { fits.and(room) } else { room.and(fits) }?;
         taken.insert(uid.clone(), requests);
+        self.take_ports(uid, spec);
         Ok(())
     }
 
     /// Counts a Pod that runs already (after a restart of the node agent), room or not.
     pub fn adopt(&self, uid: &str, spec: &PodSpec) {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner).insert(uid.to_owned(), requests(spec));
+        self.take_ports(uid, spec);
     }
 
     /// Returns once nobody is in.
@@ -103,6 +119,7 @@ impl Admission {
         if let Some(requests) = self.taken.lock().unwrap_or_else(PoisonError::into_inner).get_mut(uid) {
             requests.clear();
         }
+        self.free_ports(uid);
         self.withdraw(uid);
         self.tell_freed();
     }
@@ -111,6 +128,7 @@ impl Admission {
     pub fn leave(&self, uid: &str) {
         if self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(uid).is_some() {
             self.left.notify_waiters();
+            self.free_ports(uid);
             self.withdraw(uid);
             self.tell_freed();
         }
@@ -121,29 +139,6 @@ fn requests(spec: &PodSpec) -> ResourceList {
     let mut requests = pod_requests(spec);
     requests.insert("pods".to_owned(), Quantity::from_units(1));
     requests
-}
-
-fn check_room(
-    requests: &ResourceList,
-    taken: &BTreeMap<String, ResourceList>,
-    allocatable: &ResourceList,
-) -> Result<(), Trouble> {
-    for (name, wanted) in requests.iter().filter(|(_, wanted)| **wanted > Quantity::default()) {
-        let used = taken.values().filter_map(|list| list.get(name)).fold(Quantity::default(), |sum, q| sum + *q);
-        let capacity = allocatable.get(name).copied().unwrap_or_default();
-        if used + *wanted > capacity {
-            // The kubelet counts cpu in thousandths here.
-            let number = |q: Quantity| if name == "cpu" { q.milli_value() } else { q.value() };
-            let message = format!(
-                "Pod was rejected: Node didn't have enough resource: {name}, requested: {}, used: {}, capacity: {}",
-                number(*wanted),
-                number(used),
-                number(capacity)
-            );
-            return Err(Trouble::new(format!("OutOf{name}"), message));
-        }
-    }
-    Ok(())
 }
 
 fn check_os(spec: &PodSpec) -> Result<(), Trouble> {
@@ -159,39 +154,6 @@ fn check_os(spec: &PodSpec) -> Result<(), Trouble> {
     Ok(())
 }
 
-fn check_sysctls(spec: &PodSpec) -> Result<(), Trouble> {
-    for sysctl in spec.security_context.iter().flat_map(|s| s.sysctls.iter().flatten()) {
-        let name = dotted(&sysctl.name);
-        if !SAFE_SYSCTLS.contains(&name.as_str()) {
-            let message = format!("forbidden sysctl: {:?} not allowlisted", sysctl.name);
-            return Err(Trouble::new("SysctlForbidden", message));
-        }
-        let of_network = name.starts_with("net.");
-        if (of_network && spec.host_network == Some(true)) || (!of_network && spec.host_ipc == Some(true)) {
-            let shared = if of_network { "host net" } else { "host ipc" };
-            let message = format!("forbidden sysctl: {:?} not allowed with {shared} enabled", sysctl.name);
-            return Err(Trouble::new("SysctlForbidden", message));
-        }
-    }
-    Ok(())
-}
-
-/// A kernel parameter's name with dots between its parts; sysctl(8) takes slashes as well, and each of the two may then
-/// be part of a name as the other (`net/ipv4/conf/eth0.1/rp_filter`).
-pub fn dotted(name: &str) -> String {
-    match name.find(['.', '/']) {
-        Some(first) if name[first..].starts_with('/') => name
-            .chars()
-            .map(|c| match c {
-                '/' => '.',
-                '.' => '/',
-                other => other,
-            })
-            .collect(),
-        _ => name.to_owned(),
-    }
-}
-
 fn check_selectors(spec: &PodSpec, node: &NodeView) -> Result<(), Trouble> {
     let by_label = spec.node_selector.iter().flatten().all(|(key, value)| node.labels.get(key) == Some(value));
     let affinity = spec.affinity.as_ref().and_then(|a| a.node_affinity.as_ref());
@@ -200,8 +162,12 @@ fn check_selectors(spec: &PodSpec, node: &NodeView) -> Result<(), Trouble> {
     if by_label && by_affinity {
         return Ok(());
     }
-    let message = "Pod was rejected: Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector";
-    Err(Trouble::new("NodeAffinity", message))
+    Err(predicate("NodeAffinity", "node(s) didn't match Pod's node affinity/selector"))
+}
+
+/// A refusal by a rule that the scheduler has too.
+fn predicate(name: &str, why: &str) -> Trouble {
+    Trouble::new(name, format!("Predicate {name} failed: {why}"))
 }
 
 /// An empty term matches nothing (Kubernetes API, NodeSelectorTerm).
@@ -283,6 +249,29 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_goes_down_lets_nobody_in_until_it_does_not() {
+        let admission = Admission::default();
+        admission.admit(&pod("a", "0"), &node()).unwrap();
+        admission.set_shutting_down(true);
+        let refused = admission.admit(&pod("b", "0"), &node()).unwrap_err();
+        let text = "Pod was rejected as the node is shutting down.";
+        assert_eq!((refused.reason.as_str(), refused.message.as_str()), ("NodeShutdown", text));
+        admission.admit(&pod("a", "0"), &node()).expect("a Pod that is in stays in");
+        admission.set_shutting_down(false);
+        admission.admit(&pod("b", "0"), &node()).unwrap();
+    }
+
+    #[test]
+    fn of_two_reasons_a_critical_pod_is_told_the_one_that_stays() {
+        let admission = Admission::default();
+        let mut both = pod("a", "3");
+        both.spec.as_mut().unwrap().node_selector = Some(BTreeMap::from([("disk".to_owned(), "hdd".to_owned())]));
+        assert_eq!(admission.admit(&both, &node()).unwrap_err().reason, "OutOfcpu");
+        both.spec.as_mut().unwrap().priority = Some(2_000_000_000);
+        assert_eq!(admission.admit(&both, &node()).unwrap_err().reason, "NodeAffinity");
+    }
+
+    #[test]
     fn the_number_of_pods_is_bounded() {
         let admission = Admission::default();
         for uid in ["a", "b", "c"] {
@@ -290,21 +279,6 @@ mod tests {
         }
         assert_eq!(admission.admit(&pod("d", "0"), &node()).unwrap_err().reason, "OutOfpods");
         admission.admit(&pod("a", "0"), &node()).expect("a Pod that is in stays in");
-    }
-
-    #[test]
-    fn a_kernel_parameter_is_known_with_dots_and_with_slashes() {
-        assert_eq!(dotted("kernel.shm_rmid_forced"), "kernel.shm_rmid_forced");
-        assert_eq!(dotted("kernel/shm_rmid_forced"), "kernel.shm_rmid_forced");
-        assert_eq!(dotted("net/ipv4/conf/eth0.1/rp_filter"), "net.ipv4.conf.eth0/1.rp_filter");
-        assert_eq!(dotted("net.ipv4.conf.eth0/1.rp_filter"), "net.ipv4.conf.eth0/1.rp_filter");
-        let with = |name: &str| {
-            let spec =
-                serde_json::json!({"containers": [], "securityContext": {"sysctls": [{"name": name, "value": "1"}]}});
-            check_sysctls(&serde_json::from_value(spec).unwrap()).map_err(|trouble| trouble.reason)
-        };
-        assert_eq!(with("kernel/shm_rmid_forced"), Ok(()));
-        assert_eq!(with("kernel/msgmax").unwrap_err(), "SysctlForbidden");
     }
 
     #[test]

@@ -20,15 +20,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use futures::FutureExt as _;
 use futures::future::{BoxFuture, join_all, try_join_all};
+use futures::stream::{self, BoxStream};
+use futures::{FutureExt as _, StreamExt as _};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::sync::{OnceCell, Semaphore, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use self::prepare::Reserve;
-use self::verdict::verdict;
+use self::verdict::{is_ready, verdict};
 use super::inputs::following::Following;
 use super::volumes::{Freshness, MountedVolume};
 use super::worker::{Desired, Past, Seat, Signal, Worker};
@@ -373,6 +374,17 @@ impl Replicas for Crew {
         let running = self.running(environment);
         let thawed = try_join_all(running.iter().map(|id| self.shared.runtime.unpause_container(id))).await;
         thawed.map(drop).map_err(|error| failed("FailedThaw", chain(&error)))
+    }
+
+    fn readiness(&self, environment: EnvironmentId) -> BoxStream<'static, bool> {
+        let statuses = self.members().get(&environment).map(|member| member.statuses.clone());
+        let changes = stream::unfold((statuses, true), |(statuses, known)| async move {
+            let mut statuses = statuses?;
+            let differs = |status: &Option<PodStatus>| status.as_ref().is_some_and(|s| is_ready(s) != known);
+            statuses.wait_for(differs).await.ok()?;
+            Some((!known, (Some(statuses), !known)))
+        });
+        changes.boxed()
     }
 
     async fn prepare(&self, environment: EnvironmentId) {

@@ -311,8 +311,19 @@ pub struct Order {
     pub trouble: Trouble,
     /// How long its processes have at most.
     pub grace: Duration,
-    /// Whether it ends for others' sake, so that its controller does not blame it.
-    pub disruption: bool,
+    /// What for.
+    pub end: End,
+    /// What its condition says if it ends for others' sake, so that its controller does not blame it.
+    pub disruption: Option<String>,
+}
+
+/// What a Pod ends for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// To make room: it is told so by an event, and nothing of it stays on the node.
+    ForRoom,
+    /// With the node: its containers stay for their logs.
+    WithNode,
 }
 
 impl Orders {

@@ -15,9 +15,12 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{ImageGarbage, ImageSettings};
+use crate::events::Events;
 use crate::node::machine::Extent;
+use crate::pod::volumes::images::ImageVolumes;
 use crate::runtime::types::{Image, ImageId};
 use crate::runtime::{Kind, Runtime, RuntimeError};
+use crate::shutdown::Ticks;
 use crate::telemetry::chain;
 
 /// How often it is looked (the kubelet's value).
@@ -123,28 +126,77 @@ pub struct Collector {
     /// References that are never removed.
     pinned: Vec<String>,
     records: Records,
+    events: Option<Events>,
+    /// The images that Pods' volumes show.
+    shown: Option<Arc<ImageVolumes>>,
+    /// The last look failed.
+    failed: bool,
 }
 
 impl Collector {
     /// One that goes by these settings; `pinned` names images that the node itself needs.
     pub fn new(runtime: Arc<dyn Runtime>, settings: &ImageSettings, pinned: Vec<String>) -> Self {
-        Self { runtime, policy: settings.garbage.clone(), pinned, records: Records::default() }
+        Self {
+            runtime,
+            policy: settings.garbage.clone(),
+            pinned,
+            records: Records::default(),
+            events: None,
+            shown: None,
+            failed: false,
+        }
+    }
+
+    /// The same that tells of what goes wrong, on the Node.
+    pub fn telling(self, events: Events) -> Self {
+        Self { events: Some(events), ..self }
+    }
+
+    /// The same that also keeps what volumes of Pods show, and removes what they have shown.
+    pub fn beside(self, shown: Arc<ImageVolumes>) -> Self {
+        Self { shown: Some(shown), ..self }
+    }
+
+    /// Those of `images` that volumes show.
+    async fn shown(&self, images: &[Image]) -> Result<BTreeSet<ImageId>, RuntimeError> {
+        let Some(shown) = &self.shown else { return Ok(BTreeSet::new()) };
+        let found = shown.used(images.iter().map(|image| &image.id)).await;
+        found.map_err(|e| RuntimeError::new(Kind::Internal, "failed to look which images volumes show").with_source(e))
+    }
+
+    /// Removes the files of images that are gone.
+    async fn clear_shown(&self) -> Result<(), RuntimeError> {
+        let Some(shown) = &self.shown else { return Ok(()) };
+        let images = self.runtime.list_images().await?;
+        if let Err(error) = shown.prune(images.iter().map(|image| &image.id)).await {
+            tracing::warn!(error = chain(&error), "failed to remove what volumes have shown");
+        }
+        Ok(())
+    }
+
+    fn tell(&self, reason: &str, text: String) {
+        if let Some(events) = &self.events {
+            events.node_warning(reason, text);
+        }
+    }
+
+    /// As a kubelet: once is no news, since a start may come before the runtime's.
+    fn note(&mut self, outcome: Result<(), RuntimeError>) {
+        let failed = std::mem::replace(&mut self.failed, outcome.is_err());
+        let Err(error) = outcome else { return };
+        tracing::warn!(error = chain(&error), "failed to look for images that nobody uses");
+        if failed {
+            self.tell("ImageGCFailed", chain(&error));
+        }
     }
 
     /// Looks every `interval` until `stop`; others may use it in between.
     pub async fn run(collector: Arc<Mutex<Self>>, interval: Duration, stop: CancellationToken) {
-        let mut ticks = tokio::time::interval(interval);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                // Cancel-safe: a tick not taken comes at once.
-                _ = ticks.tick() => {}
-                // Cancel-safe: a token stays cancelled.
-                () = stop.cancelled() => return,
-            }
-            if let Err(error) = collector.lock().await.collect(Timestamp::now()).await {
-                tracing::warn!(error = chain(&error), "failed to look for images that nobody uses");
-            }
+        let mut ticks = Ticks::new(interval, stop);
+        while ticks.next().await {
+            let mut collector = collector.lock().await;
+            let outcome = collector.collect(Timestamp::now()).await;
+            collector.note(outcome);
         }
     }
 
@@ -153,7 +205,11 @@ impl Collector {
     /// # Errors
     /// The runtime does not answer. An image that cannot be removed is logged and passed over.
     pub async fn collect(&mut self, now: Timestamp) -> Result<(), RuntimeError> {
-        let wanted = self.space().await?.map_or(0, |space| excess(&self.policy, space));
+        let space = self.space().await?;
+        if space.is_some_and(|space| space.capacity == 0) {
+            self.tell("InvalidDiskCapacity", "invalid capacity 0 on image filesystem".to_owned());
+        }
+        let wanted = space.map_or(0, |space| excess(&self.policy, space));
         self.remove_for(wanted, now).await
     }
 
@@ -172,6 +228,7 @@ impl Collector {
         let is_pinned =
             |image: &&Image| self.pinned.iter().any(|pin| image.tags.contains(pin) || image.digests.contains(pin));
         used.extend(images.iter().filter(is_pinned).map(|image| image.id.clone()));
+        used.extend(self.shown(&images).await?);
         self.records.observe(&images, &used, now);
         let choice = choose(&self.policy, &self.records, (&images, &used), wanted, now);
         for id in &choice.old {
@@ -186,6 +243,7 @@ impl Collector {
                 freed += size;
             }
         }
+        self.clear_shown().await?;
         if freed < choice.wanted && choice.wanted < u64::MAX {
             tracing::warn!(
                 wanted = choice.wanted,
@@ -193,6 +251,12 @@ impl Collector {
                 "the images' file system is fuller than imageGCHighThresholdPercent allows, and no more images can go: \
                  look for logs, volumes and other data"
             );
+            let text = format!(
+                "Failed to garbage collect required amount of images. Attempted to free {} bytes, but only found {freed} \
+                 bytes eligible to free.",
+                choice.wanted
+            );
+            self.tell("FreeDiskSpaceFailed", text);
         }
         Ok(())
     }

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::api::core::v1::{Container, ImageVolumeSource, Pod};
 use tokio::sync::Semaphore;
 
-use super::events::Events;
 use super::status::Trouble;
+use crate::events::Events;
 use crate::runtime::types::{Image, RegistryAuth};
 use crate::runtime::{Kind, Runtime, RuntimeError};
 use crate::telemetry::chain;
@@ -17,13 +17,32 @@ pub struct Images {
     pulls: Semaphore,
 }
 
-/// Where an image is wanted.
+/// An image that is wanted.
 #[derive(Clone, Copy)]
 pub struct Wanted<'a> {
     /// For events.
     pub pod: &'a Pod,
-    /// The container that runs it.
-    pub container: &'a Container,
+    /// The container that runs it; `None` if a volume shows it.
+    pub container: Option<&'a str>,
+    /// As the user wrote it.
+    pub reference: &'a str,
+    /// When it is fetched: `Always`, `IfNotPresent` or `Never`.
+    pub policy: &'a str,
+}
+
+impl<'a> Wanted<'a> {
+    /// The image that a container runs.
+    pub fn by_container(pod: &'a Pod, container: &'a Container) -> Self {
+        let reference = container.image.as_deref().unwrap_or_default();
+        let policy = pull_policy(container.image_pull_policy.as_deref(), reference);
+        Self { pod, container: Some(&container.name), reference, policy }
+    }
+
+    /// The image that a volume shows.
+    pub fn by_volume(pod: &'a Pod, source: &'a ImageVolumeSource) -> Self {
+        let reference = source.reference.as_deref().unwrap_or_default();
+        Self { pod, container: None, reference, policy: pull_policy(source.pull_policy.as_deref(), reference) }
+    }
 }
 
 /// What is known without asking a registry.
@@ -40,12 +59,12 @@ impl Images {
         Self { pulls: Semaphore::new(parallel.max(1)) }
     }
 
-    /// Looks for the image on this node, by the container's pull policy.
+    /// Looks for the image on this node, by its pull policy.
     ///
     /// # Errors
     /// The waiting state of the container: `ErrImageNeverPull`, `InvalidImageName`, `ImageInspectError`.
     pub async fn look(&self, runtime: &dyn Runtime, wanted: Wanted<'_>, events: &Events) -> Result<Local, Trouble> {
-        let reference = reference(wanted.container);
+        let reference = wanted.reference;
         let present = match runtime.image_status(reference).await {
             Ok(present) => present,
             Err(error) if error.kind() == Kind::Invalid => return Err(invalid_name(reference, &error)),
@@ -54,14 +73,14 @@ impl Images {
                 return Err(Trouble::new("ImageInspectError", text));
             }
         };
-        match (pull_policy(wanted.container), present) {
+        match (wanted.policy, present) {
             ("Never", None) => {
                 let text = format!("Container image {reference:?} is not present with pull policy of Never");
                 Err(Trouble::new("ErrImageNeverPull", text))
             }
             ("Never" | "IfNotPresent", Some(image)) => {
                 let text = format!("Container image {reference:?} already present on machine");
-                events.normal(wanted.pod, Some(&wanted.container.name), "Pulled", text);
+                events.normal(wanted.pod, wanted.container, "Pulled", text);
                 Ok(Local::Present(image))
             }
             _ => Ok(Local::MustPull),
@@ -79,8 +98,8 @@ impl Images {
         auths: &[RegistryAuth],
         events: &Events,
     ) -> Result<Image, Trouble> {
-        let reference = reference(wanted.container);
-        let container = Some(wanted.container.name.as_str());
+        let reference = wanted.reference;
+        let container = wanted.container;
         let asked = Instant::now();
         let Ok(_permit) = self.pulls.acquire().await else {
             return Err(Trouble::new("ErrImagePull", "this node is shutting down"));
@@ -110,8 +129,8 @@ impl Images {
 }
 
 fn failed(wanted: Wanted<'_>, events: &Events, cause: &str) -> Trouble {
-    let text = format!("Failed to pull image {:?}: {cause}", reference(wanted.container));
-    events.warning(wanted.pod, Some(&wanted.container.name), "Failed", text);
+    let text = format!("Failed to pull image {:?}: {cause}", wanted.reference);
+    events.warning(wanted.pod, wanted.container, "Failed", text);
     Trouble::new("ErrImagePull", cause)
 }
 
@@ -120,16 +139,11 @@ fn invalid_name(reference: &str, error: &RuntimeError) -> Trouble {
     Trouble::new("InvalidImageName", text)
 }
 
-/// The image the user wrote.
-pub fn reference(container: &Container) -> &str {
-    container.image.as_deref().unwrap_or_default()
-}
-
 /// The API server fills the policy in; this is its rule for a Pod that came another way.
-fn pull_policy(container: &Container) -> &str {
-    match container.image_pull_policy.as_deref() {
+fn pull_policy<'a>(told: Option<&'a str>, reference: &str) -> &'a str {
+    match told {
         Some(policy) if !policy.is_empty() => policy,
-        _ if reference(container).ends_with(":latest") || !reference(container).contains(':') => "Always",
+        _ if reference.ends_with(":latest") || !reference.contains(':') => "Always",
         _ => "IfNotPresent",
     }
 }

@@ -1,6 +1,6 @@
 //! What a Pod asks for that this node does not do yet: said aloud, never passed over.
 
-use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use k8s_openapi::api::core::v1::{Pod, PodSpec};
 
 use super::addresses::host_ports;
 use super::plan::restart_policy;
@@ -25,13 +25,15 @@ pub fn refusal(pod: &Pod, spec: &PodSpec) -> Option<Trouble> {
     } else if let Some(driver) = driver {
         format!("it asks for {key}: {driver} and this node has only {docker:?}; any other runtime")
     } else if spec.host_users == Some(false) {
-        "a user namespace of its own (hostUsers: false)".to_owned()
+        "it asks for a user namespace of its own (hostUsers: false), and Docker can give one to all of its containers or \
+         to none; hostUsers: false"
+            .to_owned()
     } else if spec.host_network == Some(true) && labels::is_function(pod) {
         "it is a function, which answers at an address of its own; hostNetwork: true".to_owned()
     } else {
         return None;
     };
-    Some(Trouble::new(REASON, format!("Pod was rejected: {text} is not supported by this node yet")))
+    Some(Trouble::new(REASON, format!("{text} is not supported by this node")))
 }
 
 /// Why an ephemeral container of a function Pod is not started.
@@ -52,9 +54,6 @@ pub fn omissions(pod: &Pod, spec: &PodSpec) -> Vec<String> {
             "restartPolicy {policy} is treated as Always: a function ends with its Pod, not with a process"
         ));
     }
-    for container in spec.containers.iter().chain(spec.init_containers.iter().flatten()) {
-        of_container(container, labels::is_function(pod), &mut list);
-    }
     for port in host_ports(spec).iter().filter(|_| labels::is_function(pod)) {
         let port = port.host_port;
         list.push(format!("hostPort {port} is not opened on the node: a function answers at the Pod's address only"));
@@ -63,16 +62,6 @@ pub fn omissions(pod: &Pod, spec: &PodSpec) -> Vec<String> {
         list.push("resourceClaims are ignored: this node does not allocate devices yet".to_owned());
     }
     list
-}
-
-fn of_container(container: &Container, of_function: bool, list: &mut Vec<String>) {
-    let name = &container.name;
-    if of_function && container.readiness_probe.is_some() {
-        list.push(format!(
-            "container {name:?}: readinessProbe decides when an environment takes its first call; one that is not ready \
-             later still gets calls"
-        ));
-    }
 }
 
 #[cfg(test)]
@@ -104,7 +93,7 @@ mod tests {
     #[test]
     fn what_is_left_out_is_named() {
         let container = serde_json::json!({
-            "name": "c", "readinessProbe": {}, "ports": [{ "containerPort": 1, "hostPort": 80 }],
+            "name": "c", "ports": [{ "containerPort": 1, "hostPort": 80 }],
         });
         let spec = serde_json::json!({ "containers": [container], "restartPolicy": "OnFailure" });
         let spec: PodSpec = serde_json::from_value(spec).unwrap();
@@ -113,9 +102,7 @@ mod tests {
         assert!(list.is_empty(), "{list}");
         pod.metadata.labels = Some([(labels::MAX.to_owned(), "3".to_owned())].into());
         let list = omissions(&pod, &spec).join("\n");
-        for part in
-            ["restartPolicy OnFailure is treated as Always", "readinessProbe decides", "hostPort 80 is not opened"]
-        {
+        for part in ["restartPolicy OnFailure is treated as Always", "hostPort 80 is not opened"] {
             assert!(list.contains(part), "{part} is missing in {list}");
         }
     }

@@ -13,8 +13,10 @@ mod clock;
 mod endings;
 mod finish;
 mod function;
+mod image_volumes;
 mod look;
 mod memory;
+mod preempt;
 mod probing;
 mod report;
 mod resize;
@@ -258,9 +260,13 @@ impl Worker {
         let (Some(spec), true) = (&self.pod.spec, self.may_live()) else { return };
         let refusal = super::unsupported::refusal(&self.pod, spec);
         let verdict = refusal.map_or_else(|| self.shared.admission.admit(&self.pod, &self.shared.node_view()), Err);
-        if let Err(trouble) = verdict {
-            self.shared.events.warning(&self.pod, None, &trouble.reason, trouble.message.clone());
-            self.memory.ended = Some(trouble);
+        let verdict = match verdict {
+            Err(refused) if self.may_preempt(&refused) => self.preempt().await,
+            verdict => verdict,
+        };
+        if let Err(Trouble { reason, message }) = verdict {
+            self.shared.events.warning(&self.pod, None, &reason, message.clone());
+            self.memory.ended = Some(Trouble::new(reason, format!("Pod was rejected: {message}")));
             return;
         }
         self.memory.resize.admitted(spec);

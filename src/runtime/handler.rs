@@ -8,6 +8,7 @@
 //! The ids of the node's own driver stay as they are, so what ran before there was a second one is found again.
 
 use std::fmt;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -282,6 +283,10 @@ impl ImageStore for Handlers {
 
     async fn image_fs_info(&self) -> Result<ImageFs> {
         self.images.runtime.image_fs_info().await
+    }
+
+    async fn unpack_image(&self, id: &ImageId, into: &Path) -> Result<()> {
+        self.images.runtime.unpack_image(id, into).await
     }
 
     /// From every driver: first from those that brought it over, any of which may have it in use.

@@ -1,6 +1,7 @@
 //! A runtime that may not be there yet: the node starts, registers and says why it is not ready, and connects as soon
 //! as the engine answers.
 
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -148,6 +149,10 @@ impl ImageStore for Late {
 
     async fn image_fs_info(&self) -> Result<ImageFs> {
         self.get().await?.image_fs_info().await
+    }
+
+    async fn unpack_image(&self, id: &ImageId, into: &Path) -> Result<()> {
+        self.get().await?.unpack_image(id, into).await
     }
 
     async fn remove_image(&self, id: &ImageId) -> Result<()> {

@@ -28,6 +28,7 @@ pub mod types;
 pub mod usage;
 pub mod verb;
 
+use std::path::Path;
 use std::pin::Pin;
 
 use async_trait::async_trait;
@@ -195,6 +196,17 @@ pub trait ImageStore: Send + Sync + 'static {
     /// # Errors
     /// [`Kind::Unsupported`] if they are not on a file system of this host.
     async fn image_fs_info(&self) -> Result<ImageFs>;
+
+    /// Unpacks the files of an image into the directory `into`, which is made; beside it lies what is needed meanwhile.
+    /// (CRI's way is a mount of the image by CreateContainer; here the caller keeps such directories, for many.)
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] if there is no such image, [`Kind::Unsupported`] if the driver cannot do it. What was made is
+    /// left for the caller to remove.
+    async fn unpack_image(&self, id: &ImageId, into: &Path) -> Result<()> {
+        let (_, why) = (into, format!("this runtime does not give the files of images, so not those of {id}"));
+        Err(RuntimeError::new(Kind::Unsupported, why))
+    }
 
     /// Removes an image. Removing an unknown one is Ok.
     ///

@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::future::Future;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -56,6 +57,7 @@ fn is_question(verb: Verb) -> bool {
         | UpdateContainerResources
         | UpdatePodSandboxResources
         | PullImage
+        | UnpackImage
         | RemoveImage => false,
     }
 }
@@ -297,6 +299,10 @@ impl<R: ImageStore> ImageStore for Traced<R> {
         self.observe(Verb::ImageFsInfo, "", self.inner.image_fs_info()).await
     }
 
+    async fn unpack_image(&self, id: &ImageId, into: &Path) -> Result<()> {
+        self.observe(Verb::UnpackImage, id, self.inner.unpack_image(id, into)).await
+    }
+
     async fn remove_image(&self, id: &ImageId) -> Result<()> {
         self.observe(Verb::RemoveImage, id, self.inner.remove_image(id)).await
     }
@@ -415,6 +421,10 @@ impl<R: ImageStore + ?Sized> ImageStore for Arc<R> {
 
     async fn image_fs_info(&self) -> Result<ImageFs> {
         (**self).image_fs_info().await
+    }
+
+    async fn unpack_image(&self, id: &ImageId, into: &Path) -> Result<()> {
+        (**self).unpack_image(id, into).await
     }
 
     async fn remove_image(&self, id: &ImageId) -> Result<()> {

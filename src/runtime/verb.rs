@@ -52,6 +52,7 @@ verbs! {
     ImageStatus => "image_status",
     ListImages => "list_images",
     ImageFsInfo => "image_fs_info",
+    UnpackImage => "unpack_image",
     RemoveImage => "remove_image",
 }
 

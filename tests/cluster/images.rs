@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{Pod, Secret};
 use serde_json::{Value, json};
 
 use crate::harness::node::{free_port, output};
-use crate::harness::pods::{has_ended, is_ready, phase, waiting, waits_for};
+use crate::harness::pods::{busybox_with, has_ended, is_ready, phase, waiting, waits_for};
 use crate::harness::wait::{SOON, poll};
 use crate::harness::{BUSYBOX, on_shared_node};
 
@@ -229,5 +229,37 @@ fn one_containers_failing_image_does_not_hold_up_the_others() {
         let pod = t.until("mixed", "half up", up).await;
         assert!(!is_ready(&pod));
         assert_eq!(waits_for(&pod, "bad"), Some("ErrImageNeverPull"));
+    });
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn a_volume_shows_an_image_and_a_part_of_it_and_nobody_writes_there() {
+    on_shared_node(async |t| {
+        let registry = Registry::start(None).await;
+        let image = registry.push("tools/data:1", None);
+        let script = "ls /data; cat /etc/part/../part/passwd | head -1; touch /data/x || echo read-only; \
+                      ls -a /data | grep dockerenv || echo exact";
+        let mounts = json!([
+            {"name": "data", "mountPath": "/data"},
+            {"name": "data", "mountPath": "/etc/part", "subPath": "etc"},
+        ]);
+        let main = busybox_with(script, json!({"volumeMounts": mounts}));
+        let volumes = json!([{"name": "data", "image": {"reference": image, "pullPolicy": "IfNotPresent"}}]);
+        let spec = json!({"restartPolicy": "Never", "containers": [main], "volumes": volumes});
+        let shown = t.output_of("shows", spec.clone()).await;
+        for part in ["bin\n", "root:", "read-only", "exact"] {
+            assert!(shown.contains(part), "{part:?} is not in {shown}");
+        }
+        assert_eq!(t.event("shows", "Pulling").await, format!("Pulling image {image:?}"));
+        t.output_of("again", spec).await;
+        let mut absent = json!({"restartPolicy": "Never", "containers": [busybox_with(
+            "true", json!({"volumeMounts": [{"name": "data", "mountPath": "/data"}]}),
+        )]});
+        let reference = "lambdalet.test/no-such-image:1";
+        absent["volumes"] = json!([{"name": "data", "image": {"reference": reference, "pullPolicy": "Never"}}]);
+        t.pod("never", absent).await;
+        let waits = |pod: &Pod| waiting(pod, "main").and_then(|w| w.reason.as_deref()) == Some("ErrImageNeverPull");
+        t.until("never", "waiting for an image that is never pulled", waits).await;
     });
 }

@@ -15,6 +15,7 @@ mod harness;
 #[path = "../queries/mod.rs"]
 mod queries;
 
+mod admission;
 mod bad_input;
 mod debug;
 mod deletion;
@@ -30,6 +31,7 @@ mod lifecycle;
 mod logs;
 mod network;
 mod node;
+mod node_shutdown;
 mod outage;
 mod probes;
 mod resize;

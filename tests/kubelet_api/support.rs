@@ -28,10 +28,9 @@ use lambdalet::runtime::types::{
 };
 use lambdalet::runtime::{ImageStore, Kind, Result as RuntimeResult, RuntimeError, SandboxRuntime};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::ring;
-use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme, SupportedProtocolVersion};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{ClientConfig, SupportedProtocolVersion};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
@@ -41,6 +40,11 @@ use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::processes::Processes;
+
+#[path = "../../src/pod/probes/anybody.rs"]
+mod anybody;
+
+use anybody::Anybody;
 
 /// The node in every test.
 pub(crate) const NODE: &str = "node-1";
@@ -501,11 +505,14 @@ pub(crate) async fn tls(
     versions: &[&'static SupportedProtocolVersion],
     protocols: &[&str],
 ) -> io::Result<TlsStream<TcpStream>> {
-    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+    let provider = Arc::new(ring::default_provider());
+    // These tests look at the certificate themselves.
+    let verifier = Arc::new(Anybody(Arc::clone(&provider)));
+    let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(versions)
         .unwrap()
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyServer));
+        .with_custom_certificate_verifier(verifier);
     let mut config = match identity {
         Some(Identity(certificate, key)) => builder.with_client_auth_cert(vec![certificate], key.clone_key()).unwrap(),
         None => builder.with_no_client_auth(),
@@ -523,45 +530,6 @@ pub(crate) fn request(method: Method, path: &str, token: Option<&str>) -> Reques
         builder = builder.header("authorization", format!("Bearer {token}"));
     }
     builder.body(Empty::new()).unwrap()
-}
-
-/// Believes any server: these tests look at the certificate themselves.
-#[derive(Debug)]
-struct AnyServer;
-
-impl ServerCertVerifier for AnyServer {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        ring::default_provider().signature_verification_algorithms.supported_schemes()
-    }
 }
 
 /// Waits until `done`, up to `seconds`.

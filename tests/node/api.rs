@@ -35,6 +35,8 @@ pub(crate) struct State {
     pub(crate) forbid_create: bool,
     /// `spec.podCIDR` given to new Nodes.
     pub(crate) pod_cidr: Option<&'static str>,
+    /// Reasons of the events that were written.
+    pub(crate) told: Vec<String>,
     version: u64,
     /// Events up to here are forgotten: a watch from before has to list again.
     compacted: u64,
@@ -127,6 +129,11 @@ impl Api {
             path if path.starts_with("coordination.k8s.io/v1/namespaces/kube-node-lease/leases") => {
                 self.leases(&parts.method, body)
             }
+            "namespaces/default/events" => {
+                self.state().told.push(body["reason"].as_str().unwrap_or_default().to_owned());
+                success(&body)
+            }
+            path if path.starts_with("namespaces/default/events/") => success(&body),
             _ => failure(StatusCode::NOT_FOUND, "NotFound", &path),
         }
     }

@@ -60,6 +60,50 @@ async fn a_pod_that_selects_other_nodes_is_refused() {
 }
 
 #[tokio::test]
+async fn a_port_of_the_host_is_had_by_one_pod() {
+    let mut world = World::new();
+    let asking =
+        |name: &str| pod(name).with("/spec/containers/0/ports", json!([{ "containerPort": 80, "hostPort": 8080 }]));
+    world.running(asking("first")).await;
+    is_refused(&mut world, asking("refused"), "NodePorts").await;
+    world.api.delete("first", 1);
+    world.until_gone("first").await;
+    world.running(asking("next")).await;
+}
+
+#[tokio::test]
+async fn a_critical_pod_has_the_place_of_one_that_matters_less() {
+    let world = World::with(Setup { room: (2, 110), ..Setup::default() });
+    let small = world.running(pod("small").requests("500m")).await;
+    world.running(pod("large").requests("1500m").with("/spec/terminationGracePeriodSeconds", json!(1))).await;
+    let critical = pod("critical").requests("1").with("/spec/priority", json!(2_000_000_000));
+    world.running(critical).await;
+    let status = world.api.pod("large").unwrap()["status"].clone();
+    let text = "Preempted in order to admit critical pod";
+    assert_eq!((&status["phase"], &status["reason"]), (&json!("Failed"), &json!("Preempting")), "{status:#}");
+    assert_eq!(status["message"], text);
+    assert_eq!(world.api.condition("large", "DisruptionTarget"), "True");
+    until("it was told", || world.api.state().reasons("large").contains(&"Preempting".to_owned())).await;
+    world.attempt(&small, "main", 0).await;
+    assert_eq!(world.api.phase("small"), "Running");
+}
+
+#[tokio::test]
+async fn a_critical_pod_for_which_nobody_can_go_is_refused() {
+    let mut world = World::with(Setup { room: (2, 110), ..Setup::default() });
+    let critical = |name: &str| pod(name).requests("1500m").with("/spec/priority", json!(2_000_000_000));
+    world.running(critical("first")).await;
+    is_refused(&mut world, critical("refused"), "UnexpectedAdmissionError").await;
+    assert_eq!(world.api.phase("first"), "Running");
+}
+
+#[tokio::test]
+async fn a_user_namespace_of_its_own_is_refused() {
+    let mut world = World::new();
+    is_refused(&mut world, pod("refused").with("/spec/hostUsers", json!(false)), "UnsupportedPodFeature").await;
+}
+
+#[tokio::test]
 async fn a_runtime_class_that_is_not_here_is_refused() {
     let mut world = World::new();
     let other = pod("refused").with("/spec/runtimeClassName", json!("gvisor"));

@@ -94,7 +94,9 @@ async fn under_pressure_nothing_that_asks_for_nothing_is_let_in_and_critical_pod
         let name = format!("late-{number}");
         world.create(pod(&name));
         until("it has a phase", || ["Running", "Failed"].contains(&world.api.phase(&name).as_str())).await;
-        if world.api.pod(&name).unwrap()["status"]["message"] == "The node had condition: [MemoryPressure]. " {
+        if world.api.pod(&name).unwrap()["status"]["message"]
+            == "Pod was rejected: The node had condition: [MemoryPressure]. "
+        {
             break name;
         }
     };

@@ -28,7 +28,7 @@ fn told_as(verb: Verb) -> Option<Option<&'static str>> {
         | Verb::ListPodSandboxStats => None,
         Verb::Exec | Verb::Attach | Verb::PortForward | Verb::PauseContainer | Verb::UnpauseContainer => None,
         // Tests of their own, with a Pod that is resized.
-        Verb::UpdateContainerResources | Verb::UpdatePodSandboxResources => None,
+        Verb::UpdateContainerResources | Verb::UpdatePodSandboxResources | Verb::UnpackImage => None,
     }
 }
 

@@ -7,6 +7,7 @@ use lambdalet::runtime::verb::Verb;
 use serde_json::{Value, json};
 
 use super::pods::{PodBuilder, pod};
+use super::server::Server;
 use super::world::{Setup, World, unavailable, until, until_within};
 
 const MI: i64 = 1 << 20;
@@ -98,6 +99,24 @@ async fn a_policy_may_want_a_restart_and_has_it_whatever_the_pods_own_says() {
         ("Running".into(), json!(1))
     );
     until("the end of the first is told", || told(&world, "a", "Killing") == 1).await;
+}
+
+#[tokio::test]
+async fn a_restart_for_other_resources_calls_the_hook_and_waits_for_it() {
+    let server = Server::new(0).await;
+    let world = World::new();
+    let policy = json!([{ "resourceName": "memory", "restartPolicy": "RestartContainer" }]);
+    let hook = json!({ "preStop": server.get() });
+    let pod = sized("a", "500m", "64Mi").with("/spec/containers/0/resizePolicy", policy);
+    let uid = world.running(pod.with("/spec/containers/0/lifecycle", hook)).await;
+    resize(&world, "a", amounts("500m", "128Mi"));
+    until("the hook is called", || server.asked() == 1).await;
+    world.attempt(&uid, "main", 0).await;
+    assert_eq!(world.runtime.calls(Verb::StopContainer), 0, "not before the hook is over");
+    server.answer(200);
+    world.attempt(&uid, "main", 1).await;
+    until_done(&world, "a", &amounts("500m", "128Mi")).await;
+    assert_eq!(server.asked(), 1);
 }
 
 #[tokio::test]

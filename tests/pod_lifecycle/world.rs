@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lambdalet::config::PodSettings;
+use lambdalet::events;
 use lambdalet::metrics::Metrics;
 use lambdalet::network::ipam::Ipam;
 use lambdalet::node::{NodeFacts, Registration};
@@ -24,7 +25,7 @@ use lambdalet::pod::publish::{PublishCounters, Publisher};
 use lambdalet::pod::static_pods::StaticPods;
 use lambdalet::pod::translate::Host;
 use lambdalet::pod::volumes::VolumeManager;
-use lambdalet::pod::{Fronts, PodLoop, Shared, events};
+use lambdalet::pod::{Fronts, PodLoop, Shared};
 use lambdalet::quantity::Quantity;
 use lambdalet::runtime::SandboxRuntime;
 use lambdalet::runtime::fake::FakeRuntime;

@@ -11,9 +11,10 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use sha2::{Digest as _, Sha256};
+use tokio::sync::watch;
 use tracing::info;
 
-use super::{DRAIN_PATIENCE, PATIENCE, Parts, driver, pods, raise_open_files, serve_api};
+use super::{DRAIN_PATIENCE, PATIENCE, Parts, driver, events, pods, raise_open_files, serve_api};
 use crate::apiserver::ApiServer;
 use crate::config::Settings;
 use crate::metrics::Metrics;
@@ -48,9 +49,12 @@ pub(super) async fn node(mut settings: Settings) -> anyhow::Result<()> {
     let (tasks, supervisor) = Tasks::new();
     let (metrics, keepers) = (Metrics::new(), Keepers::default());
     let (uplink, bridge) = Uplink::new();
+    let api = Arc::new(ApiServer::nowhere());
     let parts = Parts {
+        events: events(&settings, &api, &metrics, &tasks),
+        shutting_down: watch::Sender::new(false),
         runtime: driver(&settings, (&owner, &keepers), uplink, &metrics),
-        api: Arc::new(ApiServer::nowhere()),
+        api,
         directory: Arc::new(Directory::of_root(&root)),
         node: node::standalone(&settings.node)?,
         settings: Arc::new(settings),

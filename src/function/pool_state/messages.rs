@@ -98,6 +98,14 @@ pub enum Event {
         /// Which.
         environment: EnvironmentId,
     },
+    /// What probes say of an environment that runs. It is ready until they say otherwise; while it is not it gets no new
+    /// call, and keeps those it has.
+    EnvironmentProbed {
+        /// Which.
+        environment: EnvironmentId,
+        /// Whether it may have calls.
+        ready: bool,
+    },
     /// An environment could not start, ended by itself, or must not be used (an adopted one that cannot be known to be
     /// idle). Answered by [`Action::StopEnvironment`].
     EnvironmentDied {

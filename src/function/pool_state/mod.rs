@@ -186,6 +186,11 @@ impl Pool {
             Event::ReplicaFailed { replica, exit } => self.replica_failed(replica, exit, now, actions),
             Event::ReplicaStopped { replica } => self.replica_stopped(replica),
             Event::EnvironmentReady { environment } => self.environment_ready(environment, now),
+            Event::EnvironmentProbed { environment, ready } => {
+                if let Some(environment) = self.environment_mut(environment) {
+                    environment.unready = !ready;
+                }
+            }
             Event::EnvironmentDied { environment, exit } => {
                 self.environment_died(environment, exit, now, actions);
             }

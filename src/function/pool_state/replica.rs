@@ -43,6 +43,8 @@ pub(super) struct Environment {
     pub(super) ready: Option<Instant>,
     /// When it last became ready, or ended a call.
     pub(super) used: Instant,
+    /// Its probes have failed: it gets no new call.
+    pub(super) unready: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +84,7 @@ impl Replica {
     pub(super) fn insert(&mut self, ordinal: u32, state: State, now: Instant) {
         self.next_ordinal = self.next_ordinal.max(ordinal.saturating_add(1));
         let ready = matches!(state, State::Ready | State::Frozen).then_some(now);
-        let environment = Environment { state, calls: Vec::new(), started: now, ready, used: now };
+        let environment = Environment { state, calls: Vec::new(), started: now, ready, used: now, unready: false };
         self.environments.insert(ordinal, environment);
     }
 
@@ -142,13 +144,19 @@ impl Replica {
 }
 
 impl Environment {
+    /// Whether it has nothing to do, and could have.
     pub(super) fn is_idle(&self) -> bool {
+        self.is_quiet() && !self.unready
+    }
+
+    /// Whether it has nothing to do.
+    pub(super) fn is_quiet(&self) -> bool {
         self.state == State::Ready && self.calls.is_empty()
     }
 
     /// Whether one more call may run in it.
     pub(super) fn has_room(&self, calls: u32) -> bool {
-        self.state == State::Ready && self.calls.len() < calls as usize
+        self.state == State::Ready && !self.unready && self.calls.len() < calls as usize
     }
 }
 

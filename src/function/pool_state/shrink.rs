@@ -120,6 +120,6 @@ fn surplus(replica: &Replica, most: usize) -> Option<u32> {
     if here().count() <= most {
         return None;
     }
-    let quiet = here().filter(|(_, e)| e.is_idle() || matches!(e.state, State::Frozen | State::Cold));
+    let quiet = here().filter(|(_, e)| e.is_quiet() || matches!(e.state, State::Frozen | State::Cold));
     quiet.map(|(ordinal, environment)| (environment.used, *ordinal)).min().map(|(_, ordinal)| ordinal)
 }

@@ -87,7 +87,8 @@ impl Pool {
             summary.starting += usize::from(replica.phase == Phase::Starting);
             summary.leaving += usize::from(!replica.is_kept());
             let takes = |state| matches!(state, State::Ready | State::Frozen | State::Thawing);
-            let ready = replica.phase == Phase::Ready && replica.environments.values().any(|e| takes(e.state));
+            let mut environments = replica.environments.values();
+            let ready = replica.phase == Phase::Ready && environments.any(|e| takes(e.state) && !e.unready);
             summary.ready += usize::from(ready);
         }
         for (_, _, environment) in each(&self.replicas) {

@@ -99,6 +99,27 @@ fn refuse(call: u64, reason: Reason, seconds: u64) -> Action {
 }
 
 #[test]
+fn an_environment_that_is_not_ready_gets_no_new_call_until_it_is() {
+    let mut hand = Hand::new(|_| {}).with_idle(1);
+    let probed = |ready| Event::EnvironmentProbed { environment: env(0, 0), ready };
+    assert_eq!(hand.call(0, 1), [grant(1, env(0, 0))]);
+    assert_eq!((hand.at(1, probed(false)), hand.summary().ready), (vec![], 0), "the call goes on");
+    assert_eq!(hand.ended(2, 1), []);
+    assert_eq!(hand.call(3, 2), [start(1)], "another is started for the next one");
+    assert_eq!(hand.at(4, probed(true)), [grant(2, env(0, 0))]);
+    assert_eq!(hand.summary().ready, 1);
+}
+
+#[test]
+fn what_is_not_ready_is_not_frozen_since_its_probes_could_not_see_it_recover() {
+    let mut hand = Hand::new(|s| s.freeze_after = Some(Duration::from_millis(100))).with_idle(1);
+    let probed = |ready| Event::EnvironmentProbed { environment: env(0, 0), ready };
+    assert_eq!(hand.at(0, probed(false)), []);
+    assert_eq!(hand.at(200, Event::Tick), []);
+    assert_eq!(hand.at(300, probed(true)), [Action::FreezeEnvironment { environment: env(0, 0) }]);
+}
+
+#[test]
 fn the_first_call_starts_a_replica_and_gets_its_environment() {
     let mut hand = Hand::new(|_| {});
     assert_eq!(hand.at(0, Event::Tick), []);

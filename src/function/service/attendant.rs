@@ -5,7 +5,9 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::StreamExt as _;
 use futures::future::BoxFuture;
+use futures::stream::{self, BoxStream};
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
@@ -103,7 +105,7 @@ impl Desk {
 
     /// Attends an environment from its start until it is stopped, or the service is gone.
     pub(super) async fn environment(self, id: EnvironmentId, mut orders: mpsc::Receiver<Order>) {
-        let mut life = None;
+        let mut life = Life::unborn();
         let mut next = orders.recv().await;
         let begun = Instant::now();
         if let Some(Order::Start { warm_up, patience }) = next {
@@ -117,7 +119,7 @@ impl Desk {
                         Ok((started, ran)) => {
                             self.count_start(begun, ran, started.prepared);
                             self.ready(id, started.address);
-                            life = Some(started.ended);
+                            life = self.life(id, started.ended);
                         }
                         Err(exit) => self.lost(id, exit),
                     }
@@ -131,7 +133,7 @@ impl Desk {
     /// Attends an environment of an earlier process: it takes calls once it is known to be idle.
     pub(super) async fn adopted(self, found: Adopted, mut orders: mpsc::Receiver<Order>) {
         let Adopted { environment: id, address, ended, found, idle } = found;
-        let mut life = Some(ended);
+        let mut life = self.life(id, ended);
         if found == Found::Frozen {
             let next = self.next_order(id, &mut life, &mut orders).await;
             return self.attend(id, next, life, orders).await;
@@ -140,7 +142,7 @@ impl Desk {
             biased;
             // Cancel-safe: an order not taken stays.
             order = orders.recv() => order,
-            exit = ended_of(&mut life) => {
+            exit = life.end() => {
                 self.lost(id, exit);
                 orders.recv().await
             }
@@ -164,7 +166,7 @@ impl Desk {
         &self,
         id: EnvironmentId,
         mut next: Option<Order>,
-        mut life: Option<BoxFuture<'static, Exit>>,
+        mut life: Life,
         mut orders: mpsc::Receiver<Order>,
     ) {
         while let Some(order) = next {
@@ -193,16 +195,24 @@ impl Desk {
     async fn next_order(
         &self,
         id: EnvironmentId,
-        life: &mut Option<BoxFuture<'static, Exit>>,
+        life: &mut Life,
         orders: &mut mpsc::Receiver<Order>,
     ) -> Option<Order> {
         loop {
             tokio::select! {
                 // Cancel-safe: an order not taken stays.
                 order = orders.recv() => return order,
-                exit = ended_of(life) => self.lost(id, exit),
+                // Cancel-safe: news that is not taken stays.
+                news = life.news() => match news {
+                    News::Ended(exit) => self.lost(id, exit),
+                    News::Ready(ready) => self.feed(Event::EnvironmentProbed { environment: id, ready }),
+                },
             }
         }
+    }
+
+    fn life(&self, id: EnvironmentId, ended: BoxFuture<'static, Exit>) -> Life {
+        Life { ended: Some(ended), readiness: self.replicas.readiness(id).fuse().boxed() }
     }
 
     fn lost(&self, id: EnvironmentId, exit: Exit) {
@@ -243,15 +253,50 @@ impl Desk {
     }
 }
 
-/// How it ended; never, if that is known already.
-async fn ended_of(life: &mut Option<BoxFuture<'static, Exit>>) -> Exit {
-    match life {
-        Some(ended) => {
-            let exit = ended.await;
-            *life = None;
-            exit
+/// What is heard of an environment.
+struct Life {
+    /// How it ends; `None` once that is known.
+    ended: Option<BoxFuture<'static, Exit>>,
+    /// Whether it may have calls.
+    readiness: BoxStream<'static, bool>,
+}
+
+enum News {
+    Ended(Exit),
+    Ready(bool),
+}
+
+impl Life {
+    /// Of which nothing will be heard.
+    fn unborn() -> Self {
+        Self { ended: None, readiness: stream::pending().boxed() }
+    }
+
+    /// How it ended; never, if that is known already.
+    async fn end(&mut self) -> Exit {
+        match &mut self.ended {
+            Some(ended) => {
+                let exit = ended.await;
+                self.ended = None;
+                exit
+            }
+            None => std::future::pending().await,
         }
-        None => std::future::pending().await,
+    }
+
+    /// What happens next; never anything, once it has ended and that is known.
+    async fn news(&mut self) -> News {
+        let Some(ended) = &mut self.ended else { return std::future::pending().await };
+        tokio::select! {
+            biased;
+            // Cancel-safe: it is asked again.
+            exit = ended => {
+                self.ended = None;
+                News::Ended(exit)
+            }
+            // Cancel-safe: a stream keeps what was not taken.
+            Some(ready) = self.readiness.next() => News::Ready(ready),
+        }
     }
 }
 

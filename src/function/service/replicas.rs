@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use async_trait::async_trait;
+use futures::StreamExt as _;
 use futures::future::BoxFuture;
+use futures::stream::{self, BoxStream};
 
 use crate::function::pool_state::{EnvironmentId, Exit, Found, ReplicaId};
 
@@ -43,6 +45,13 @@ pub trait Replicas: Send + Sync + 'static {
     /// # Errors
     /// What has become of it.
     async fn thaw(&self, environment: EnvironmentId) -> Result<(), Exit>;
+
+    /// Whether an environment that runs may have calls, whenever that changes; it may to begin with. Ends with it.
+    fn readiness(&self, environment: EnvironmentId) -> BoxStream<'static, bool> {
+        // Whoever does not ask has nothing to tell.
+        let _ = environment;
+        stream::pending().boxed()
+    }
 
     /// Has an environment ready for the moment it is asked for: made, and not started. It may be of a replica that does
     /// not exist yet. Once it is there, or cannot be, this returns; dropped half-way, it is asked for again or

@@ -7,7 +7,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::FutureExt as _;
+use futures::stream::BoxStream;
+use futures::{FutureExt as _, StreamExt as _};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::net::TcpListener;
@@ -38,6 +39,8 @@ struct Table {
     /// So many starts of environments without a script never end by themselves.
     stuck: usize,
     prepared: BTreeSet<EnvironmentId>,
+    /// What probes say.
+    probes: BTreeMap<EnvironmentId, mpsc::UnboundedSender<bool>>,
     /// Chance decides how long things take, and how they go.
     chance: Option<StdRng>,
 }
@@ -186,6 +189,12 @@ impl Replicas for Stage {
         self.table().running.remove(&environment);
     }
 
+    fn readiness(&self, environment: EnvironmentId) -> BoxStream<'static, bool> {
+        let (say, said) = mpsc::unbounded_channel();
+        self.table().probes.insert(environment, say);
+        futures::stream::unfold(said, async |mut said| Some((said.recv().await?, said))).boxed()
+    }
+
     async fn prepare(&self, environment: EnvironmentId) {
         self.takes_a_while().await;
         self.table().prepared.insert(environment);
@@ -280,6 +289,24 @@ async fn an_environment_that_dies_tells_its_call_and_is_replaced() {
     lease.finish(Outcome::Lost("broken".into()));
     next.finish(Outcome::Answered);
     assert_eq!(door.0.summary_now().busy, 0);
+    drained(&door, &stage, GRACE).await;
+}
+
+#[tokio::test]
+async fn an_environment_whose_probe_fails_gets_no_call_until_it_succeeds_again() {
+    let stage = Stage::new().await;
+    let (door, _news) =
+        door(&stage, Settings { idle_timeout: Duration::from_secs(60), ..settings(0, 1, 1) }, vec![]).await;
+    door.lease().await.unwrap().finish(Outcome::Answered);
+    let only = stage.only();
+    let says = |ready| stage.table().probes[&only].send(ready).unwrap();
+    says(false);
+    timeout(Duration::from_secs(60), door.0.summary().wait_for(|summary| summary.ready == 0)).await.unwrap().unwrap();
+    assert!(timeout(GRACE, door.lease()).await.is_err(), "it is the only one there may be");
+    says(true);
+    let lease = door.lease().await.unwrap();
+    assert_eq!(lease.environment().address().ip(), place(only));
+    lease.finish(Outcome::Answered);
     drained(&door, &stage, GRACE).await;
 }
 

@@ -7,7 +7,7 @@ use std::sync::{MutexGuard, PoisonError};
 use jiff::Timestamp;
 use tokio::sync::watch;
 
-use super::{Admission, check_room};
+use super::{Admission, room};
 use crate::pod::qos::ResourceList;
 use crate::pod::status::Trouble;
 use crate::quantity::Quantity;
@@ -163,12 +163,9 @@ fn fits(
     let mut taken = taken.clone();
     for (other, claim) in order {
         let had = taken.remove(other);
-        let room = check_room(&claim.requests, &taken, allocatable);
+        let room = room::check(&claim.requests, &taken, allocatable);
         if other == uid {
-            return room.map_err(|trouble| {
-                let text = trouble.message.trim_start_matches("Pod was rejected: ");
-                Trouble::new("Deferred", text)
-            });
+            return room.map_err(|trouble| Trouble::new("Deferred", trouble.message));
         }
         let next = if room.is_ok() { Some(claim.requests.clone()) } else { had };
         taken.extend(next.map(|requests| (other.clone(), requests)));

@@ -32,6 +32,11 @@ pub(super) fn verdict(status: &PodStatus) -> Option<Result<IpAddr, Exit>> {
     })
 }
 
+/// Whether an environment that takes calls may have another: every container is ready, as its probe says.
+pub(super) fn is_ready(status: &PodStatus) -> bool {
+    status.container_statuses.iter().flatten().all(|container| container.ready)
+}
+
 /// How it ended: with its first container that did, or with a failed init container.
 pub(super) fn ended(status: &PodStatus) -> Option<Exit> {
     let end = |container: &ContainerStatus, init: bool| {

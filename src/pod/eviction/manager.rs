@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use tokio_util::sync::CancellationToken;
 
-use super::{ContainerUse, IMMEDIATELY, Judge, Limit, Observation, Order, REASON, Shortage, Signal, Use};
+use super::{ContainerUse, End, IMMEDIATELY, Judge, Limit, Observation, Order, REASON, Shortage, Signal, Use};
 use crate::config::NodeSettings;
 use crate::kubelet_api::targets::PodTargets as _;
 use crate::node::machine::{Load, Machine, MachineError};
@@ -20,6 +20,7 @@ use crate::pod::{Shared, crew, plan};
 use crate::runtime::RuntimeError;
 use crate::runtime::disk::Disk;
 use crate::runtime::stats::{DiskUsage, SandboxStats, StatsScope};
+use crate::shutdown::Ticks;
 use crate::telemetry::chain;
 
 /// How often it is looked (the kubelet's value).
@@ -106,22 +107,11 @@ impl Manager {
 
     /// Looks every `interval` until `stop`.
     pub async fn run(mut self, interval: Duration, stop: CancellationToken) {
-        let mut ticks = tokio::time::interval(interval);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                // Cancel-safe: a tick not taken comes at once.
-                _ = ticks.tick() => {}
-                // Cancel-safe: a token stays cancelled.
-                () = stop.cancelled() => return,
-            }
-            tokio::select! {
-                // Cancel-safe: the next process looks again; an order that was given stays.
-                looked = self.look() => if let Err(error) = looked {
-                    tracing::warn!(error, "failed to look whether Pods have to be evicted");
-                },
-                // Cancel-safe: as above.
-                () = stop.cancelled() => return,
+        let mut ticks = Ticks::new(interval, stop);
+        while ticks.next().await {
+            // May be dropped: the next process looks again, and an order that was given stays.
+            if let Some(Err(error)) = ticks.within(self.look()).await {
+                tracing::warn!(error, "failed to look whether Pods have to be evicted");
             }
         }
     }
@@ -142,6 +132,10 @@ impl Manager {
         if !gone.is_empty() {
             self.ended(&gone).await;
             return Ok(());
+        }
+        if let Some(shortage) = &shortage {
+            let resource = shortage.signal.resource();
+            self.shared.events.node_warning("EvictionThresholdMet", format!("Attempting to reclaim {resource}"));
         }
         if shortage.as_ref().is_some_and(|short| matches!(short.signal, Signal::Disk | Signal::Inodes)) {
             self.images.lock().await.delete_unused(now).await.map_err(|error| chain(&error))?;
@@ -207,12 +201,7 @@ impl Manager {
 
     /// Ends the Pod that is to go next for want of something.
     fn end_one(&self, shortage: &Shortage, pods: &[Arc<Pod>], uses: &HashMap<String, PodUse>) -> Vec<String> {
-        tracing::warn!(
-            resource = shortage.signal.resource(),
-            available = shortage.available,
-            threshold = shortage.threshold,
-            "the node is short of something: a Pod has to go"
-        );
+        tracing::warn!(available = shortage.available, threshold = shortage.threshold, "a Pod has to go");
         let uid = |pod: &Pod| pod.metadata.uid.clone().unwrap_or_default();
         let known = |pod: &Arc<Pod>| (pod.spec.clone().unwrap_or_default(), used(uses, &uid(pod)).all);
         let candidates: Vec<(PodSpec, Use)> = pods.iter().map(known).collect();
@@ -234,7 +223,8 @@ impl Manager {
             tracing::warn!(pod = pod.metadata.name, "a critical Pod would have to be evicted, and is not");
             return false;
         }
-        let order = Order { trouble: Trouble::new(REASON, message), grace, disruption };
+        let disruption = disruption.then(|| message.clone());
+        let order = Order { trouble: Trouble::new(REASON, message), grace, end: End::ForRoom, disruption };
         self.shared.evictions.give(pod.metadata.uid.as_deref().unwrap_or_default(), order);
         true
     }

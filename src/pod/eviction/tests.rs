@@ -125,7 +125,7 @@ fn a_pod_that_outgrew_its_own_limits_is_told_which() {
 fn an_order_is_taken_once() {
     let orders = Orders::default();
     let mut given = orders.given();
-    let order = Order { trouble: Trouble::new(REASON, "m"), grace: IMMEDIATELY, disruption: true };
+    let order = Order { trouble: Trouble::new(REASON, "m"), grace: IMMEDIATELY, end: End::ForRoom, disruption: None };
     orders.give("u", order.clone());
     assert!(given.has_changed().unwrap());
     given.mark_unchanged();

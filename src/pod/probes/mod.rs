@@ -15,6 +15,7 @@
 //! after a start. Whoever runs again finds the results in the Pod's status and goes on from there.
 
 pub mod action;
+mod anybody;
 pub(super) mod attempt;
 mod attendant;
 mod grpc;

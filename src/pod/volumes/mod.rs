@@ -5,6 +5,7 @@
 //! <root>/secrets/                                            one tmpfs of the node, mode 0700
 //! <root>/secrets/<uid>/kubernetes.io~<type>/<name>           configMap, secret, downwardAPI, projected
 //! <root>/pods/<uid>/volume-subpaths/...                      parts of volumes, bound for a container
+//! <root>/image-volumes/<digest>                              the files of an image ([`images`])
 //! ```
 //!
 //! What comes from the API is only ever written to memory. The directories are the memory of this room too: what a Pod
@@ -13,6 +14,7 @@
 mod atomic;
 mod claims;
 mod host;
+pub mod images;
 mod mounts;
 mod payload;
 pub mod places;
@@ -35,6 +37,7 @@ use super::PodContext;
 use super::inputs::downward;
 use super::inputs::following::{Following, Watches};
 use super::inputs::objects::{ObjectError, Objects, Uses};
+use images::ImageVolumes;
 pub use projection::Freshness;
 use projection::files_of;
 
@@ -128,6 +131,7 @@ pub struct VolumeManager {
     client: Client,
     objects: Arc<Objects>,
     watches: Watches,
+    images: Arc<ImageVolumes>,
     root: PathBuf,
 }
 
@@ -147,7 +151,14 @@ impl VolumeManager {
     pub fn new(client: Client, objects: Arc<Objects>, root: &Path) -> Self {
         let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
         let watches = Watches::new(client.clone(), Arc::clone(&objects));
-        Self { client, objects, watches, root }
+        let images = Arc::new(ImageVolumes::of_root(&root));
+        Self { client, objects, watches, images, root }
+    }
+
+    /// The images that volumes show. Those volumes are not made by [`VolumeManager::set_up`]: an image is fetched for the
+    /// container that mounts it.
+    pub fn images(&self) -> &Arc<ImageVolumes> {
+        &self.images
     }
 
     /// Mounts the tmpfs for what comes from the API, unless an earlier run has. To be called once before the rest.
@@ -178,7 +189,8 @@ impl VolumeManager {
     pub async fn set_up(&self, ctx: PodContext<'_>) -> Result<SetUp, VolumeError> {
         let uid = component(ctx.key)?;
         let mounted = mounted_names(ctx.pod);
-        let volumes = volumes(ctx.pod).filter(|volume| mounted.contains(volume.name.as_str()));
+        let made = |volume: &&Volume| mounted.contains(volume.name.as_str()) && volume.image.is_none();
+        let volumes = volumes(ctx.pod).filter(made);
         let mut done = SetUp::default();
         for (name, volume, fresh) in try_join_all(volumes.map(|volume| self.set_up_one(ctx, uid, volume))).await? {
             done.volumes.insert(name, volume);
@@ -201,7 +213,8 @@ impl VolumeManager {
         let uid = component(ctx.key)?;
         let mounted = mounted_names(ctx.pod);
         let mut fresh = Freshness::default();
-        for volume in volumes(ctx.pod).filter(|volume| mounted.contains(volume.name.as_str())) {
+        let made = |volume: &&Volume| mounted.contains(volume.name.as_str()) && volume.image.is_none();
+        for volume in volumes(ctx.pod).filter(made) {
             if let Some(files) = files_of(volume)? {
                 fresh = fresh.and(self.write_files(ctx, uid, volume, &files).await?.1);
             }

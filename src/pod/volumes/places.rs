@@ -28,6 +28,14 @@ pub(super) fn files(root: &Path, uid: &str, kind: &str, volume: &str) -> PathBuf
     secrets(root).join(uid).join(format!("kubernetes.io~{kind}")).join(volume)
 }
 
+/// Below a Pod's directory, the links to the images that its volumes show.
+pub(super) const IMAGES: &str = "volumes/kubernetes.io~image";
+
+/// The link to the image that a volume shows.
+pub(super) fn image(root: &Path, uid: &str, volume: &str) -> PathBuf {
+    pods(root).join(uid).join(IMAGES).join(volume)
+}
+
 /// A part of a volume, bound for the `at`-th mount of a container; `parts` are the names of volume and container.
 pub(super) fn sub_path(root: &Path, uid: &str, [volume, container]: [&str; 2], at: usize) -> PathBuf {
     pods(root).join(uid).join("volume-subpaths").join(volume).join(container).join(at.to_string())

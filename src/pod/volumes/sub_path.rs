@@ -49,9 +49,9 @@ impl VolumeManager {
             let Some((volume, _)) = volumes.get(&wanted.name).cloned() else { continue };
             let parts = [component(&wanted.name)?, component(&container.name)?];
             let target = places::sub_path(&self.root, component(key)?, parts, at);
-            let place = target.clone();
-            let done = blocking(move || Ok(bind(&volume, &path, &target).map_err(|e| host_error("bind", &target, e))));
-            if let Err(error) = done.await? {
+            let (place, fixed) = (target.clone(), self.images.holds(&volume));
+            let work = move || bind(&volume, &path, fixed, &target).map_err(|e| host_error("bind", &target, e));
+            if let Err(error) = blocking(move || Ok(work())).await? {
                 // The user learns no more: it could tell of the host's files.
                 tracing::debug!(volume = wanted.name, error = crate::telemetry::chain(&error), "a subPath failed");
                 let (volume, container) = (&wanted.name, &container.name);
@@ -95,11 +95,12 @@ fn expanded(expression: &str, env: &[(String, String)]) -> Result<String, String
     }
 }
 
-fn bind(volume: &Path, path: &str, target: &Path) -> io::Result<()> {
+/// Nothing is made in a volume whose content is `fixed`.
+fn bind(volume: &Path, path: &str, fixed: bool, target: &Path) -> io::Result<()> {
     // The volume's own path is the node's, or the host's in the case of a hostPath, and its links are followed.
     let root = openat(CWD, volume, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let opened = match open_beneath(&root, Path::new(path), OFlags::PATH) {
-        Err(Errno::NOENT) => make_beneath(&root, Path::new(path))?,
+        Err(Errno::NOENT) if !fixed => make_beneath(&root, Path::new(path))?,
         opened => opened?,
     };
     mount_at(&opened, target)
@@ -211,6 +212,7 @@ mod tests {
 
     struct Volume {
         dir: tempfile::TempDir,
+        fixed: bool,
     }
 
     impl Volume {
@@ -219,7 +221,7 @@ mod tests {
             fs::create_dir(dir.path().join("v")).unwrap();
             fs::create_dir(dir.path().join("outside")).unwrap();
             fs::write(dir.path().join("outside/secret"), "secret").unwrap();
-            Self { dir }
+            Self { dir, fixed: false }
         }
 
         fn path(&self, name: &str) -> PathBuf {
@@ -228,7 +230,7 @@ mod tests {
 
         fn bind(&self, path: &str) -> io::Result<PathBuf> {
             let target = self.path("pod/volume-subpaths/v/c/0");
-            bind(&self.path("v"), path, &target).map(|()| target)
+            bind(&self.path("v"), path, self.fixed, &target).map(|()| target)
         }
     }
 
@@ -244,6 +246,16 @@ mod tests {
             assert_eq!(fs::metadata(volume.path("v/a/b")).unwrap().mode() & 0o7777, 0o2777);
             mounts::remove_tree(&volume.path("pod")).unwrap();
             assert!(volume.path("v/a/b/f").exists(), "what was bound is not emptied");
+        });
+    }
+
+    #[test]
+    fn in_a_volume_whose_content_is_fixed_nothing_is_made() {
+        in_a_mount_namespace(|| {
+            let volume = Volume { fixed: true, ..Volume::new() };
+            assert!(volume.bind("a").is_err() && !volume.path("v/a").exists());
+            fs::write(volume.path("v/f"), "1").unwrap();
+            assert_eq!(fs::read_to_string(volume.bind("f").unwrap()).unwrap(), "1");
         });
     }
 

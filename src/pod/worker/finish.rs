@@ -12,8 +12,9 @@ use super::{Next, Worker};
 use crate::failpoint;
 use crate::pod::crew::kept;
 use crate::pod::ephemeral;
-use crate::pod::eviction::{DISRUPTION, Order};
+use crate::pod::eviction::{DISRUPTION, End, Order};
 use crate::pod::inputs::following::Following;
+use crate::pod::node_shutdown;
 use crate::pod::plan::Goal;
 use crate::pod::resize::Note;
 use crate::pod::status::{Trouble, crash_loop};
@@ -46,8 +47,7 @@ impl Worker {
         }
         if self.seat.is_none() && *self.shared.draining.borrow() && self.memory.ended.is_none() && !self.memory.released
         {
-            let text = "Pod was terminated in response to imminent node shutdown.";
-            self.memory.ended = Some(Trouble::new("Terminated", text));
+            self.memory.ended = Some(Trouble::new(node_shutdown::REASON, node_shutdown::MESSAGE));
         }
         if self.memory.deadline(&self.pod).is_some_and(|at| at <= now) {
             let text = "Pod was active on the node longer than the specified deadline";
@@ -62,17 +62,22 @@ impl Worker {
 
     /// Takes the order to end the Pod, if there is one.
     fn take_order(&mut self) {
-        let Some(Order { trouble, grace, disruption }) = self.shared.evictions.take(&self.reference.uid) else {
+        let Some(Order { trouble, grace, end, disruption }) = self.shared.evictions.take(&self.reference.uid) else {
             return;
         };
         if self.memory.ended.is_some() || self.memory.released {
             return;
         }
-        self.shared.events.warning(&self.pod, None, &trouble.reason, trouble.message.clone());
-        let told = Trouble::new("TerminationByKubelet", trouble.message.clone());
+        if end == End::ForRoom {
+            self.shared.events.warning(&self.pod, None, &trouble.reason, trouble.message.clone());
+        }
         let generation = self.pod.metadata.generation;
-        self.memory.disruption = disruption.then_some(Note { type_: DISRUPTION, trouble: Some(told), generation });
+        self.memory.disruption = disruption.map(|text| {
+            let told = Trouble::new("TerminationByKubelet", text);
+            Note { type_: DISRUPTION, trouble: Some(told), generation }
+        });
         self.memory.hurry = Some(grace);
+        self.memory.leaves_nothing = end == End::ForRoom;
         self.memory.ended = Some(trouble);
     }
 
@@ -211,8 +216,7 @@ impl Worker {
     pub(super) async fn release(&mut self) {
         // A node that leaves the host keeps no containers for their logs: nobody could ask for them.
         // Nor does a Pod that had to make room.
-        let evicted = self.memory.hurry.is_some();
-        if evicted || self.gone || self.is_deleted() || *self.shared.draining.borrow() {
+        if self.memory.leaves_nothing || self.gone || self.is_deleted() || *self.shared.draining.borrow() {
             self.remove_everything_once().await;
         } else {
             let ids: Vec<_> = self.observed.sandbox_ids().cloned().collect();

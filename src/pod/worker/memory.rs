@@ -27,6 +27,8 @@ pub(super) struct Memory {
     pub(super) ended: Option<Trouble>,
     /// The most grace that it has then, if there is no time to lose.
     pub(super) hurry: Option<Duration>,
+    /// It ended to make room: its containers go at once.
+    pub(super) leaves_nothing: bool,
     /// That it ended for others' sake.
     pub(super) disruption: Option<Note>,
     /// The Pod's address.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use tokio::time::Instant;
 
 use super::Worker;
 use crate::pod::admission::Claim;
@@ -235,9 +236,18 @@ impl Worker {
             return Err(format!("container {name:?} cannot be made anew yet"));
         }
         self.tell(Some(name), "Killing", format!("Container {name} resize requires restart"));
-        let stopped = self.shared.runtime.stop_container(id, plan::grace(&self.pod)).await;
-        self.look_at_container(id).await;
-        stopped.map_err(|error| chain(&error))
+        // As any end: the hook first, and all of it within the grace.
+        self.begin_endings(std::slice::from_ref(id), Instant::now() + plan::grace(&self.pod));
+        loop {
+            // Dropped in here the end goes on, and is taken by whoever waits next.
+            let (ended, outcome) = self.endings.next().await;
+            let failed = outcome.as_ref().err().map(|error| chain(error));
+            let is_this = ended == *id;
+            self.note_ending((ended, outcome)).await;
+            if is_this {
+                return failed.map_or(Ok(()), Err);
+            }
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Volume};
 use tokio::time::Instant;
 
 use super::{Worker, trouble};
@@ -15,7 +15,7 @@ use crate::pod::addresses::AddressError;
 use crate::pod::backoff;
 use crate::pod::ephemeral;
 use crate::pod::files;
-use crate::pod::images::{self, Local, Wanted};
+use crate::pod::images::{Local, Wanted};
 use crate::pod::resize;
 use crate::pod::status::Trouble;
 use crate::pod::translate::{self, Places};
@@ -40,7 +40,7 @@ impl Worker {
     }
 
     /// The container is not tried until `until`, and its status says why.
-    fn hold(&mut self, name: &str, trouble: Trouble, until: Timestamp) {
+    pub(super) fn hold(&mut self, name: &str, trouble: Trouble, until: Timestamp) {
         self.memory.waiting.insert(name.to_owned(), trouble);
         self.memory.holds.insert(name.to_owned(), until);
     }
@@ -242,6 +242,7 @@ impl Worker {
             self.hold(name, Trouble::new("CreateContainerError", message), until);
             return None;
         }
+        self.show_images(&pod, container).await?;
         let image = self.image(&pod, container).await?;
         match self.config(&pod, container, &image, attempt).await {
             Ok(config) => Some(config),
@@ -256,11 +257,16 @@ impl Worker {
 
     /// The image, pulled if need be; `None` puts the container on hold.
     pub(super) async fn image(&mut self, pod: &Pod, container: &Container) -> Option<Image> {
-        let wanted = Wanted { pod, container };
+        self.fetched(Wanted::by_container(pod, container), &container.name).await
+    }
+
+    /// An image that this container needs, pulled if need be; `None` puts the container on hold.
+    pub(super) async fn fetched(&mut self, wanted: Wanted<'_>, container: &str) -> Option<Image> {
+        let pod = wanted.pod;
         let shared = self.shared.clone();
         let runtime = shared.runtime.as_ref();
         if self.seat.is_some()
-            && let Ok(Some(image)) = runtime.image_status(images::reference(container)).await
+            && let Ok(Some(image)) = runtime.image_status(wanted.reference).await
         {
             // Fetched when its Pod came; nobody wants to hear of it for each environment.
             return Some(image);
@@ -268,10 +274,10 @@ impl Worker {
         let trouble = match shared.images.look(runtime, wanted, &shared.events).await {
             Ok(Local::Present(image)) => return Some(image),
             Ok(Local::MustPull) => {
-                let auths = self.auths(pod, container).await;
+                let auths = self.auths(wanted).await;
                 match shared.images.pull(runtime, wanted, &auths, &shared.events).await {
                     Ok(image) => {
-                        self.memory.pulls.remove(&container.name);
+                        self.memory.pulls.remove(container);
                         return Some(image);
                     }
                     Err(trouble) => trouble,
@@ -280,17 +286,17 @@ impl Worker {
             Err(trouble) => trouble,
         };
         let now = Timestamp::now();
-        shared.events.warning(pod, Some(&container.name), "Failed", format!("Error: {}", trouble.reason));
-        let backoff = self.memory.pulls.entry(container.name.clone()).or_default();
+        shared.events.warning(pod, Some(container), "Failed", format!("Error: {}", trouble.reason));
+        let backoff = self.memory.pulls.entry(container.to_owned()).or_default();
         backoff.note(now, backoff::MAX);
         let until = now + backoff.delay();
         self.memory.pull_notice = Some(now + PULL_NOTICE);
-        self.hold(&container.name, trouble, until);
+        self.hold(container, trouble, until);
         None
     }
 
-    async fn auths(&self, pod: &Pod, container: &Container) -> Vec<crate::runtime::types::RegistryAuth> {
-        match self.shared.inputs.registry_auths(pod, images::reference(container)).await {
+    async fn auths(&self, Wanted { pod, reference, .. }: Wanted<'_>) -> Vec<crate::runtime::types::RegistryAuth> {
+        match self.shared.inputs.registry_auths(pod, reference).await {
             Ok(found) => {
                 for warning in found.warnings {
                     self.shared.events.warning(pod, None, "FailedToRetrieveImagePullSecret", warning);
@@ -359,7 +365,9 @@ impl Worker {
     /// later.)
     fn has_volumes_of(&self, container: &Container) -> bool {
         let Some(places) = &self.memory.places else { return false };
-        let of_pod = |name: &str| self.pod.spec.iter().flat_map(|s| s.volumes.iter().flatten()).any(|v| v.name == name);
+        // Those that show an image are made for each container.
+        let made = |volume: &Volume, name: &str| volume.name == name && volume.image.is_none();
+        let of_pod = |name: &str| self.pod.spec.iter().flat_map(|s| s.volumes.iter().flatten()).any(|v| made(v, name));
         let mut mounts = container.volume_mounts.iter().flatten();
         mounts.all(|mount| places.volumes.contains_key(&mount.name) || !of_pod(&mount.name))
     }

@@ -78,7 +78,8 @@ impl Cgroups {
                 fs::write(directory.join(file), value.to_string())?;
             }
         }
-        Ok(())
+        // What is made below takes this over.
+        without_swap(&self.root.join("memory").join(relative).join("memory.swappiness"))
     }
 
     fn ensure_v2(&self, relative: &Path, limits: &Resources) -> io::Result<()> {
@@ -103,7 +104,7 @@ impl Cgroups {
                 fs::write(directory.join(file), value)?;
             }
         }
-        Ok(())
+        without_swap(&directory.join("memory.swap.max"))
     }
 
     /// Removes the cgroup and those below it, in every tree. What is gone already is fine.
@@ -136,6 +137,11 @@ impl Cgroups {
         }
         fs::read_dir(&self.root)?.map(|tree| Ok(tree?.path().join(&relative))).collect()
     }
+}
+
+/// A Pod gets none of the host's swap (`NoSwap`). A kernel that does not count swap has no such file.
+fn without_swap(file: &Path) -> io::Result<()> {
+    if file.exists() { fs::write(file, "0") } else { Ok(()) }
 }
 
 /// The components of a cgroup path; nothing in it may lead out of the tree.
@@ -238,7 +244,12 @@ mod tests {
         }
         let cgroups = Cgroups::at(root.path(), false);
         let limits = Resources { cpu_shares: Some(512), memory_limit: Some(1 << 20), ..Resources::default() };
+        fs::create_dir_all(root.path().join("memory/l/pod1")).unwrap();
+        fs::write(root.path().join("memory/l/pod1/memory.swappiness"), "60").unwrap();
         cgroups.ensure("/l/pod1", &limits).unwrap();
+        let swappiness = root.path().join("memory/l/pod1/memory.swappiness");
+        assert_eq!(fs::read_to_string(&swappiness).unwrap(), "0", "no swap for Pods");
+        fs::remove_file(swappiness).unwrap();
         cgroups.ensure("/l/pod1", &limits).unwrap();
         let read = |file: &str| fs::read_to_string(root.path().join(file)).unwrap();
         assert_eq!(read("cpu/l/pod1/cpu.shares"), "512");

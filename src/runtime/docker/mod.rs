@@ -41,7 +41,7 @@ mod wire;
 
 use std::collections::HashSet;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -347,6 +347,10 @@ impl ImageStore for DockerRuntime {
 
     async fn list_images(&self) -> Result<Vec<Image>> {
         self.images().await
+    }
+
+    async fn unpack_image(&self, id: &ImageId, into: &Path) -> Result<()> {
+        super::microvm::image::plain::unpacked(&self.options.socket, id, into).await
     }
 
     async fn remove_image(&self, id: &ImageId) -> Result<()> {

@@ -11,6 +11,7 @@ mod program;
 mod state;
 mod streams;
 
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -32,7 +33,7 @@ use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope, Usage};
 use super::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, EventKind, Grace, Image, ImageId, LogChunk,
-    LogOptions, LogSource, RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId,
+    LogOptions, LogSource, Mount, RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId,
     SandboxStatus,
 };
 use super::verb::Verb;
@@ -145,6 +146,11 @@ impl FakeRuntime {
     /// Ends every event stream, as a daemon that restarts does.
     pub fn end_events(&self) {
         *locked(&self.shared.events) = broadcast::Sender::new(EVENTS_BEHIND);
+    }
+
+    /// What a container was made to see of the host; nothing if there is no such container.
+    pub fn mounts(&self, id: &ContainerId) -> Vec<Mount> {
+        locked(&self.shared.state).containers.get(id).map(|c| c.config.mounts.clone()).unwrap_or_default()
     }
 
     /// Puts an image into the store without a pull.
@@ -458,6 +464,20 @@ impl ImageStore for FakeRuntime {
     async fn image_fs_info(&self) -> Result<ImageFs> {
         self.enter(Verb::ImageFsInfo).await?;
         Err(RuntimeError::new(Kind::Unsupported, "images are kept in memory"))
+    }
+
+    /// The image's files are its name, in `reference`, and what a container might want to see a part of, in `part/file`.
+    async fn unpack_image(&self, id: &ImageId, into: &Path) -> Result<()> {
+        self.enter(Verb::UnpackImage).await?;
+        let reference = locked(&self.shared.state).images.get(id).map(|image| image.tags.join(" "));
+        let absent = || RuntimeError::new(Kind::NotFound, format!("there is no image {id}"));
+        let (reference, into) = (reference.ok_or_else(absent)?, into.to_owned());
+        super::blocking(format!("failed to unpack image {id}"), move || {
+            std::fs::create_dir_all(into.join("part"))?;
+            std::fs::write(into.join("part/file"), "1")?;
+            std::fs::write(into.join("reference"), reference)
+        })
+        .await
     }
 
     async fn remove_image(&self, id: &ImageId) -> Result<()> {

@@ -60,6 +60,7 @@ struct Environment {
     used: Instant,
     ready: Option<Instant>,
     spent: bool,
+    unready: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -142,7 +143,8 @@ impl World {
                 Found::Unknown => (State::Unknown, None),
             };
             self.used_ids.insert(id);
-            self.environments.insert(id, Environment { state, started: now, used: now, ready, spent: false });
+            let environment = Environment { state, started: now, used: now, ready, spent: false, unready: false };
+            self.environments.insert(id, environment);
         }
     }
 
@@ -186,6 +188,9 @@ impl World {
 
     /// Ends the pool in good order and holds the last account.
     fn end(mut self) {
+        for (environment, _) in self.environments.clone() {
+            self.tell(Event::EnvironmentProbed { environment, ready: true });
+        }
         self.tell(Event::Drain { until: self.now + Duration::from_secs(3600) });
         for _ in 0..1_000 {
             for replica in self.replicas_in(&[Phase::Starting]) {

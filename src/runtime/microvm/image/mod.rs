@@ -26,6 +26,7 @@ mod daemon;
 mod erofs;
 mod error;
 mod layer;
+pub(in crate::runtime) mod plain;
 mod registry;
 mod shelf;
 mod tree;

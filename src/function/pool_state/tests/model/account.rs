@@ -44,6 +44,11 @@ impl World {
                     e.ready.get_or_insert(self.now);
                 }
             }
+            Event::EnvironmentProbed { environment, ready } => {
+                if let Some(e) = self.environments.get_mut(environment) {
+                    e.unready = !ready;
+                }
+            }
             Event::EnvironmentDied { environment, .. } => self.note_died(*environment),
             Event::EnvironmentStopped { environment } => {
                 self.environments.remove(environment);

@@ -62,7 +62,7 @@ impl World {
                 self.environments.iter().filter(|(id, e)| e.state == State::Ready && self.is_kept(id.replica))
             {
                 let visited = self.visits.values().any(|(_, place)| *place == Some(*id));
-                let idle = self.calls_in(*id) == 0 && !visited;
+                let idle = self.calls_in(*id) == 0 && !visited && !e.unready;
                 assert!(!idle || e.used + after > self.now, "{id} should be frozen");
             }
         }

@@ -47,7 +47,7 @@ impl World {
     pub(super) fn with_room(&self) -> BTreeSet<(bool, Instant, EnvironmentId)> {
         let room = |(id, e): &(&EnvironmentId, &Environment)| {
             let ready = self.replicas.get(&id.replica).is_some_and(|r| r.phase == Phase::Ready);
-            let takes = e.state == State::Ready && !e.spent && ready && self.is_kept(id.replica);
+            let takes = e.state == State::Ready && !e.spent && !e.unready && ready && self.is_kept(id.replica);
             takes && self.calls_in(**id) < self.settings.calls as usize
         };
         let open = self.environments.iter().filter(room);

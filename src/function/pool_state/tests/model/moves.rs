@@ -23,6 +23,7 @@ pub(super) enum Move {
     ReplicaFails(Index),
     ReplicaStops(Index),
     Ready(Index),
+    Probed(Index, bool),
     Dies(Index),
     EnvironmentStops(Index),
     CapacityFreed,
@@ -99,6 +100,10 @@ impl World {
             Move::Ready(at) => {
                 let waiting = self.environments_in(&[S::Starting, S::Thawing, S::Unknown]);
                 Event::EnvironmentReady { environment: environment(at, waiting)? }
+            }
+            Move::Probed(at, ready) => {
+                let environment = environment(at, self.environments_in(&[S::Ready, S::Frozen, S::Thawing]))?;
+                Event::EnvironmentProbed { environment, ready }
             }
             Move::Dies(at) => {
                 let environment = environment(at, self.environments_in(&alive))?;
@@ -183,6 +188,7 @@ pub(super) fn moves() -> impl Strategy<Value = Move> {
         4 => at().prop_map(Move::ReplicaStops),
         12 => at().prop_map(Move::Ready),
         2 => at().prop_map(Move::Dies),
+        4 => (any::<Index>(), any::<bool>()).prop_map(|(at, ready)| Move::Probed(at, ready)),
         3 => at().prop_map(Move::EnvironmentStops),
         1 => Just(Move::CapacityFreed),
         1 => at().prop_map(Move::GiveBack),

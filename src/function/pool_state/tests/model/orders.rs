@@ -13,6 +13,7 @@ impl World {
             Action::FreezeEnvironment { environment } => {
                 let e = self.environments[environment];
                 assert_eq!((e.state, self.calls_in(*environment)), (State::Ready, 0), "only the idle are frozen");
+                assert!(!e.unready, "its probes could not see it recover");
                 assert!(e.used + self.settings.freeze_after.unwrap() <= self.now, "not before its time");
                 assert!(self.visits.values().all(|(_, place)| *place != Some(*environment)), "not under a visitor");
                 self.environments.get_mut(environment).unwrap().state = State::Frozen;
@@ -73,7 +74,8 @@ impl World {
         self.used_ids.insert(id);
         assert!(!warm_up || (self.settings.warm_up && self.queue.is_empty()), "a no-op must not delay a call");
         let now = self.now;
-        let environment = Environment { state: State::Starting, started: now, used: now, ready: None, spent: false };
+        let environment =
+            Environment { state: State::Starting, started: now, used: now, ready: None, spent: false, unready: false };
         assert!(self.environments.insert(id, environment).is_none());
     }
 
