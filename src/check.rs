@@ -3,6 +3,7 @@
 mod cluster;
 mod docker;
 mod host;
+mod microvm;
 
 use std::fmt;
 use std::path::Path;
@@ -99,9 +100,13 @@ pub async fn examine(settings: &Settings, kubeconfig: Option<&Path>) -> Report {
     findings.extend(host::network().await);
     match settings.runtime.kind {
         RuntimeKind::Docker => findings.extend(docker::examine(&settings.runtime.docker_endpoint).await),
+        RuntimeKind::Microvm => findings.push(docker::beside_microvms(&settings.runtime.docker_endpoint)),
         RuntimeKind::Fake => {
             findings.push(Finding::warn("runtime", "fake: Pods are remembered, not run", "for tests only"));
         }
+    }
+    if settings.runtime.kind != RuntimeKind::Fake {
+        findings.extend(microvm::examine(settings).await);
     }
     findings.push(host::cluster_dns(&settings.pods.cluster_dns));
     findings.extend(cluster::examine(&settings.node.name, kubeconfig).await);

@@ -5,6 +5,7 @@
 pub mod configuration;
 pub(crate) mod document;
 pub mod file;
+pub mod microvm;
 pub mod node_shutdown;
 pub mod sysctls;
 pub mod tls;
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use microvm::MicrovmSettings;
 use node_shutdown::ShutdownGrace;
 use sysctls::SysctlPattern;
 use tls::{CipherSuite, TlsVersion};
@@ -91,6 +93,8 @@ pub struct NodeSettings {
     pub port: u16,
     /// Name of the runtime chosen, for `containerRuntimeVersion` while it does not answer.
     pub runtime_name: String,
+    /// What RuntimeClasses may name here; the first is that of Pods without a class.
+    pub runtime_handlers: Vec<String>,
     /// Measured for disk pressure and ephemeral storage.
     pub root_dir: PathBuf,
 }
@@ -119,6 +123,7 @@ impl Default for NodeSettings {
             drain_on_exit: false,
             port: 10250,
             runtime_name: RuntimeKind::default().name().to_owned(),
+            runtime_handlers: vec![RuntimeKind::default().name().to_owned()],
             root_dir: PathBuf::from("/var/lib/lambdalet"),
         }
     }
@@ -299,12 +304,14 @@ impl Default for ImageSettings {
 /// What runs Pods.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuntimeSettings {
-    /// Which driver.
+    /// Which driver runs Pods that do not say.
     pub kind: RuntimeKind,
     /// The Docker daemon, `unix:///path` .
     pub docker_endpoint: String,
     /// Image of the process that holds a sandbox; `None` is the driver's own.
     pub sandbox_image: Option<String>,
+    /// Pods as microVMs.
+    pub microvm: MicrovmSettings,
 }
 
 impl Default for RuntimeSettings {
@@ -313,6 +320,7 @@ impl Default for RuntimeSettings {
             kind: RuntimeKind::default(),
             docker_endpoint: "unix:///var/run/docker.sock".to_owned(),
             sandbox_image: None,
+            microvm: MicrovmSettings::default(),
         }
     }
 }
@@ -320,10 +328,12 @@ impl Default for RuntimeSettings {
 /// A driver.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum RuntimeKind {
-    /// Containers of a Docker daemon.
+    /// Containers of a Docker daemon; microVMs for Pods that ask for them
     #[default]
     Docker,
-    /// Nothing real: Pods are remembered, not run.
+    /// MicroVMs; containers of a Docker daemon, if there is one, for Pods that ask for them
+    Microvm,
+    /// Nothing real: Pods are remembered, not run
     Fake,
 }
 
@@ -332,6 +342,7 @@ impl RuntimeKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Docker => "docker",
+            Self::Microvm => "microvm",
             Self::Fake => "fake",
         }
     }

@@ -1,10 +1,10 @@
 //! lambdalet: a Kubernetes node in one binary.
 //!
 //! It registers a Node, takes the Pods that the scheduler binds to it, runs each as a group of Docker containers with
-//! an address of its own, and says how they are. This page is the tour; `--document-private-items` shows all of it.
+//! an address of its own, or as a microVM, and says how they are. This page is the tour; `--document-private-items` shows all of it.
 //!
 //! ```text
-//! API server --watch--> pod::watch --spec--> pod::worker --verb--> runtime::SandboxRuntime --> docker
+//! API server --watch--> pod::watch --spec--> pod::worker --verb--> runtime::SandboxRuntime --> docker | microvm
 //!     ^                                          |    '--address--> network::ipam                 |
 //!     |                                          '--observed--> pod::status                       |
 //!     |                                                             |                             v
@@ -24,7 +24,7 @@
 //! * [`pod`] owns every Pod from the first look to the last: one worker per UID, plan, status, events.
 //! * [`function`] makes a pool of replicas of a labelled Pod: settings, queue, scaling; pure values.
 //! * [`controller`] approves the serving certificates that nodes ask for, in `lambdalet controller`.
-//! * [`runtime`] is the seam: verbs with CRI's names and rules, and the Docker driver behind them.
+//! * [`runtime`] is the seam: verbs with CRI's names and rules, and the drivers behind them: Docker, microVMs.
 //! * [`network`] gives each Pod an address and plugs its cable.
 //! * [`kubelet_api`] is the node's HTTPS API: logs, exec, attach, port-forward, Pods, health and metrics, for
 //!   those who may.

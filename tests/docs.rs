@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const DOCUMENTS: [&str; 9] = [
+const DOCUMENTS: [&str; 10] = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
@@ -12,6 +12,7 @@ const DOCUMENTS: [&str; 9] = [
     "docs/fakecloud.md",
     "docs/functions.md",
     "docs/metrics.md",
+    "docs/microvms.md",
     "docs/node.md",
     "manifests/fakecloud/README.md",
 ];

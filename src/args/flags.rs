@@ -1,5 +1,7 @@
 //! The flags of `run` and `check`, named as kubelet's where kubelet has them; each group lays itself over [`Settings`].
 
+mod microvm;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -13,6 +15,7 @@ use crate::config::tls::{CipherSuite, TlsVersion};
 use crate::config::values::{GoDuration, NodeLabel, NodeName, NodeTaint, RegistryHost, Reserved};
 use crate::config::{RuntimeKind, Settings};
 use crate::telemetry::LogFormat;
+use microvm::MicrovmArgs;
 
 /// Every flag of `run` and `check`.
 #[derive(Debug, Args)]
@@ -27,6 +30,8 @@ pub(super) struct RunArgs {
     pods: PodArgs,
     #[command(flatten)]
     runtime: RuntimeArgs,
+    #[command(flatten)]
+    microvm: MicrovmArgs,
     #[command(flatten)]
     pub(super) logging: LoggingArgs,
 }
@@ -45,7 +50,7 @@ pub(super) struct Plan {
 impl RunArgs {
     /// Defaults, then the file, then the flags.
     pub(super) fn resolve(self) -> anyhow::Result<Plan> {
-        let Self { cluster, node, serving, pods, runtime, logging: _ } = self;
+        let Self { cluster, node, serving, pods, runtime, microvm, logging: _ } = self;
         let mut settings = Settings::default();
         let warnings = match &cluster.config {
             Some(path) => ConfigFile::read(path)?.apply(&mut settings)?,
@@ -56,9 +61,11 @@ impl RunArgs {
         serving.apply(&mut settings);
         pods.apply(&mut settings);
         runtime.apply(&mut settings);
+        microvm.apply(&mut settings)?;
         anyhow::ensure!(settings.serving.port != 0, "port 0 cannot be written into the Node object: choose one");
         settings.node.port = settings.serving.port;
         settings.node.runtime_name = settings.runtime.kind.name().to_owned();
+        settings.node.runtime_handlers = vec![settings.node.runtime_name.clone()];
         settings.node.root_dir = settings.pods.root_dir.clone();
         Ok(Plan { settings, kubeconfig, warnings })
     }
@@ -297,8 +304,8 @@ impl PodArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Runtime")]
 struct RuntimeArgs {
-    /// What runs Pods [default: docker]
-    #[arg(long, value_name = "NAME")]
+    /// What runs Pods that name neither a RuntimeClass nor lambdalet.dev/runtime [default: docker]
+    #[arg(long, value_enum, value_name = "NAME")]
     runtime: Option<RuntimeKind>,
     /// The Docker daemon [default: unix:///var/run/docker.sock]
     #[arg(long, value_name = "URL")]

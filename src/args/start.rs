@@ -1,5 +1,7 @@
 //! Starts the rooms and waits for the end.
 
+mod drivers;
+mod machines;
 mod standalone;
 
 use std::net::SocketAddr;
@@ -12,6 +14,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::{Mutex, watch};
 use tracing::{info, warn};
 
+use self::drivers::Made;
 use super::flags::Plan;
 use super::identity;
 use crate::apiserver::ApiServer;
@@ -27,8 +30,10 @@ use crate::node::{self, NodeHandle, health, owner};
 use crate::pod::addresses::Addresses;
 use crate::pod::admission::Admission;
 use crate::pod::capacity::Capacity;
+use crate::pod::classes::RuntimeClasses;
 use crate::pod::crew::Environments;
 use crate::pod::directory::Directory;
+use crate::pod::drivers::Drivers;
 use crate::pod::eviction::{Orders, manager};
 use crate::pod::files::DnsSettings;
 use crate::pod::garbage::{self, Collector};
@@ -43,10 +48,7 @@ use crate::pod::translate::Host;
 use crate::pod::volumes::VolumeManager;
 use crate::pod::{self, Fronts, PodLoop, node_shutdown};
 use crate::runtime::Runtime;
-use crate::runtime::docker::{self, DockerOptions, DockerRuntime, Keepers};
-use crate::runtime::fake::FakeRuntime;
-use crate::runtime::late::Late;
-use crate::runtime::traced::Traced;
+use crate::runtime::docker::{self, Keepers};
 use crate::shutdown::Tasks;
 
 /// How long tasks have to end when Pods are left running: time to finish a request, not to end a Pod.
@@ -69,6 +71,7 @@ struct Parts {
     owner: String,
     metrics: Metrics,
     runtime: Arc<dyn Runtime>,
+    drivers: Drivers,
     directory: Arc<Directory>,
     node: NodeHandle,
     keepers: Keepers,
@@ -118,11 +121,13 @@ async fn start_rooms(
     owner: String,
     tasks: &Tasks,
 ) -> anyhow::Result<()> {
-    let settings = Arc::new(settings);
     let metrics = Metrics::new();
     let (uplink, bridge) = Uplink::new();
     let keepers = Keepers::default();
-    let runtime = driver(&settings, (&owner, &keepers), uplink, &metrics);
+    let Made { runtime, drivers } = drivers::make(&settings, (&owner, &keepers), uplink, &metrics).await;
+    let mut settings = settings;
+    settings.node.runtime_handlers.clone_from(&drivers.offered);
+    let settings = Arc::new(settings);
     let health = health::spawn(Arc::clone(&runtime), health::INTERVAL, tasks);
     let events = events(&settings, &api, &metrics, tasks);
     let shutting_down = watch::Sender::new(false);
@@ -143,6 +148,7 @@ async fn start_rooms(
         owner,
         metrics,
         runtime,
+        drivers,
         directory,
         node,
         keepers,
@@ -166,39 +172,6 @@ fn events(settings: &Settings, api: &ApiServer, metrics: &Metrics, tasks: &Tasks
         Ok(())
     });
     events
-}
-
-/// The driver that was asked for; it connects when it is first used.
-fn driver(
-    settings: &Settings,
-    (owner, keepers): (&str, &Keepers),
-    uplink: Uplink,
-    metrics: &Metrics,
-) -> Arc<dyn Runtime> {
-    match settings.runtime.kind {
-        RuntimeKind::Fake => Arc::new(metrics.register(|registry| Traced::new(FakeRuntime::new(), registry))),
-        RuntimeKind::Docker => {
-            let endpoint = &settings.runtime.docker_endpoint;
-            let options = DockerOptions {
-                socket: endpoint.strip_prefix("unix://").unwrap_or(endpoint).into(),
-                log_max_size: settings.pods.log_max_size.to_string(),
-                log_max_files: settings.pods.log_max_files,
-                sandbox_image: settings.runtime.sandbox_image.clone(),
-                insecure_registries: settings.images.insecure_registries.clone(),
-                keepers: keepers.clone(),
-                ..DockerOptions::new(owner)
-            };
-            let cable = Arc::new(uplink);
-            let late = Late::new(move || {
-                let (options, cable) = (options.clone(), Arc::clone(&cable));
-                Box::pin(async move {
-                    let docker: Arc<dyn Runtime> = Arc::new(DockerRuntime::connect(options, cable).await?);
-                    Ok(docker)
-                })
-            });
-            Arc::new(metrics.register(|registry| Traced::new(late, registry)))
-        }
-    }
 }
 
 /// The node's HTTPS API.
@@ -264,7 +237,7 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
     let root = &settings.pods.root_dir;
     let ipam =
         Ipam::open(&root.join("addresses"), range, DEFAULT_COOL_DOWN).context("failed to open the Pod addresses")?;
-    if settings.runtime.kind == RuntimeKind::Docker {
+    if settings.runtime.kind != RuntimeKind::Fake {
         let name = format!("ll{}", &parts.owner[..8]);
         let made = Bridge::ensure(&name, ipam.gateway(), ipam.range()).await;
         let made = made.context("failed to set up the Pod network")?;
@@ -396,6 +369,11 @@ async fn shared(
     Ok(pod::Shared {
         runtime: parts.runtime.clone(),
         runtime_name: settings.runtime.kind.name().to_owned(),
+        drivers: parts.drivers.clone(),
+        classes: match parts.is_standalone() {
+            true => RuntimeClasses::of_manifests(),
+            false => RuntimeClasses::new(api.client.clone()),
+        },
         publisher,
         events: parts.events.clone(),
         volumes,

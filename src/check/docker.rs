@@ -32,6 +32,16 @@ pub(super) async fn examine(endpoint: &str) -> Vec<Finding> {
     }
 }
 
+/// Whether there is a daemon on a node whose Pods are microVMs unless they say otherwise.
+pub(super) fn beside_microvms(endpoint: &str) -> Finding {
+    let socket = endpoint.strip_prefix("unix://").unwrap_or(endpoint);
+    if Path::new(socket).exists() {
+        return Finding::ok("docker", format!("{socket}: runs the fronts of functions, and Pods that ask for docker"));
+    }
+    let found = format!("there is no socket {socket}: functions, and Pods that ask for docker, are refused");
+    Finding::warn("docker", found, "install Docker 20.10 or newer (Debian: docker.io), or live without")
+}
+
 async fn ask(socket: &str) -> Result<Vec<Finding>, bollard::errors::Error> {
     let docker = Docker::connect_with_unix(socket, TIMEOUT_SECONDS, API_DEFAULT_VERSION)?;
     let (version, info) = (docker.version().await?, docker.info().await?);

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | `com.openfaas.scale.min` | whole number >= 0: replicas kept when idle | 0 |
 //! | `com.openfaas.scale.max` | whole number > 0: replicas at most, those starting and stopping included | 20 |
-//! | `execenvironment.count` | whole number > 0: environments per replica at most, started lazily | 5 for RIE, 1 for HTTP |
+//! | `execenvironment.count` | whole number > 0: environments per replica at most, started lazily | 5 for RIE, 1 for HTTP and in microVMs |
 //! | `com.openfaas.cpu` | whole number > 0: vCPUs of a replica whose Pod gives no cpu limit | 1 |
 //! | `com.openfaas.memory` | MiB > 0 of a replica whose Pod gives no memory limit | 512 |
 //! | `lambdalet.dev/protocol` | `rie` or `http` | see [`protocol::detect`] |
@@ -127,6 +127,14 @@ pub fn container(pod: &Pod) -> Option<&Container> {
     let containers = &pod.spec.as_ref()?.containers;
     let named = pod.metadata.annotations.as_ref().and_then(|annotations| annotations.get(DEFAULT_CONTAINER));
     named.and_then(|name| containers.iter().find(|c| c.name == *name)).or(containers.first())
+}
+
+/// Changes what holds for a function whose environments are microVMs: each is a machine with the limits of a replica, so
+/// a replica is one of them unless its Pod says otherwise.
+pub fn settle_in_guests(pod: &Pod, settings: &mut Settings) {
+    if text(pod, ENVIRONMENTS).is_none() {
+        settings.environments = 1;
+    }
 }
 
 fn text<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {

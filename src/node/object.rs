@@ -186,7 +186,7 @@ pub fn status(inputs: &Inputs<'_>) -> NodeStatus {
         }),
         images: Some(images(&runtime.images)),
         node_info: Some(node_info(inputs)),
-        runtime_handlers: Some(runtime_handlers(&settings.runtime_name)),
+        runtime_handlers: Some(runtime_handlers(&settings.runtime_handlers)),
         features: Some(NodeFeatures { supplemental_groups_policy: Some(false) }),
         declared_features: Some(DECLARED_FEATURES.map(str::to_owned).to_vec()),
         ..NodeStatus::default()
@@ -280,11 +280,11 @@ fn node_info(inputs: &Inputs<'_>) -> NodeSystemInfo {
     }
 }
 
-/// The handlers a RuntimeClass may name: none (the node's own choice) and the driver's name.
-fn runtime_handlers(runtime: &str) -> Vec<NodeRuntimeHandler> {
+/// The handlers a RuntimeClass may name: none (the node's own choice) and the drivers' names.
+fn runtime_handlers(drivers: &[String]) -> Vec<NodeRuntimeHandler> {
     let features = NodeRuntimeHandlerFeatures { recursive_read_only_mounts: Some(false), user_namespaces: Some(false) };
-    ["", runtime]
-        .into_iter()
+    std::iter::once("")
+        .chain(drivers.iter().map(String::as_str))
         .map(|name| NodeRuntimeHandler { name: Some(name.to_owned()), features: Some(features.clone()) })
         .collect()
 }

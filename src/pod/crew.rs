@@ -57,6 +57,8 @@ pub(super) struct Crew {
     replicas: Mutex<HashMap<ReplicaId, Arc<OnceCell<Replica>>>>,
     members: Mutex<HashMap<EnvironmentId, Member>>,
     reserve: Reserve,
+    /// Each environment is a microVM with the limits of a replica.
+    in_guests: bool,
 }
 
 /// A replica whose volumes are there.
@@ -156,11 +158,19 @@ impl Crew {
     pub(super) fn new(
         shared: Arc<Shared>,
         uid: &str,
-        pod: watch::Receiver<Desired>,
-        settings: watch::Receiver<Settings>,
+        (pod, settings): (watch::Receiver<Desired>, watch::Receiver<Settings>),
+        in_guests: bool,
     ) -> Arc<Self> {
         let (replicas, members, reserve) = (Mutex::default(), Mutex::default(), Reserve::default());
-        Arc::new(Self { shared, uid: uid.to_owned(), pod, settings, replicas, members, reserve })
+        Arc::new(Self { shared, uid: uid.to_owned(), pod, settings, replicas, members, reserve, in_guests })
+    }
+
+    /// What one replica takes from the node: its limits, as often as it has machines.
+    fn taken(&self) -> Size {
+        let settings = self.settings.borrow();
+        let Size { cpu_millis, memory_bytes } = settings.size;
+        let machines = if self.in_guests { u64::from(settings.environments) } else { 1 };
+        Size { cpu_millis: cpu_millis.saturating_mul(machines), memory_bytes: memory_bytes.saturating_mul(machines) }
     }
 
     /// The Pod that an environment runs: the function's, but it ends when a process of it ends, and the pool decides
@@ -300,8 +310,7 @@ impl Crew {
 #[async_trait]
 impl Replicas for Crew {
     async fn start_replica(&self, replica: ReplicaId) -> Result<(), NotStarted> {
-        let size = self.settings.borrow().size;
-        if !self.shared.capacity.lend(&self.uid, replica, size) {
+        if !self.shared.capacity.lend(&self.uid, replica, self.taken()) {
             return Err(NotStarted::Denied);
         }
         self.claim_replica(replica).await;

@@ -13,13 +13,16 @@ pub mod addresses;
 pub mod admission;
 pub mod backoff;
 pub mod capacity;
+pub mod classes;
 pub mod crew;
 pub mod directory;
+pub mod drivers;
 pub mod ephemeral;
 pub mod eviction;
 pub mod fakecloud;
 pub mod files;
 pub mod garbage;
+pub mod guest;
 pub mod hooks;
 pub mod images;
 pub mod inputs;
@@ -49,8 +52,10 @@ use tokio::sync::watch as channel;
 use self::addresses::Addresses;
 use self::admission::{Admission, NodeView};
 use self::capacity::Capacity;
+use self::classes::RuntimeClasses;
 use self::crew::Environments;
 use self::directory::Directory;
+use self::drivers::Drivers;
 use self::eviction::Orders;
 use self::files::DnsSettings;
 use self::images::Images;
@@ -111,8 +116,12 @@ impl Fronts {
 pub struct Shared {
     /// Runs the containers.
     pub runtime: Arc<dyn Runtime>,
-    /// The scheme of container ids in Pod status.
+    /// The scheme of container ids in Pod status, for those of the node's own driver.
     pub runtime_name: String,
+    /// Who runs which Pods.
+    pub drivers: Drivers,
+    /// What RuntimeClasses mean.
+    pub classes: RuntimeClasses,
     /// Writes statuses.
     pub publisher: Publisher,
     /// Takes events.

@@ -11,8 +11,8 @@ use k8s_openapi::api::core::v1::{
 use super::admission::dotted;
 use super::qos::{self, qos_class};
 use crate::runtime::types::{
-    ContainerConfig, Image, Mount, MountPropagation, NamespaceMode, PodRef, Profile, SandboxConfig, SandboxNetwork,
-    Security,
+    ContainerConfig, Image, MachineFiles, Mount, MountPropagation, NamespaceMode, PodRef, Profile, SandboxConfig,
+    SandboxNetwork, Security,
 };
 
 /// What of the node a translation depends on.
@@ -126,6 +126,7 @@ pub fn sandbox(host: &Host, pod: &Pod, spec: &PodSpec, hostname: &str, network: 
         sysctls: sysctls.map(|s| (dotted(&s.name), s.value.clone())).collect(),
         cgroup_parent: cgroup_parent(host, &reference.uid, spec),
         resources,
+        machine: MachineFiles::default(),
         pod: reference,
     }
 }

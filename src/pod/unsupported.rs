@@ -10,21 +10,10 @@ use crate::function::labels;
 /// Reason of the events and of the refusal.
 pub const REASON: &str = "UnsupportedPodFeature";
 
-/// The RuntimeClass whose handler is the one driver there is.
-const RUNTIME_CLASS: &str = "lambdalet-docker";
-/// The annotation that chooses a driver for a Pod, and the one driver there is.
-const RUNTIME_ANNOTATION: (&str, &str) = ("lambdalet.dev/runtime", "docker");
-
-/// Why the Pod cannot be run at all here, if so: to run it without the feature would make it another Pod.
+/// Why the Pod cannot be run at all here, by whichever driver, if so: to run it without the feature would make it another
+/// Pod.
 pub fn refusal(pod: &Pod, spec: &PodSpec) -> Option<Trouble> {
-    let class = spec.runtime_class_name.as_ref().filter(|name| *name != RUNTIME_CLASS);
-    let (key, docker) = RUNTIME_ANNOTATION;
-    let driver = pod.metadata.annotations.as_ref().and_then(|a| a.get(key)).filter(|driver| *driver != docker);
-    let text = if let Some(class) = class {
-        format!("it asks for runtimeClassName {class:?} and this node has only {RUNTIME_CLASS:?}; any other class")
-    } else if let Some(driver) = driver {
-        format!("it asks for {key}: {driver} and this node has only {docker:?}; any other runtime")
-    } else if spec.host_users == Some(false) {
+    let text = if spec.host_users == Some(false) {
         "it asks for a user namespace of its own (hostUsers: false), and Docker can give one to all of its containers or \
          to none; hostUsers: false"
             .to_owned()
@@ -77,13 +66,9 @@ mod tests {
     #[test]
     fn what_would_make_it_another_pod_is_refused_by_name() {
         let plain = serde_json::json!({ "containers": [] });
-        assert_eq!(refused(plain.clone(), serde_json::json!({})), None);
-        assert_eq!(refused(plain.clone(), serde_json::json!({ "lambdalet.dev/runtime": "docker" })), None);
-        let vm = refused(plain, serde_json::json!({ "lambdalet.dev/runtime": "microvm" })).unwrap();
-        assert!(vm.contains("lambdalet.dev/runtime: microvm"), "{vm}");
-        let class = |name: &str| serde_json::json!({ "containers": [], "runtimeClassName": name });
-        assert_eq!(refused(class("lambdalet-docker"), serde_json::json!({})), None);
-        assert!(refused(class("lambdalet-microvm"), serde_json::json!({})).unwrap().contains("lambdalet-microvm"));
+        assert_eq!(refused(plain, serde_json::json!({})), None);
+        let user = refused(serde_json::json!({ "containers": [], "hostUsers": false }), serde_json::json!({})).unwrap();
+        assert!(user.contains("hostUsers: false"), "{user}");
         let on_host = serde_json::json!({ "containers": [], "hostNetwork": true });
         assert_eq!(refused(on_host.clone(), serde_json::json!({})), None);
         let function = refused(on_host, serde_json::json!({ labels::MIN: "0" })).unwrap();

@@ -10,6 +10,7 @@
 //! it left is found by listing. So an image that takes minutes to pull does not hold up a deletion.
 
 mod clock;
+mod driver;
 mod endings;
 mod finish;
 mod function;
@@ -258,7 +259,7 @@ impl Worker {
         }
         self.take_desired();
         let (Some(spec), true) = (&self.pod.spec, self.may_live()) else { return };
-        let refusal = super::unsupported::refusal(&self.pod, spec);
+        let refusal = self.refusal(spec).await;
         let verdict = refusal.map_or_else(|| self.shared.admission.admit(&self.pod, &self.shared.node_view()), Err);
         let verdict = match verdict {
             Err(refused) if self.may_preempt(&refused) => self.preempt().await,

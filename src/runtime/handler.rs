@@ -25,6 +25,32 @@ use super::types::{
 };
 use super::{ImageStore, Kind, Result, Runtime, RuntimeError, SandboxRuntime};
 
+/// The handlers that there are; each may be followed by `-` and a word that makes a choice within it (`microvm-qemu`).
+const FAMILIES: [&str; 2] = ["docker", "microvm"];
+
+/// The handler without the choice within it.
+pub fn family(handler: &str) -> &str {
+    handler.split_once('-').map_or(handler, |(family, _)| family)
+}
+
+/// The handler before an id that is not the node's own driver's, and the id as its driver wrote it.
+fn foreign(id: &str) -> Option<(&str, &str)> {
+    id.split_once('.').filter(|(handler, _)| FAMILIES.contains(&family(handler)))
+}
+
+/// The handler whose sandbox or container this is, where `own` is that of the node's own driver.
+pub fn handler_of<'a>(own: &'a str, id: &'a str) -> &'a str {
+    foreign(id).map_or(own, |(handler, _)| handler)
+}
+
+/// A container's id as the API writes it, `HANDLER://ID`, where `own` is the handler of the node's own driver.
+pub fn with_scheme(own: &str, id: &ContainerId) -> String {
+    match foreign(id.as_str()) {
+        Some((handler, id)) => format!("{handler}://{id}"),
+        None => format!("{own}://{id}"),
+    }
+}
+
 /// A driver, and what RuntimeClasses call it.
 #[derive(Clone)]
 pub struct Named {
@@ -327,6 +353,21 @@ mod tests {
             let (via, id) = handlers.of(above);
             assert_eq!((via.prefix, id), (prefix, below), "{above}");
             assert_eq!(via.above(id), above);
+        }
+    }
+
+    #[test]
+    fn the_api_is_told_whose_a_container_is() {
+        for (id, own, shown) in [
+            ("0123", "docker", "docker://0123"),
+            ("microvm.ab.cd", "docker", "microvm://ab.cd"),
+            ("microvm-firecracker.ab.cd", "docker", "microvm-firecracker://ab.cd"),
+            ("ab.cd", "microvm", "microvm://ab.cd"),
+            ("docker.0123", "microvm", "docker://0123"),
+            ("fake.1", "fake", "fake://fake.1"),
+        ] {
+            assert_eq!(with_scheme(own, &id.into()), shown);
+            assert!(shown.starts_with(handler_of(own, id)), "{id}");
         }
     }
 

@@ -90,6 +90,18 @@ pub enum NamespaceMode {
     Node,
 }
 
+/// What the machine of a sandbox is started from where that is not the node's own. Drivers without machines do not look at
+/// it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MachineFiles {
+    /// An uncompressed kernel; as whoever asks for the sandbox names it, so the driver checks where it lies.
+    pub kernel: Option<PathBuf>,
+    /// An initramfs whose `/init` is the agent; likewise.
+    pub initramfs: Option<PathBuf>,
+    /// Added to the kernel's arguments.
+    pub kernel_args: Vec<String>,
+}
+
 /// What a sandbox is made from.
 #[derive(Clone, Debug)]
 pub struct SandboxConfig {
@@ -114,6 +126,8 @@ pub struct SandboxConfig {
     pub cgroup_parent: String,
     /// Limits of that cgroup: the Pod's sum, where every container has one.
     pub resources: Resources,
+    /// What its machine is started from, if it has one.
+    pub machine: MachineFiles,
 }
 
 /// What one attempt of a container is made from.

@@ -84,6 +84,12 @@ fn local_port(first: &str) -> u16 {
     local.unwrap_or_else(|| panic!("{first}"))
 }
 
+/// What an HTTP server in a Pod answers to whoever comes through `kubectl port-forward`.
+pub(crate) async fn fetched(t: &Case, pod: &str, port: u16) -> String {
+    let (_child, _lines, local) = forward(t, "true", pod, port).await;
+    crate::harness::http::get(&format!("127.0.0.1:{local}"), "/").await.unwrap().text()
+}
+
 #[test]
 #[ignore = "needs cluster: run hack/test"]
 fn a_command_has_its_streams_and_its_exit_code() {

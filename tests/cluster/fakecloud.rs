@@ -58,13 +58,37 @@ fn with_fakecloud_told(more: &[(&str, &str)], test: impl AsyncFnOnce(&Case, &mut
         eprintln!("skipped: LAMBDALET_TEST_FAKECLOUD names no fakecloud; run hack/test");
         return;
     };
-    on_shared_node(async |t| {
-        grant(t).await;
-        let selector = format!("lambdalet.dev/test={}", t.node.name);
-        let own = [("FAKECLOUD_LAMBDA_K8S_NODE_SELECTOR", selector.as_str())];
-        let mut fakecloud = Fakecloud::start(t, &program, &[&own, more].concat()).await;
-        test(t, &mut fakecloud).await;
-    });
+    on_shared_node(async |t| with_one(t, &program, more, test).await);
+}
+
+/// Runs a test on this case's node, with a fakecloud of its own.
+pub(crate) async fn on_microvms(t: &Case) {
+    let Some(program) = std::env::var_os("LAMBDALET_TEST_FAKECLOUD") else {
+        eprintln!("skipped: LAMBDALET_TEST_FAKECLOUD names no fakecloud; run hack/test");
+        return;
+    };
+    with_one(t, &program, &[], async |t, cloud| {
+        let kernel =
+            "import os\ndef handler(event, context):\n    return {\"event\": event, \"kernel\": os.uname().release}\n";
+        cloud.create("isolated", kernel, json!({})).await;
+        let cold = cloud.invoke("isolated", json!({"n": 1})).await;
+        let own = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        assert_eq!(cold["event"], json!({"n": 1}));
+        assert!(cold["kernel"].as_str().is_some_and(|kernel| kernel != own.trim()), "{cold}");
+        let warm = cloud.invoke("isolated", json!({"n": 2})).await;
+        assert_eq!((&warm["event"], &warm["kernel"]), (&json!({"n": 2}), &cold["kernel"]));
+        assert_eq!(cloud.pods().await.len(), 1);
+        assert_eq!(crate::harness::leaks::vmms(&t.node, &t.namespace).len(), 1, "it is a guest");
+    })
+    .await;
+}
+
+async fn with_one(t: &Case, program: &OsStr, more: &[(&str, &str)], test: impl AsyncFnOnce(&Case, &mut Fakecloud<'_>)) {
+    grant(t).await;
+    let selector = format!("lambdalet.dev/test={}", t.node.name);
+    let own = [("FAKECLOUD_LAMBDA_K8S_NODE_SELECTOR", selector.as_str())];
+    let mut fakecloud = Fakecloud::start(t, program, &[&own, more].concat()).await;
+    test(t, &mut fakecloud).await;
 }
 
 /// What fakecloud needs in its namespace, and nothing else.

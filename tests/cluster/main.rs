@@ -29,6 +29,7 @@ mod identity;
 mod images;
 mod lifecycle;
 mod logs;
+mod microvm;
 mod network;
 mod node;
 mod node_shutdown;

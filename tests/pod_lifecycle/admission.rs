@@ -7,7 +7,7 @@ use super::pods::{PodBuilder, pod};
 use super::world::{Setup, World, until};
 
 /// The node refuses `pod`, which is called "refused", for this reason, and it stays refused.
-async fn is_refused(world: &mut World, pod: PodBuilder, reason: &str) {
+pub(crate) async fn is_refused(world: &mut World, pod: PodBuilder, reason: &str) {
     let made =
         |world: &World| [Verb::RunPodSandbox, Verb::CreateContainer, Verb::PullImage].map(|v| world.runtime.calls(v));
     let before = made(world);
@@ -101,13 +101,4 @@ async fn a_critical_pod_for_which_nobody_can_go_is_refused() {
 async fn a_user_namespace_of_its_own_is_refused() {
     let mut world = World::new();
     is_refused(&mut world, pod("refused").with("/spec/hostUsers", json!(false)), "UnsupportedPodFeature").await;
-}
-
-#[tokio::test]
-async fn a_runtime_class_that_is_not_here_is_refused() {
-    let mut world = World::new();
-    let other = pod("refused").with("/spec/runtimeClassName", json!("gvisor"));
-    is_refused(&mut world, other, "UnsupportedPodFeature").await;
-    let annotated = pod("refused").with("/metadata/annotations", json!({ "lambdalet.dev/runtime": "microvm" }));
-    is_refused(&mut world, annotated, "UnsupportedPodFeature").await;
 }

@@ -6,6 +6,7 @@
 mod admission;
 mod api;
 mod drain;
+mod drivers;
 mod ending;
 mod ephemeral;
 mod eviction;

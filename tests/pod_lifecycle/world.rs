@@ -13,8 +13,10 @@ use lambdalet::node::{NodeFacts, Registration};
 use lambdalet::pod::addresses::Addresses;
 use lambdalet::pod::admission::Admission;
 use lambdalet::pod::capacity::Capacity;
+use lambdalet::pod::classes::RuntimeClasses;
 use lambdalet::pod::crew::Environments;
 use lambdalet::pod::directory::Directory;
+use lambdalet::pod::drivers::Drivers;
 use lambdalet::pod::eviction::Orders;
 use lambdalet::pod::files::DnsSettings;
 use lambdalet::pod::images::Images;
@@ -27,10 +29,10 @@ use lambdalet::pod::translate::Host;
 use lambdalet::pod::volumes::VolumeManager;
 use lambdalet::pod::{Fronts, PodLoop, Shared};
 use lambdalet::quantity::Quantity;
-use lambdalet::runtime::SandboxRuntime;
 use lambdalet::runtime::fake::FakeRuntime;
+use lambdalet::runtime::handler::{Handlers, Named};
 use lambdalet::runtime::types::{ContainerState, ContainerStatus, SandboxStatus};
-use lambdalet::runtime::{Kind, RuntimeError};
+use lambdalet::runtime::{Kind, Runtime, RuntimeError, SandboxRuntime};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -52,11 +54,18 @@ pub(crate) struct Setup {
     pub(crate) room: (i64, i64),
     /// The Pods' addresses.
     pub(crate) range: &'static str,
+    /// Who runs which Pods.
+    pub(crate) drivers: Drivers,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { max_restart_backoff: Duration::from_secs(300), room: (8, 110), range: "10.77.0.0/24" }
+        Self {
+            max_restart_backoff: Duration::from_secs(300),
+            room: (8, 110),
+            range: "10.77.0.0/24",
+            drivers: Drivers::only("fake"),
+        }
     }
 }
 
@@ -64,6 +73,8 @@ impl Default for Setup {
 pub(crate) struct World {
     pub(crate) api: Api,
     pub(crate) runtime: FakeRuntime,
+    /// What runs Pods of the handler `microvm`, where there is one.
+    pub(crate) guests: FakeRuntime,
     pub(crate) setup: Setup,
     pub(crate) root: tempfile::TempDir,
     /// What the files of static Pods say.
@@ -109,7 +120,8 @@ impl World {
             std::fs::create_dir(root.path().join(name)).unwrap();
         }
         let statics = watch::Sender::new(StaticPods::none());
-        Self { api: Api::new(), runtime: FakeRuntime::new(), setup, root, statics, process: None }
+        let (runtime, guests) = (FakeRuntime::new(), FakeRuntime::new());
+        Self { api: Api::new(), runtime, guests, setup, root, statics, process: None }
     }
 
     /// Starts the process; what an earlier one left is what it finds.
@@ -127,8 +139,10 @@ impl World {
         let range = self.setup.range.parse().unwrap();
         let ipam = Ipam::open(&self.root.path().join("addresses"), range, Duration::ZERO).unwrap();
         let shared = Arc::new(Shared {
-            runtime: Arc::new(self.runtime.clone()),
+            runtime: self.drivers(),
             runtime_name: "fake".to_owned(),
+            drivers: self.setup.drivers.clone(),
+            classes: RuntimeClasses::new(client.clone()),
             publisher: publisher.clone(),
             events,
             volumes: VolumeManager::new(client.clone(), Arc::clone(&objects), self.root.path()),
@@ -167,6 +181,18 @@ impl World {
         pods.spawn(process.run(stop.clone(), true));
         let kept = (facts, registration);
         self.process = Some(Process { shared, stop, closing, pods, writers, _facts: kept.0, _registration: kept.1 });
+    }
+
+    fn drivers(&self) -> Arc<dyn Runtime> {
+        if self.setup.drivers.offered.len() == 1 {
+            return Arc::new(self.runtime.clone());
+        }
+        let named = |handler: &str, runtime: &FakeRuntime| Named {
+            handler: handler.to_owned(),
+            runtime: Arc::new(runtime.clone()),
+        };
+        let own = named(&self.setup.drivers.own, &self.runtime);
+        Arc::new(Handlers::new(own, vec![named("microvm", &self.guests)], "fake"))
     }
 
     fn facts(&self) -> NodeFacts {

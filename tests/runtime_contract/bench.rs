@@ -27,7 +27,7 @@ use lambdalet::runtime::microvm::machine::qemu::{AccelChoice, Qemu};
 use lambdalet::runtime::microvm::volumes::Places;
 use lambdalet::runtime::microvm::{MicrovmOptions, MicrovmRuntime};
 use lambdalet::runtime::types::{
-    ContainerConfig, ContainerId, ContainerState, ContainerStatus, ImageId, LogChunk, LogOptions, Mount,
+    ContainerConfig, ContainerId, ContainerState, ContainerStatus, ImageId, LogChunk, LogOptions, MachineFiles, Mount,
     MountPropagation, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxId, SandboxNetwork,
 };
 use tempfile::TempDir;
@@ -324,6 +324,7 @@ impl Bench {
             sysctls: BTreeMap::new(),
             cgroup_parent: format!("/{}/pod-{pod}", self.owner),
             resources: Resources { cpu_shares: Some(128), memory_limit: Some(256 << 20), ..Resources::default() },
+            machine: MachineFiles::default(),
         }
     }
 

@@ -14,7 +14,8 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 use tracing::info;
 
-use super::{DRAIN_PATIENCE, PATIENCE, Parts, driver, events, pods, raise_open_files, serve_api};
+use super::drivers::{self, Made};
+use super::{DRAIN_PATIENCE, PATIENCE, Parts, events, pods, raise_open_files, serve_api};
 use crate::apiserver::ApiServer;
 use crate::config::Settings;
 use crate::metrics::Metrics;
@@ -50,10 +51,12 @@ pub(super) async fn node(mut settings: Settings) -> anyhow::Result<()> {
     let (metrics, keepers) = (Metrics::new(), Keepers::default());
     let (uplink, bridge) = Uplink::new();
     let api = Arc::new(ApiServer::nowhere());
+    let Made { runtime, drivers } = drivers::make(&settings, (&owner, &keepers), uplink, &metrics).await;
     let parts = Parts {
         events: events(&settings, &api, &metrics, &tasks),
         shutting_down: watch::Sender::new(false),
-        runtime: driver(&settings, (&owner, &keepers), uplink, &metrics),
+        runtime,
+        drivers,
         api,
         directory: Arc::new(Directory::of_root(&root)),
         node: node::standalone(&settings.node)?,

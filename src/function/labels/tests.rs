@@ -30,6 +30,19 @@ fn complaints(reading: &Reading) -> Vec<(&str, &str, &str)> {
 }
 
 #[test]
+fn a_replica_of_microvms_is_one_unless_it_is_told() {
+    let environments = |pod: &Pod| {
+        let mut settings = Settings::of(Protocol::Rie);
+        settings.environments = read(pod, None).unwrap().settings.environments;
+        settle_in_guests(pod, &mut settings);
+        settings.environments
+    };
+    assert_eq!(environments(&annotated(json!({ PROTOCOL: "rie" }))), 1);
+    assert_eq!(environments(&annotated(json!({ PROTOCOL: "rie", ENVIRONMENTS: "2" }))), 2);
+    assert_eq!(environments(&labelled(json!({ ENVIRONMENTS: "3" }))), 3);
+}
+
+#[test]
 fn any_scale_label_or_annotation_makes_a_function_and_nothing_else_does() {
     for key in ["com.openfaas.scale.min", "com.openfaas.scale.max", "execenvironment.count"] {
         assert!(is_function(&labelled(json!({ key: "1" }))), "{key}");

@@ -5,10 +5,11 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use futures::FutureExt as _;
-use futures::future::{BoxFuture, join_all};
+use futures::future::{BoxFuture, join_all, ready};
 
 use super::{Crew, Errand, Part, part};
 use crate::function::pool_state::{EnvironmentId, Found, ReplicaId};
+use crate::function::protocol::Protocol;
 use crate::function::service::{Adopted, Replicas as _};
 use crate::pod::volumes::VolumeError;
 use crate::runtime::RuntimeError;
@@ -37,7 +38,7 @@ impl Crew {
         let mut replicas: BTreeSet<ReplicaId> = whole.keys().map(|id| id.replica).collect();
         let mut found = Vec::new();
         for replica in replicas.clone() {
-            self.shared.capacity.adopt_replica(&self.uid, replica, self.settings.borrow().size);
+            self.shared.capacity.adopt_replica(&self.uid, replica, self.taken());
             if let Err(exit) = self.furnish(replica).await {
                 tracing::warn!(uid = self.uid, %replica, %exit, "a replica's volumes could not be set up again");
                 replicas.remove(&replica);
@@ -52,7 +53,7 @@ impl Crew {
             self.claim_replica(id.replica).await;
             let statuses = self.hire(id, Errand::Adopt);
             let address = SocketAddr::new(address, self.settings.borrow().port);
-            let (ended, idle) = (Self::end(&statuses), idle(pid, address.port()));
+            let (ended, idle) = (Self::end(&statuses), self.idle(&sandbox, pid, address.port()));
             found.push(Adopted { environment: id, address, ended, found: found_as, idle });
         }
         let kept: BTreeSet<EnvironmentId> = found.iter().map(|adopted| adopted.environment).collect();
@@ -75,10 +76,24 @@ impl Crew {
             };
             if sandbox.state == SandboxState::Ready && names.iter().all(runs) {
                 let frozen = containers.iter().any(|container| container.frozen);
+                if !frozen && self.shared.drivers.has_in_guest(&sandbox.id) && self.takes_one_call() {
+                    // Whether a call is under way only the guest's own kernel knows, and a second one would crash it.
+                    continue;
+                }
                 whole.insert(id, (sandbox, if frozen { Found::Frozen } else { Found::Unknown }));
             }
         }
         Ok(whole)
+    }
+
+    /// Whether a second call at once would be the end of an environment.
+    fn takes_one_call(&self) -> bool {
+        self.settings.borrow().protocol == Protocol::Rie
+    }
+
+    /// Resolves once no call is under way in the environment. Those in guests that are taken over bear another one.
+    fn idle(&self, sandbox: &SandboxStatus, pid: i32, port: u16) -> BoxFuture<'static, ()> {
+        if self.shared.drivers.has_in_guest(&sandbox.id) { ready(()).boxed() } else { idle(pid, port) }
     }
 
     async fn remove_the_rest(

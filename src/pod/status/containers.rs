@@ -11,6 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use super::{StatusInput, Trouble, ephemeral, is_running};
 use crate::pod::qos::is_sidecar;
 use crate::pod::{plan, qos, resize};
+use crate::runtime::handler::with_scheme;
 use crate::runtime::types::{ContainerState, ContainerStatus};
 
 /// The status of `container`.
@@ -36,7 +37,7 @@ pub(super) fn status(input: &StatusInput<'_>, container: &Container, init: bool)
         name: container.name.clone(),
         image: latest.map_or_else(|| container.image.clone().unwrap_or_default(), |l| l.image_ref.clone()),
         image_id: latest.map(|l| l.image.to_string()).unwrap_or_default(),
-        container_id: latest.map(|l| format!("{}://{}", input.runtime_name, l.id)),
+        container_id: latest.map(|l| with_scheme(input.runtime_name, &l.id)),
         ready: if init && !sidecar { succeeded } else { started && health.ready && !input.unready },
         started: Some(started),
         restart_count: seen.max(if latest.is_none() { reported.map_or(0, |r| r.restart_count) } else { 0 }),
@@ -120,7 +121,7 @@ pub(super) fn wait(trouble: Trouble) -> ApiState {
 }
 
 pub(super) fn terminated(input: &StatusInput<'_>, status: &ContainerStatus) -> ApiState {
-    let container_id = format!("{}://{}", input.runtime_name, status.id);
+    let container_id = with_scheme(input.runtime_name, &status.id);
     let left = input.messages.get(&status.id).filter(|m| !m.is_empty()).cloned();
     let left = left.or_else(|| reported_message(input, &status.name, &container_id));
     ApiState {

@@ -6,6 +6,7 @@ use k8s_openapi::api::core::v1::{
 
 use super::containers::{running, terminated, wait};
 use super::{StatusInput, Trouble, is_running};
+use crate::runtime::handler::with_scheme;
 use crate::runtime::types::{ContainerState, ContainerStatus};
 
 /// The status of `container`. As a kubelet has it, it is never ready and says nothing of having started.
@@ -18,7 +19,7 @@ pub(super) fn status(input: &StatusInput<'_>, container: &EphemeralContainer) ->
         image: latest.map_or_else(|| container.image.clone().unwrap_or_default(), |l| l.image_ref.clone()),
         image_id: latest.map_or_else(|| seen(|r| r.image_id.clone()), |l| l.image.to_string()),
         container_id: match latest {
-            Some(latest) => Some(format!("{}://{}", input.runtime_name, latest.id)),
+            Some(latest) => Some(with_scheme(input.runtime_name, &latest.id)),
             None => reported.and_then(|r| r.container_id.clone()),
         },
         state: Some(state(input, container, latest)),

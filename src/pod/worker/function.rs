@@ -45,6 +45,8 @@ pub(super) struct Function {
     pool: Option<Pool>,
     front: Option<Listening>,
     drained: bool,
+    /// Its environments are microVMs.
+    in_guests: bool,
     /// Since when it has run, as the API server was told before a restart of the node agent; until it listens again.
     since: Option<Timestamp>,
 }
@@ -75,6 +77,7 @@ impl Function {
             pool: None,
             front: None,
             drained: false,
+            in_guests: false,
             since: function::running_since(pod),
         })
     }
@@ -109,7 +112,9 @@ impl Worker {
         let Some(sandbox) = self.observed.ready_sandbox().cloned() else { return };
         let pod = self.pod.clone();
         let Some(image) = self.function_images(&pod).await else { return };
+        let in_guests = self.is_in_guests(&pod).await;
         let Some(function) = &mut self.function else { return };
+        function.in_guests = in_guests;
         function.image = Some(config_of(&image));
         function.front = None;
         self.retune();
@@ -147,7 +152,8 @@ impl Worker {
             return Ok(());
         }
         let uid = &self.reference.uid;
-        let crew = Crew::new(Arc::clone(&self.shared), uid, self.desired.clone(), function.settings.subscribe());
+        let lines = (self.desired.clone(), function.settings.subscribe());
+        let crew = Crew::new(Arc::clone(&self.shared), uid, lines, function.in_guests);
         let found = match past {
             Past::None => Vec::new(),
             Past::Unknown => crew.adopt().await.map_err(|error| Trouble::new("FailedAdoption", chain(&error)))?,
@@ -220,7 +226,10 @@ impl Worker {
     /// Takes the Pod's labels as they are now, and says what is wrong with them.
     pub(super) fn retune(&mut self) {
         let Some(function) = &mut self.function else { return };
-        let Some(reading) = labels::read(&self.pod, function.image.as_ref()) else { return };
+        let Some(mut reading) = labels::read(&self.pod, function.image.as_ref()) else { return };
+        if function.in_guests {
+            labels::settle_in_guests(&self.pod, &mut reading.settings);
+        }
         if let Some(pool) = &function.pool {
             pool.service.renew();
         }

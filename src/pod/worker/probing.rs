@@ -15,6 +15,7 @@ use crate::pod::probes::machine::Resumed;
 use crate::pod::probes::{Charge, has_any};
 use crate::pod::qos::is_sidecar;
 use crate::pod::status::Trouble;
+use crate::runtime::handler::with_scheme;
 use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus};
 use crate::telemetry::chain;
 
@@ -59,7 +60,7 @@ impl Worker {
 
     /// What an earlier process of this node told the API server of this very attempt.
     fn resumed(&self, runs: &ContainerStatus) -> Option<Resumed> {
-        let id = format!("{}://{}", self.shared.runtime_name, runs.id);
+        let id = with_scheme(&self.shared.runtime_name, &runs.id);
         let status = self.pod.status.as_ref()?;
         let mut told = status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
         let told: &ApiContainerStatus = told.find(|c| c.container_id.as_ref() == Some(&id))?;

@@ -96,6 +96,10 @@ impl Worker {
     pub(super) async fn run_sandbox(&mut self, attempt: u32) {
         let pod = self.pod.clone();
         let Some(spec) = &pod.spec else { return };
+        let handler = match self.handler(spec).await {
+            Ok(handler) => handler,
+            Err(unfit) => return self.without_driver(unfit),
+        };
         let address = match self.allot(spec).await {
             Ok(address) => address,
             Err(error) => return self.hold_pod("FailedCreatePodSandBox", chain(&error)),
@@ -111,6 +115,7 @@ impl Worker {
         if let Some(seat) = &self.seat {
             seat.place_sandbox(&mut config);
         }
+        self.assign(&mut config, spec, &handler);
         match self.shared.runtime.run_pod_sandbox(&config).await {
             Ok(id) => self.sandbox_is_up(&id).await,
             Err(error) => {

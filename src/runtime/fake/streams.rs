@@ -233,7 +233,9 @@ mod tests {
 
     use super::*;
     use crate::runtime::SandboxRuntime;
-    use crate::runtime::types::{ContainerConfig, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxNetwork};
+    use crate::runtime::types::{
+        ContainerConfig, MachineFiles, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxNetwork,
+    };
 
     async fn running(fake: &FakeRuntime) -> ContainerId {
         let pod = PodRef { uid: "u".into(), namespace: "n".into(), name: "p".into() };
@@ -248,6 +250,7 @@ mod tests {
             sysctls: BTreeMap::new(),
             cgroup_parent: String::new(),
             resources: Resources::default(),
+            machine: MachineFiles::default(),
         };
         let sandbox = fake.run_pod_sandbox(&sandbox).await.unwrap();
         let container = ContainerConfig::new(pod, "c", fake.add_image("i"), vec!["idle".into()]);

@@ -226,7 +226,7 @@ fn time(nanoseconds: i64) -> Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::runtime::types::{NamespaceMode, SandboxNetwork};
+    use crate::runtime::types::{MachineFiles, NamespaceMode, SandboxNetwork};
 
     fn config() -> SandboxConfig {
         SandboxConfig {
@@ -240,6 +240,7 @@ mod tests {
             sysctls: BTreeMap::new(),
             cgroup_parent: "/c".into(),
             resources: Resources::default(),
+            machine: MachineFiles::default(),
         }
     }
 

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::fake::FakeVms;
 use super::*;
-use crate::runtime::types::{EventKind, NamespaceMode, PodRef, SandboxNetwork, SandboxState};
+use crate::runtime::types::{EventKind, MachineFiles, NamespaceMode, PodRef, SandboxNetwork, SandboxState};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -62,6 +62,7 @@ async fn sandbox(driver: &MicrovmRuntime) -> SandboxId {
         sysctls: BTreeMap::new(),
         cgroup_parent: "/pod".into(),
         resources: Resources::default(),
+        machine: MachineFiles::default(),
     };
     driver.run_pod_sandbox(&config).await.unwrap()
 }

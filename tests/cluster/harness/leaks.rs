@@ -26,6 +26,10 @@ pub(crate) struct Leaks {
     pub(crate) cgroups: Vec<String>,
     /// Network namespaces with one of its addresses.
     pub(crate) namespaces: Vec<String>,
+    /// Directories of microVMs.
+    pub(crate) machines: Vec<String>,
+    /// Processes of VMMs.
+    pub(crate) vmms: Vec<String>,
 }
 
 impl Leaks {
@@ -52,6 +56,9 @@ impl Leaks {
             directories: [entries(&node.root.join("pods")), entries(&node.root.join("secrets"))].concat(),
             cgroups: pod_cgroups(&owner),
             namespaces: namespaces(node),
+            machines: [entries(&node.root.join("microvm/vms/default")), entries(&node.root.join("microvm/sandboxes"))]
+                .concat(),
+            vmms: vmms(node, "").iter().map(ToString::to_string).collect(),
         }
     }
 }
@@ -83,6 +90,35 @@ fn entries(directory: &Path) -> Vec<String> {
     names
 }
 
+/// Processes of every VMM that the node has started and that runs, for a sandbox or for a template.
+pub(crate) fn all_vmms(node: &Node) -> Vec<i32> {
+    let vms = node.root.join("microvm/vms");
+    let below = entries(&vms).into_iter().flat_map(|group| {
+        let group = vms.join(group);
+        entries(&group).into_iter().map(move |id| group.join(id))
+    });
+    below.filter_map(|directory| vmm_in(&directory)).collect()
+}
+
+/// The VMM whose machine has that directory, if it runs.
+fn vmm_in(directory: &Path) -> Option<i32> {
+    let text = std::fs::read_to_string(directory.join("machine.json")).ok()?;
+    let record: serde_json::Value = serde_json::from_str(&text).ok()?;
+    let pid = i32::try_from(record["pid"].as_i64()?).ok()?;
+    Path::new(&format!("/proc/{pid}")).exists().then_some(pid)
+}
+
+/// Processes of the VMMs that run sandboxes of the node: of those that this word occurs in the record of, such as a
+/// namespace or a UID.
+pub(crate) fn vmms(node: &Node, word: &str) -> Vec<i32> {
+    let (vms, sandboxes) = (node.root.join("microvm/vms/default"), node.root.join("microvm/sandboxes"));
+    let is_meant = |id: &String| {
+        let record = std::fs::read_to_string(sandboxes.join(id).join("sandbox.json")).unwrap_or_default();
+        record.contains(word)
+    };
+    entries(&vms).into_iter().filter(is_meant).filter_map(|id| vmm_in(&vms.join(id))).collect()
+}
+
 /// Directories named `pod...` below the owner's, in every hierarchy.
 fn pod_cgroups(owner: &str) -> Vec<String> {
     let pattern = format!("*lambdalet-{owner}*/pod*");
@@ -112,6 +148,13 @@ pub(crate) fn remains(node: &Node, namespace: &str, uids: &[String]) -> Vec<Stri
     for place in ["pods", "secrets"] {
         let names = entries(&node.root.join(place));
         found.extend(names.into_iter().filter(is_ours).map(|name| format!("directory {place}/{name}")));
+    }
+    let sandboxes = node.root.join("microvm/sandboxes");
+    for sandbox in entries(&sandboxes) {
+        let record = std::fs::read_to_string(sandboxes.join(&sandbox).join("sandbox.json")).unwrap_or_default();
+        if is_ours(&record) {
+            found.push(format!("microVM {sandbox}"));
+        }
     }
     found.extend(mounts_below(&node.root).into_iter().filter(is_ours).map(|point| format!("mount {point}")));
     found.extend(pod_cgroups(&owner).into_iter().filter(is_ours).map(|path| format!("cgroup {path}")));

@@ -31,12 +31,18 @@ use self::wait::{SOON, poll, show, watch_until};
 /// The image most Pods of these tests run: small, present, pulled by nobody.
 pub(crate) const BUSYBOX: &str = "busybox:1.36";
 
-/// The node that tests share, as long as one of them uses it.
-static SHARED: Mutex<Weak<Node>> = Mutex::new(Weak::new());
-/// How many there were before.
-static SHARED_BEFORE: AtomicU32 = AtomicU32::new(0);
-/// Held while the shared node starts.
-static STARTING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+/// The node that most tests share.
+static SHARED: Shared = Shared::new("shared");
+
+/// A node that tests share, as long as one of them uses it.
+pub(crate) struct Shared {
+    name: &'static str,
+    node: Mutex<Weak<Node>>,
+    /// How many there were before.
+    before: AtomicU32,
+    /// Held while it starts.
+    starting: tokio::sync::Mutex<()>,
+}
 
 /// One test: its namespace and the node its Pods go to.
 pub(crate) struct Case {
@@ -49,16 +55,21 @@ pub(crate) struct Case {
 
 /// Runs a test whose Pods go to the node that others use too.
 pub(crate) fn on_shared_node(test: impl AsyncFnOnce(&Case)) {
+    on_node_of(&SHARED, &Options::default(), test);
+}
+
+/// Runs a test whose Pods go to a node that others of its kind use too; whoever is first starts it.
+pub(crate) fn on_node_of(shared: &Shared, options: &Options, test: impl AsyncFnOnce(&Case)) {
     run(test, async |cluster, client| {
-        let _starting = STARTING.lock().await;
-        let running = SHARED.lock().unwrap().upgrade();
+        let _starting = shared.starting.lock().await;
+        let running = shared.node.lock().unwrap().upgrade();
         if let Some(node) = running {
             return node;
         }
         // Should a moment without any such test have ended the last one, that one may still be clearing up.
-        let name = format!("shared{}", SHARED_BEFORE.fetch_add(1, Ordering::Relaxed));
-        let node = Arc::new(Node::start(cluster, client, &name, Options::default()).await);
-        *SHARED.lock().unwrap() = Arc::downgrade(&node);
+        let name = format!("{}{}", shared.name, shared.before.fetch_add(1, Ordering::Relaxed));
+        let node = Arc::new(Node::start(cluster, client, &name, options.clone()).await);
+        *shared.node.lock().unwrap() = Arc::downgrade(&node);
         node
     });
 }
@@ -91,6 +102,13 @@ fn run(test: impl AsyncFnOnce(&Case), node: impl AsyncFnOnce(&Cluster, &Client) 
         node
     });
     drop(ended);
+}
+
+impl Shared {
+    pub(crate) const fn new(name: &'static str) -> Self {
+        let starting = tokio::sync::Mutex::const_new(());
+        Self { name, node: Mutex::new(Weak::new()), before: AtomicU32::new(0), starting }
+    }
 }
 
 impl Case {

@@ -247,6 +247,9 @@ impl Node {
     fn clear(&self) {
         self.kill9();
         let Some(owner) = self.owner() else { return };
+        for pid in super::leaks::all_vmms(self) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
         let ids = output("docker", &["ps", "-aq", "--filter", &format!("label=lambdalet.dev/owner={owner}")]);
         let ids: Vec<&str> = ids.split_whitespace().collect();
         if !ids.is_empty() {

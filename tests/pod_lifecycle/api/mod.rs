@@ -45,7 +45,8 @@ impl Asked {
         let (parts, body) = request.into_parts();
         let body = body.collect().await.unwrap().to_bytes();
         let query = parts.uri.query().unwrap_or_default().to_owned();
-        let path = parts.uri.path().trim_start_matches("/api/v1/").to_owned();
+        let path =
+            parts.uri.path().trim_start_matches("/api/v1/").trim_start_matches("/apis/node.k8s.io/v1/").to_owned();
         let collection = path.split('/').count() % 2 == 1;
         let verb = match parts.method {
             Method::GET if query.contains("watch=true") => "WATCH",

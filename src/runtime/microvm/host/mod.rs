@@ -32,13 +32,13 @@ use super::agent::spec::resources;
 use super::image::turns::Turns;
 use super::machine::template::Templates;
 use super::machine::{
-    Asset, MAX_IMAGE_SLOTS, Machine, MachineError, MachineManager, MachineSpec, TapLink, TapUse, Template, VmDir,
-    VmDirs, VmId, VmmUser, Why,
+    Asset, AssetDirs, MAX_IMAGE_SLOTS, Machine, MachineError, MachineManager, MachineSpec, TapLink, TapUse, Template,
+    VmDir, VmDirs, VmId, VmmUser, Why,
 };
 use super::vm::{Vm, Vms};
 use crate::network::NetworkError;
 use crate::network::tap::{Taps, mac_of};
-use crate::runtime::types::{NamespaceMode, Resources, SandboxConfig, SandboxNetwork};
+use crate::runtime::types::{MachineFiles, NamespaceMode, Resources, SandboxConfig, SandboxNetwork};
 use crate::runtime::{Kind, Result, RuntimeError, blocking};
 use crate::telemetry::chain;
 
@@ -68,6 +68,8 @@ pub struct HostOptions {
     pub bundle: PathBuf,
     /// Another kernel than the bundle's.
     pub kernel: Option<PathBuf>,
+    /// Where the files lie that a sandbox may name instead of these.
+    pub assets: AssetDirs,
     /// Whom VMMs run as.
     pub user: VmmUser,
     /// Bytes of memory of a guest whose Pod has no limit.
@@ -112,6 +114,7 @@ impl HostOptions {
             root,
             bundle,
             kernel: None,
+            assets: AssetDirs::default(),
             user: VmmUser::default(),
             memory: 512 << 20,
             scratch: 10 << 30,
@@ -247,6 +250,14 @@ impl Inner {
         Ok((Asset::open(&kernel)?, Asset::open(&bundle.join(INITRAMFS))?))
     }
 
+    /// With the files that the sandbox names, of those that the operator allows.
+    fn with_files(&self, spec: MachineSpec, wanted: &MachineFiles) -> super::machine::Result<MachineSpec> {
+        let open = |path: &PathBuf| self.options.assets.open(path);
+        let kernel = wanted.kernel.as_ref().map(open).transpose()?.unwrap_or_else(|| spec.kernel.clone());
+        let initramfs = wanted.initramfs.as_ref().map(open).transpose()?.unwrap_or_else(|| spec.initramfs.clone());
+        Ok(MachineSpec { kernel, initramfs, kernel_args: wanted.kernel_args.clone(), ..spec })
+    }
+
     async fn launch(&self, id: &str, config: &SandboxConfig) -> Result<(Arc<HostVm>, Started)> {
         let tried = || format!("failed to start a microVM for {}", config.pod);
         let failed = |error: MachineError| error.during(tried());
@@ -257,6 +268,7 @@ impl Inner {
         let dir = self.dirs.of(&VmId::new(id).map_err(failed)?);
         let size = Size::of(&config.resources, self.options.memory);
         let spec = self.spec(dir, size, Some(address), &config.cgroup_parent).await?;
+        let spec = self.with_files(spec, &config.machine).map_err(failed)?;
         let (machine, started) = self.start(&spec).await.map_err(failed)?;
         // A tap that was handed over is to end with its VMM.
         drop(spec);
@@ -280,7 +292,9 @@ impl Inner {
     /// From a template of its kind, or from its kernel.
     async fn start(&self, spec: &MachineSpec) -> super::machine::Result<(Box<dyn Machine>, Started)> {
         let kind = self.manager.template_kind(spec).await?;
-        if let Some(template) = self.templates.find(&kind) {
+        // A template was booted without arguments of its own.
+        let found = self.templates.find(&kind).filter(|_| spec.kernel_args.is_empty());
+        if let Some(template) = found {
             match self.manager.restore(spec, &template).await {
                 Ok(machine) => return Ok((machine, Started::Restored(template))),
                 Err(error) => {

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use super::*;
 use crate::runtime::microvm::machine::{TemplateKind, VmExit};
 use crate::runtime::session::Duplex;
-use crate::runtime::types::PodRef;
+use crate::runtime::types::{MachineFiles, PodRef};
 
 /// What a guest says to whoever connects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,6 +147,7 @@ fn config() -> SandboxConfig {
         sysctls: BTreeMap::new(),
         cgroup_parent: "/l/p".into(),
         resources: Resources::default(),
+        machine: MachineFiles::default(),
     }
 }
 

@@ -1,0 +1,60 @@
+//! What this node was told of microVMs.
+
+use std::path::PathBuf;
+
+/// Pods as microVMs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MicrovmSettings {
+    /// Directory of the guest bundle: `vmlinux` and `initramfs.cpio`. Without them the node has no microVMs.
+    pub guest_image: PathBuf,
+    /// Whether the operator named it: only then is its absence worth a warning.
+    pub guest_image_was_told: bool,
+    /// Another kernel than the bundle's: an uncompressed ELF file.
+    pub kernel_image: Option<PathBuf>,
+    /// Directories beneath which Pods may name a kernel and an initramfs of their own; none lets them name none.
+    pub asset_dirs: Vec<PathBuf>,
+    /// What QEMU's guests run on.
+    pub accel: MicrovmAccel,
+    /// What runs the guests of Pods that do not say.
+    pub vmm: VmmChoice,
+    /// Host paths beneath these may be copied into guests, for reading.
+    pub host_paths: Vec<PathBuf>,
+}
+
+impl Default for MicrovmSettings {
+    fn default() -> Self {
+        Self {
+            guest_image: PathBuf::from("/usr/share/lambdalet/guest"),
+            guest_image_was_told: false,
+            kernel_image: None,
+            asset_dirs: Vec::new(),
+            accel: MicrovmAccel::default(),
+            vmm: VmmChoice::default(),
+            host_paths: Vec::new(),
+        }
+    }
+}
+
+/// What QEMU's guests run on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum MicrovmAccel {
+    /// KVM where it works, else QEMU's translator
+    #[default]
+    Auto,
+    /// KVM, or nothing
+    Kvm,
+    /// The translator: anywhere, and some ten times slower
+    Tcg,
+}
+
+/// Which virtual machine monitor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum VmmChoice {
+    /// QEMU if it works here, else Firecracker
+    #[default]
+    Auto,
+    /// QEMU's microvm machine
+    Qemu,
+    /// Firecracker, which needs KVM
+    Firecracker,
+}

@@ -1,0 +1,263 @@
+//! What a Pod asks for that a microVM cannot give it: it is refused for it when it comes, and not half run.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Volume};
+
+use crate::function::labels;
+use crate::runtime::microvm::machine::AssetDirs;
+use crate::runtime::microvm::machine::arguments::{MachineWish, VmType};
+use crate::runtime::types::MachineFiles;
+use crate::telemetry::chain;
+
+/// What guests of this node can be given.
+#[derive(Clone, Debug, Default)]
+pub struct Bounds {
+    /// Host paths beneath these may be copied into guests (`--microvm-host-paths`).
+    pub host_paths: Vec<PathBuf>,
+    /// Images that one guest has room for.
+    pub images: usize,
+    /// Where the files lie that a Pod may name for its machine (`--vm-asset-dirs`).
+    pub assets: AssetDirs,
+}
+
+/// What the variables of the Pod's (first, or default) container say of its machine: `KERNEL_IMAGE_PATH`, `INITRD_PATH` and
+/// `KERNEL_ARGS`, the names that the function server this follows has for them.
+///
+/// # Errors
+/// A value that no machine of this node can have, in words.
+pub fn files(pod: &Pod) -> Result<MachineFiles, String> {
+    let variables = labels::container(pod).into_iter().flat_map(|container| container.env.iter().flatten());
+    let values = variables.filter_map(|variable| Some((variable.name.clone(), variable.value.clone()?)));
+    let wish = MachineWish::read(&values.collect::<BTreeMap<_, _>>()).map_err(|error| chain(&error))?;
+    if wish.vm_type != VmType::Linux {
+        return Err("VM_TYPE \"osv\" is not possible: the containers of a Pod need Linux".to_owned());
+    }
+    Ok(MachineFiles {
+        kernel: wish.kernel,
+        initramfs: wish.initrd,
+        kernel_args: wish.kernel_args.filter(|text| !text.trim().is_empty()).into_iter().collect(),
+    })
+}
+
+/// Why the machine cannot be started from the files that the Pod names, if so. Looks at the files.
+fn of_files(pod: &Pod, assets: &AssetDirs) -> Option<String> {
+    let files = match files(pod) {
+        Ok(files) => files,
+        Err(why) => return Some(format!("its environment says of the machine: {why}")),
+    };
+    let named = [("KERNEL_IMAGE_PATH", &files.kernel), ("INITRD_PATH", &files.initramfs)];
+    named.into_iter().find_map(|(variable, path)| {
+        let error = assets.open(path.as_ref()?).err()?;
+        Some(format!("its {variable} is not to be had: {}", chain(&error)))
+    })
+}
+
+/// Why the Pod cannot be a microVM, if so, as the end of a sentence about it. Looks at the files it names for its machine,
+/// and else at nothing but the Pod.
+pub fn refusal(pod: &Pod, spec: &PodSpec, bounds: &Bounds) -> Option<String> {
+    of_spec(spec, bounds).or_else(|| of_files(pod, &bounds.assets))
+}
+
+fn of_spec(spec: &PodSpec, bounds: &Bounds) -> Option<String> {
+    shared_with_host(spec).or_else(|| images(spec, bounds.images)).or_else(|| {
+        let containers = spec.init_containers.iter().flatten().chain(&spec.containers);
+        containers.into_iter().find_map(|container| of_container(spec, container, bounds))
+    })
+}
+
+fn shared_with_host(spec: &PodSpec) -> Option<String> {
+    let fields = [(spec.host_network, "hostNetwork"), (spec.host_pid, "hostPID"), (spec.host_ipc, "hostIPC")];
+    let (_, field) = fields.into_iter().find(|(set, _)| *set == Some(true))?;
+    Some(format!(
+        "a microVM has a kernel of its own and no part in the host's namespaces: it cannot have {field}: true"
+    ))
+}
+
+fn images(spec: &PodSpec, most: usize) -> Option<String> {
+    let containers = spec.init_containers.iter().flatten().chain(&spec.containers);
+    let images: BTreeSet<_> = containers.filter_map(|container| container.image.as_deref()).collect();
+    let count = images.len();
+    (count > most).then(|| format!("its containers have {count} different images: a microVM has room for {most}"))
+}
+
+fn of_container(spec: &PodSpec, container: &Container, bounds: &Bounds) -> Option<String> {
+    let name = &container.name;
+    let own = container.security_context.as_ref();
+    let of_pod = spec.security_context.as_ref();
+    let seccomp = own.and_then(|s| s.seccomp_profile.as_ref()).or(of_pod.and_then(|s| s.seccomp_profile.as_ref()));
+    if seccomp.is_some_and(|profile| profile.type_ == "Localhost") {
+        return Some(format!(
+            "container {name:?} asks for a seccomp profile of the host (type Localhost), which a microVM does not have: use \
+             RuntimeDefault"
+        ));
+    }
+    let apparmor = own.and_then(|s| s.app_armor_profile.as_ref()).or(of_pod.and_then(|s| s.app_armor_profile.as_ref()));
+    if apparmor.is_some_and(|profile| profile.type_ == "Localhost") {
+        return Some(format!(
+            "container {name:?} asks for an AppArmor profile of the host (type Localhost), and a guest's kernel has none"
+        ));
+    }
+    if container.volume_devices.as_ref().is_some_and(|devices| !devices.is_empty()) {
+        return Some(format!(
+            "container {name:?} asks for block devices (volumeDevices), which a microVM is not given"
+        ));
+    }
+    container.volume_mounts.iter().flatten().find_map(|mount| {
+        let at = &mount.mount_path;
+        if mount.sub_path.as_ref().or(mount.sub_path_expr.as_ref()).is_some_and(|part| !part.is_empty()) {
+            return Some(format!("container {name:?} mounts a part of a volume at {at} (subPath): a microVM is given whole volumes"));
+        }
+        if mount.mount_propagation.as_deref().is_some_and(|how| how != "None") {
+            return Some(format!(
+                "container {name:?} asks for mountPropagation at {at}: mounts do not travel between the host and a microVM"
+            ));
+        }
+        let volume = spec.volumes.iter().flatten().find(|volume| volume.name == mount.name)?;
+        if volume.image.is_some() {
+            return Some(format!("volume {:?} is an image, which a microVM is not given as a volume yet", volume.name));
+        }
+        of_host(volume, mount.read_only == Some(true), bounds)
+    })
+}
+
+/// A directory of the host is copied into a guest, and only from where the operator said so.
+fn of_host(volume: &Volume, read_only: bool, bounds: &Bounds) -> Option<String> {
+    let (name, source) = (&volume.name, volume.host_path.as_ref()?);
+    let path = Path::new(&source.path);
+    if !bounds.host_paths.iter().any(|allowed| path.starts_with(allowed)) {
+        return Some(format!(
+            "volume {name:?} is hostPath {}, and a microVM sees nothing of the host: the node's operator can have \
+             directories copied into guests (--microvm-host-paths DIR)",
+            source.path
+        ));
+    }
+    (!read_only).then(|| {
+        format!(
+            "volume {name:?} is hostPath {}, of which a microVM gets a copy: mount it with readOnly: true",
+            source.path
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn refused(spec: Value) -> Option<String> {
+        let bounds = Bounds { host_paths: vec!["/srv/data".into()], images: 2, ..Bounds::default() };
+        let pod: Pod = serde_json::from_value(json!({"spec": spec})).unwrap();
+        refusal(&pod, pod.spec.as_ref().unwrap(), &bounds)
+    }
+
+    #[test]
+    fn a_machine_of_ones_own_files_is_had_only_where_the_operator_keeps_them() {
+        let place = tempfile::tempdir().unwrap();
+        let kernel = place.path().join("vmlinux");
+        std::fs::write(&kernel, "a kernel").unwrap();
+        let told = |variables: Value| -> Pod {
+            serde_json::from_value(json!({"spec": {"containers": [container(json!({"env": variables}))]}})).unwrap()
+        };
+        let env = |name: &str, value: &str| told(json!([{"name": name, "value": value}]));
+        let assets = AssetDirs::new(vec![place.path().to_owned()]);
+        let allowed = Bounds { images: 8, assets, ..Bounds::default() };
+        let refused = |pod: &Pod, bounds: &Bounds| refusal(pod, pod.spec.as_ref().unwrap(), bounds);
+        let own = env("KERNEL_IMAGE_PATH", kernel.to_str().unwrap());
+        assert_eq!(refused(&own, &allowed), None);
+        assert_eq!(files(&own).unwrap().kernel, Some(kernel));
+        let nowhere = refused(&own, &Bounds { images: 8, ..Bounds::default() }).unwrap();
+        assert!(nowhere.contains("KERNEL_IMAGE_PATH") && nowhere.contains("--vm-asset-dirs"), "{nowhere}");
+        for (name, value, why) in [
+            ("KERNEL_IMAGE_PATH", "/etc/passwd", "does not lie beneath"),
+            ("INITRD_PATH", "../initrd", "absolute"),
+            ("VM_TYPE", "osv", "need Linux"),
+            ("GPU_MEM", "256", "GPU"),
+        ] {
+            let told = refused(&env(name, value), &allowed);
+            assert!(told.as_ref().is_some_and(|told| told.contains(why)), "{name}: {told:?}");
+        }
+        let args = files(&env("KERNEL_ARGS", "quiet loglevel=3")).unwrap();
+        assert_eq!(args.kernel_args, ["quiet loglevel=3"]);
+        assert_eq!(files(&told(json!([]))), Ok(MachineFiles::default()));
+    }
+
+    fn container(more: Value) -> Value {
+        let mut container = json!({"name": "c", "image": "i"});
+        container.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        container
+    }
+
+    #[test]
+    fn what_a_guest_can_have_is_not_refused() {
+        for spec in [
+            json!({"containers": [container(json!({}))]}),
+            json!({"containers": [container(json!({"securityContext": {"privileged": true}}))]}),
+            json!({
+                "shareProcessNamespace": true, "initContainers": [container(json!({"image": "j"}))],
+                "containers": [container(json!({"volumeMounts": [
+                    {"name": "v", "mountPath": "/v", "readOnly": true, "mountPropagation": "None"},
+                    {"name": "m", "mountPath": "/m"},
+                ]}))],
+                "volumes": [
+                    {"name": "v", "hostPath": {"path": "/srv/data/x"}},
+                    {"name": "m", "configMap": {"name": "m"}},
+                    {"name": "unused", "hostPath": {"path": "/"}},
+                ],
+            }),
+        ] {
+            assert_eq!(refused(spec.clone()), None, "{spec}");
+        }
+    }
+
+    #[test]
+    fn what_it_cannot_have_is_named() {
+        let mounting = |path: &str, mount: Value| {
+            let mut all = json!({"name": "v", "mountPath": "/v"});
+            all.as_object_mut().unwrap().extend(mount.as_object().unwrap().clone());
+            let volumes = json!([{"name": "v", "hostPath": {"path": path}}]);
+            json!({"containers": [container(json!({"volumeMounts": [all]}))], "volumes": volumes})
+        };
+        let images: Vec<_> = ["1", "2", "3"].iter().map(|image| container(json!({"image": image}))).collect();
+        for (spec, named) in [
+            (json!({"containers": [], "hostNetwork": true}), "hostNetwork: true"),
+            (json!({"containers": [], "hostPID": true}), "hostPID: true"),
+            (json!({"containers": [], "hostIPC": true}), "hostIPC: true"),
+            (json!({"containers": images}), "3 different images"),
+            (mounting("/srv/database", json!({"readOnly": true})), "--microvm-host-paths"),
+            (mounting("/", json!({"readOnly": true})), "--microvm-host-paths"),
+            (mounting("/srv/data", json!({})), "readOnly: true"),
+            (
+                json!({
+                    "containers": [container(json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}]}))],
+                    "volumes": [{"name": "v", "image": {"reference": "i"}}],
+                }),
+                "volume \"v\" is an image",
+            ),
+            (mounting("/srv/data", json!({"readOnly": true, "subPath": "x"})), "subPath"),
+            (mounting("/srv/data", json!({"mountPropagation": "HostToContainer"})), "mountPropagation"),
+            (
+                json!({"containers": [container(json!({
+                    "securityContext": {"seccompProfile": {"type": "Localhost", "localhostProfile": "p"}},
+                }))]}),
+                "seccomp profile of the host",
+            ),
+            (
+                json!({
+                    "securityContext": {"appArmorProfile": {"type": "Localhost"}},
+                    "containers": [container(json!({}))],
+                }),
+                "AppArmor",
+            ),
+            (
+                json!({"containers": [container(json!({"volumeDevices": [{"name": "d", "devicePath": "/dev/x"}]}))]}),
+                "volumeDevices",
+            ),
+        ] {
+            let why = refused(spec.clone());
+            assert!(why.as_ref().is_some_and(|why| why.contains(named)), "{spec}: {why:?}");
+        }
+    }
+}
