@@ -4,6 +4,7 @@
 //! `cargo run --release --example bench-life -- --node NAME` prints one JSON object of milliseconds; `hack/bench/run` runs
 //! it against lambdalet and its peer. The containers note the times, so node and benchmark must share a clock.
 
+#[allow(dead_code, reason = "what another bench uses of it")]
 #[path = "changes.rs"]
 mod changes;
 #[path = "namespace.rs"]

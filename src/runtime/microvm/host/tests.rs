@@ -94,11 +94,8 @@ impl Machine for HostileMachine {
         let (ours, mut guests) = tokio::io::duplex(64 << 10);
         let says = self.says;
         tokio::spawn(async move {
-            while says == Says::Garbage {
-                let bytes: [u8; 4096] = rand::random();
-                if guests.write_all(&bytes).await.is_err() {
-                    return;
-                }
+            if says == Says::Garbage {
+                while guests.write_all(&rand::random::<[u8; 4096]>()).await.is_ok() {}
             }
         });
         Ok(Box::pin(ours))
