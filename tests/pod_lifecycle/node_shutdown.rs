@@ -11,7 +11,7 @@ use lambdalet::config::node_shutdown::ShutdownGrace;
 use lambdalet::pod::node_shutdown::{Host, HostError, Lock, Manager};
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
-use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -23,7 +23,7 @@ use super::world::{World, until};
 struct Machine {
     locks: Arc<AtomicU64>,
     patience: AtomicU64,
-    said: std::sync::Mutex<Option<mpsc::UnboundedSender<bool>>>,
+    said: std::sync::Mutex<Option<mpsc::Sender<bool>>>,
 }
 
 struct Held(Arc<AtomicU64>);
@@ -49,15 +49,15 @@ impl Host for Machine {
     }
 
     async fn signals(&self) -> Result<BoxStream<'static, bool>, HostError> {
-        let (sender, receiver) = mpsc::unbounded_channel();
+        let (sender, receiver) = mpsc::channel(8);
         *self.said.lock().unwrap() = Some(sender);
-        Ok(UnboundedReceiverStream::new(receiver).boxed())
+        Ok(ReceiverStream::new(receiver).boxed())
     }
 }
 
 impl Machine {
     fn says(&self, goes_down: bool) {
-        self.said.lock().unwrap().as_ref().unwrap().send(goes_down).unwrap();
+        self.said.lock().unwrap().as_ref().unwrap().try_send(goes_down).unwrap();
     }
 
     fn is_held(&self) -> bool {
