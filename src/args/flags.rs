@@ -7,6 +7,7 @@ use anyhow::Context;
 use clap::Args;
 use ipnet::IpNet;
 
+use super::function_server::FunctionServerArgs;
 use crate::config::file::ConfigFile;
 use crate::config::sysctls::SysctlPattern;
 use crate::config::tls::{CipherSuite, TlsVersion};
@@ -28,6 +29,8 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     runtime: RuntimeArgs,
     #[command(flatten)]
+    function_server: FunctionServerArgs,
+    #[command(flatten)]
     pub(super) logging: LoggingArgs,
 }
 
@@ -45,7 +48,7 @@ pub(super) struct Plan {
 impl RunArgs {
     /// Defaults, then the file, then the flags.
     pub(super) fn resolve(self) -> anyhow::Result<Plan> {
-        let Self { cluster, node, serving, pods, runtime, logging: _ } = self;
+        let Self { cluster, node, serving, pods, runtime, function_server, logging: _ } = self;
         let mut settings = Settings::default();
         let warnings = match &cluster.config {
             Some(path) => ConfigFile::read(path)?.apply(&mut settings)?,
@@ -56,6 +59,7 @@ impl RunArgs {
         serving.apply(&mut settings);
         pods.apply(&mut settings);
         runtime.apply(&mut settings);
+        settings.function_server = function_server.resolve()?;
         anyhow::ensure!(settings.serving.port != 0, "port 0 cannot be written into the Node object: choose one");
         settings.node.port = settings.serving.port;
         settings.node.runtime_name = settings.runtime.kind.name().to_owned();

@@ -1,5 +1,6 @@
 //! Starts the rooms and waits for the end.
 
+mod function_server;
 mod standalone;
 
 use std::net::SocketAddr;
@@ -152,6 +153,7 @@ async fn start_rooms(
         local_token: None,
     };
     serve_api(&parts).await?;
+    function_server::serve(&parts, function_server::supply(parts.settings.runtime.kind)).await?;
     tasks.spawn("pods", pods(parts, bridge));
     Ok(())
 }
