@@ -3,6 +3,7 @@
 mod client;
 mod controller;
 mod flags;
+mod function_server;
 mod functions;
 mod identity;
 mod invoke;

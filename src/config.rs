@@ -5,6 +5,7 @@
 pub mod configuration;
 pub(crate) mod document;
 pub mod file;
+pub mod function_server;
 pub mod microvm;
 pub mod node_shutdown;
 pub mod sysctls;
@@ -45,6 +46,8 @@ pub struct Settings {
     pub images: ImageSettings,
     /// What runs them.
     pub runtime: RuntimeSettings,
+    /// The server for a resource manager, if there is to be one.
+    pub function_server: Option<function_server::FunctionServerSettings>,
 }
 
 /// The Node object and its lease.

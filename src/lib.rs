@@ -23,6 +23,7 @@
 //! * [`node`] registers the Node, keeps its status true and renews its lease.
 //! * [`pod`] owns every Pod from the first look to the last: one worker per UID, plan, status, events.
 //! * [`function`] makes a pool of replicas of a labelled Pod: settings, queue, scaling; pure values.
+//! * [`function_server`] starts single replicas for a resource manager that asks by gRPC, past Kubernetes.
 //! * [`controller`] approves the serving certificates that nodes ask for, in `lambdalet controller`.
 //! * [`runtime`] is the seam: verbs with CRI's names and rules, and the drivers behind them: Docker, microVMs.
 //! * [`network`] gives each Pod an address and plugs its cable.
@@ -40,7 +41,8 @@
 //! * [`retry`] says when to try again, and tells a failure that goes on once a minute.
 //! * [`failpoint`] names the steps at which a test may kill the process.
 //!
-//! Imports point one way: [`args`], then [`node`], [`pod`], [`kubelet_api`], [`function`], [`controller`] and [`check`], then [`runtime`], then
+//! Imports point one way: [`args`], then [`node`], [`pod`], [`kubelet_api`], [`function`], [`function_server`],
+//! [`controller`] and [`check`], then [`runtime`], then
 //! [`network`]. `tests/layout.rs` holds the code to it.
 
 pub mod apiserver;
@@ -52,6 +54,7 @@ pub mod controller;
 pub mod events;
 pub mod failpoint;
 pub mod function;
+pub mod function_server;
 pub mod kubelet_api;
 pub mod metrics;
 pub mod network;

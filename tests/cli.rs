@@ -15,7 +15,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair,
 use tempfile::TempDir;
 
 /// Flags that scripts written for a kubelet rely on, and our own.
-const RUN_FLAGS: [&str; 40] = [
+const RUN_FLAGS: [&str; 46] = [
     "kubeconfig",
     "bootstrap-kubeconfig",
     "cert-dir",
@@ -54,6 +54,12 @@ const RUN_FLAGS: [&str; 40] = [
     "microvm-accel",
     "vmm",
     "microvm-host-paths",
+    "function-server-addr",
+    "function-server-tls-cert-file",
+    "function-server-tls-private-key-file",
+    "function-server-client-ca-file",
+    "resource-manager-addr",
+    "resource-manager-port",
     "v",
     "log-format",
 ];
@@ -198,6 +204,10 @@ fn values_of_flags_are_refused_by_name() {
         ("--node-status-update-frequency", "10", "10s"),
         ("--tls-cert-file", "/c", "--tls-private-key-file"),
         ("--port", "70000", "70000"),
+        ("--function-server-addr", "localhost", "[IPv6]:PORT"),
+        ("--function-server-addr", "0.0.0.0:50051", "--function-server-client-ca-file"),
+        ("--function-server-tls-cert-file", "/c", "belong together"),
+        ("--resource-manager-port", "50052", "--resource-manager-addr (RESMNGR_ADDR)"),
     ] {
         let stderr = refused(&["run", flag, value]);
         assert!(stderr.contains(expected), "{flag} {value}: {stderr}");

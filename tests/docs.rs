@@ -10,6 +10,7 @@ const DOCUMENTS: [&str; 10] = [
     "CHANGELOG.md",
     "docs/benchmarks.md",
     "docs/fakecloud.md",
+    "docs/function-server.md",
     "docs/functions.md",
     "docs/metrics.md",
     "docs/microvms.md",

@@ -22,7 +22,7 @@ const HEIGHTS: [&[&str]; 4] = [
         "telemetry",
     ],
     &["network", "runtime"],
-    &["check", "controller", "cri", "function", "kubelet_api", "node", "pod", "standalone"],
+    &["check", "controller", "cri", "function", "function_server", "kubelet_api", "node", "pod", "standalone"],
     &["args", "main"],
 ];
 /// Rooms that only these may name.

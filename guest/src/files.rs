@@ -132,7 +132,7 @@ impl Push {
     fn exchange(&self) -> io::Result<()> {
         let name = self.gathered.file_name().unwrap_or_default();
         let (data, next) = (self.volume.join(DATA), self.volume.join(NEXT));
-        let before = fs::read_link(&data).ok();
+        let before = fs::read_link(&data).ok().filter(|before| is_push(before));
         let _ = fs::remove_file(&next);
         symlink(name, &next)?;
         fs::rename(&next, &data)?;
@@ -205,6 +205,12 @@ impl Drop for Push {
             let _ = fs::remove_dir_all(&self.gathered);
         }
     }
+}
+
+/// Whether this is the name of a push's directory, and not where somebody else has turned the link to.
+fn is_push(name: &Path) -> bool {
+    let digits = name.to_str().and_then(|name| name.strip_prefix(".."));
+    digits.is_some_and(|digits| digits.len() >= 10 && digits.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 /// Relative, without `..` and empty parts, and with no first part that is ours.
@@ -297,6 +303,20 @@ mod tests {
         let long = "x".repeat(1 << 20);
         let long = [&[file("a", &long)][..], &vec![file("", &long); 16]].concat();
         assert!(push(volume.path(), FileLayout::Atomic, &long).is_err());
+    }
+
+    #[test]
+    fn a_link_that_was_turned_elsewhere_takes_nothing_along() {
+        let (volume, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (volume, other) = (volume.path(), other.path());
+        fs::write(other.join("kept"), "kept").unwrap();
+        for target in [other, Path::new("../"), Path::new("..0000000000/..")] {
+            let _ = fs::remove_file(volume.join(DATA));
+            symlink(target, volume.join(DATA)).unwrap();
+            push(volume, FileLayout::Atomic, &[file("a", "1")]).unwrap();
+            assert_eq!(fs::read_to_string(volume.join("a")).unwrap(), "1");
+        }
+        assert!(other.join("kept").exists());
     }
 
     #[test]

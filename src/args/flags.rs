@@ -9,6 +9,7 @@ use anyhow::Context;
 use clap::Args;
 use ipnet::IpNet;
 
+use super::function_server::FunctionServerArgs;
 use crate::config::file::ConfigFile;
 use crate::config::sysctls::SysctlPattern;
 use crate::config::tls::{CipherSuite, TlsVersion};
@@ -33,6 +34,8 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     microvm: MicrovmArgs,
     #[command(flatten)]
+    function_server: FunctionServerArgs,
+    #[command(flatten)]
     pub(super) logging: LoggingArgs,
 }
 
@@ -50,7 +53,7 @@ pub(super) struct Plan {
 impl RunArgs {
     /// Defaults, then the file, then the flags.
     pub(super) fn resolve(self) -> anyhow::Result<Plan> {
-        let Self { cluster, node, serving, pods, runtime, microvm, logging: _ } = self;
+        let Self { cluster, node, serving, pods, runtime, microvm, function_server, logging: _ } = self;
         let mut settings = Settings::default();
         let warnings = match &cluster.config {
             Some(path) => ConfigFile::read(path)?.apply(&mut settings)?,
@@ -62,6 +65,7 @@ impl RunArgs {
         pods.apply(&mut settings);
         runtime.apply(&mut settings);
         microvm.apply(&mut settings)?;
+        settings.function_server = function_server.resolve()?;
         anyhow::ensure!(settings.serving.port != 0, "port 0 cannot be written into the Node object: choose one");
         settings.node.port = settings.serving.port;
         settings.node.runtime_name = settings.runtime.kind.name().to_owned();

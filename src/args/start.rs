@@ -1,6 +1,7 @@
 //! Starts the rooms and waits for the end.
 
 mod drivers;
+mod function_server;
 mod machines;
 mod standalone;
 
@@ -158,6 +159,7 @@ async fn start_rooms(
         local_token: None,
     };
     serve_api(&parts).await?;
+    function_server::serve(&parts, function_server::supply(parts.settings.runtime.kind)).await?;
     tasks.spawn("pods", pods(parts, bridge));
     Ok(())
 }

@@ -27,6 +27,9 @@ use super::NetworkError;
 /// How long a released address rests by default: clients that keep connections by address must have noticed.
 pub const DEFAULT_COOL_DOWN: Duration = Duration::from_secs(60);
 
+/// Begins what holds an address and is no Pod: its owner frees it, and no sweep of Pods does.
+pub const NO_POD: &str = "replica/";
+
 /// Ends the name of a record that could not be read.
 const QUARANTINED: &str = "quarantined";
 /// Begins the name of a record that is being written.

@@ -30,6 +30,7 @@ use super::directory::HEARTBEAT;
 use super::static_pods::mirrored;
 use super::worker::{Desired, Past, Signal, Worker};
 use super::{Shared, crew, fakecloud};
+use crate::network::ipam::NO_POD;
 use crate::retry::{Delays, Retry};
 use crate::runtime::types::{PodRef, RuntimeEvent};
 use crate::telemetry::chain;
@@ -413,7 +414,7 @@ async fn belongings(shared: Arc<Shared>) -> Found {
         spec.termination_grace_period_seconds = spec.termination_grace_period_seconds.max(grace);
     }
     let on_disk = shared.volumes.uids().await?;
-    let addressed = shared.addresses.held().into_iter().map(|(_, uid)| uid);
+    let addressed = shared.addresses.held().into_iter().map(|(_, uid)| uid).filter(|uid| !uid.starts_with(NO_POD));
     let uids: BTreeSet<String> = on_disk.into_iter().chain(addressed).collect();
     for uid in uids {
         found

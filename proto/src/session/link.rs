@@ -66,11 +66,15 @@ impl<R: AsyncRead + Unpin> Wire<R> {
         Self { reader, input: BytesMut::new(), decoder: Decoder::default() }
     }
 
-    /// The next frame. Cancel-safe: what was read stays in the input.
-    async fn next(&mut self) -> Result<Frame, SessionError> {
+    /// The next frame, with at most so many bytes before it and all those before that were part of none: somebody may send
+    /// such bytes without an end. Cancel-safe: what was read stays in the input.
+    async fn next(&mut self, most: u64) -> Result<Frame, SessionError> {
         loop {
             if let Some(frame) = self.decoder.next(&mut self.input) {
                 return Ok(frame);
+            }
+            if self.decoder.skipped() > most {
+                return Err(SessionError::Garbage(self.decoder.skipped()));
             }
             self.input.reserve(MAX_FRAME);
             if self.reader.read_buf(&mut self.input).await.map_err(SessionError::Wire)? == 0 {
@@ -107,7 +111,7 @@ impl<S: AsyncRead + AsyncWrite> NodeSession<S> {
         let accepted = async {
             let mut stale = 0;
             loop {
-                let frame = wire.next().await?;
+                let frame = wire.next(MAX_STALE).await?;
                 if frame.session == id && frame.kind == Kind::Accept {
                     return Ok(());
                 }
@@ -131,8 +135,9 @@ impl<S: AsyncRead + AsyncWrite> NodeSession<S> {
         let incoming = async {
             let mut due = 0_u32;
             loop {
-                let frame = match wire.next().await {
+                let frame = match wire.next(skipped).await {
                     Ok(frame) => frame,
+                    Err(SessionError::Garbage(all)) => return SessionError::Garbage(all - skipped),
                     Err(error) => return error,
                 };
                 // The guest's frames follow each other without a gap.
@@ -240,7 +245,8 @@ where
 
 async fn next_open<R: AsyncRead + Unpin>(wire: &mut Wire<R>) -> Result<SessionId, SessionError> {
     loop {
-        let frame = wire.next().await?;
+        // It reads on: the node is not to be kept out by what others left in the wire.
+        let frame = wire.next(u64::MAX).await?;
         if frame.kind == Kind::Open {
             return Ok(frame.session);
         }
@@ -255,7 +261,7 @@ async fn guest_incoming<R: AsyncRead + Unpin>(
 ) -> Result<SessionId, SessionError> {
     let mut due = 0;
     loop {
-        let frame = wire.next().await?;
+        let frame = wire.next(u64::MAX).await?;
         if frame.kind == Kind::Open && frame.session != id {
             return Ok(frame.session);
         }

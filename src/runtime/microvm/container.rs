@@ -155,7 +155,9 @@ impl MicrovmRuntime {
                 volume: name,
                 file,
                 container_path: mount.container_path.clone(),
-                read_only: mount.read_only,
+                // As a kubelet has it: what is copied belongs to the node, which changes it. A guest's agent must find its
+                // own files there and no links that a workload has laid.
+                read_only: mount.read_only || matches!(volume, Volume::Copied(_)),
             });
         }
         Ok((mounts, returned))
@@ -310,7 +312,8 @@ impl Inner {
             }
             return Ok(String::new());
         }
-        let copied = blocking(tried, move || copy::read(&path)).await?;
+        let places = self.options.places.clone();
+        let copied = blocking(tried, move || copy::read_shared(&places, &path)).await?;
         if !is_there {
             vm.make_volume(name, VolumeKind::Pushed).await?;
             vm.push_files(name, copied.layout, copied.files).await?;

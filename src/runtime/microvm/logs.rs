@@ -223,7 +223,11 @@ impl Writer {
             frame(&mut bytes, nanoseconds(chunk.time), kind, &chunk.bytes);
         }
         frame(&mut bytes, 0, MARK, &next.to_le_bytes());
-        self.file.write_all(&bytes)?;
+        if let Err(error) = self.file.write_all(&bytes) {
+            // A full disk takes half a frame: behind it nobody would find the next one.
+            self.file.set_len(self.length)?;
+            return Err(error);
+        }
         self.length += bytes.len() as u64;
         self.next = next;
         Ok(())

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use tokio::sync::{Mutex as AsyncMutex, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -32,6 +32,10 @@ use crate::telemetry::chain;
 const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Pause before a guest that cannot be asked is asked again.
 const AGAIN: Duration = Duration::from_millis(500);
+/// A guest may tell of changes as fast as it likes: after a look at it there is a moment of rest, ...
+const BREATH: Duration = Duration::from_millis(5);
+/// ... and so many of them lead to one look.
+const AT_ONCE: usize = 256;
 /// Most of a file that is copied back (a termination message has 4 KiB).
 const LONGEST_RETURNED: u32 = 64 << 10;
 
@@ -271,7 +275,8 @@ impl Inner {
                 );
             }
         });
-        sandbox.spawn(refresh::follow(Arc::downgrade(sandbox), Arc::clone(&vm)));
+        let places = self.options.places.clone();
+        sandbox.spawn(refresh::follow(Arc::downgrade(sandbox), Arc::clone(&vm), places));
         let (inner, weak) = (Arc::clone(self), Arc::downgrade(sandbox));
         sandbox.spawn(async move {
             loop {
@@ -282,8 +287,12 @@ impl Inner {
                 drop(sandbox);
                 if let Ok(mut changes) = changes {
                     while changes.next().await.is_some() {
+                        // One look sees all that is told by now.
+                        (0..AT_ONCE).take_while(|_| changes.next().now_or_never().flatten().is_some()).for_each(drop);
                         let Some(sandbox) = weak.upgrade() else { return };
                         inner.look(&sandbox).await;
+                        drop(sandbox);
+                        sleep(BREATH).await;
                     }
                 }
                 sleep(AGAIN).await;

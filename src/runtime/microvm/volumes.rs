@@ -41,6 +41,14 @@ pub(super) enum Volume {
     Empty(PathBuf),
 }
 
+impl Places {
+    /// The directory that a path of [`of_mount`] lies in, out of which nothing is copied; `None` if it is shared no more.
+    pub(super) fn base(&self, path: &Path) -> Option<&Path> {
+        let all = [&self.files, &self.pods].into_iter().chain(&self.host_paths).map(PathBuf::as_path);
+        all.into_iter().find(|base| !base.as_os_str().is_empty() && path.starts_with(base))
+    }
+}
+
 impl Volume {
     /// Where it is on the host; this is what the containers of a sandbox share a volume by.
     pub(super) fn path(&self) -> &Path {
@@ -145,6 +153,10 @@ mod tests {
         }
         let shared = Mount { propagation: MountPropagation::HostToContainer, ..mount(map, true) };
         assert!(of_mount(&shared, &places()).is_err());
+        assert_eq!(places().base(Path::new("/srv/data/x")), Some(Path::new("/srv/data")));
+        assert_eq!(places().base(Path::new(log)), Some(Path::new("/r/pods")));
+        assert_eq!(places().base(Path::new("/srv/database")), None);
+        assert_eq!(Places::default().base(Path::new("/etc")), None);
         // Nothing is opted in by an empty path.
         assert!(of_mount(&mount("/etc", true), &Places::default()).is_err());
     }

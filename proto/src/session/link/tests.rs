@@ -156,3 +156,27 @@ proptest! {
         });
     }
 }
+
+/// A guest that says anything, without an end.
+async fn babble(mut wire: DuplexStream) {
+    while wire.write_all(&[0xa5; 4096]).await.is_ok() {}
+}
+
+#[test]
+fn one_who_never_says_a_frame_is_not_listened_to_for_ever() {
+    block_on(async {
+        let mut tasks = JoinSet::new();
+        let (ours, theirs) = duplex(256 << 10);
+        tasks.spawn(babble(theirs));
+        let opened = NodeSession::open(ours, 7).await;
+        assert!(matches!(opened.err(), Some(SessionError::Garbage(more)) if more > MAX_STALE));
+
+        let (ours, mut theirs) = duplex(256 << 10);
+        let mut accept = BytesMut::new();
+        encode(&Frame::control(Kind::Accept, 7), &mut accept);
+        theirs.write_all(&accept).await.unwrap();
+        let (_stream, session) = NodeSession::open(ours, 7).await.unwrap();
+        tasks.spawn(babble(theirs));
+        assert!(matches!(session.run().await, SessionError::Garbage(_)));
+    });
+}

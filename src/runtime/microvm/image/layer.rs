@@ -74,11 +74,12 @@ pub(super) fn open(blob: &Blob, limit: u64) -> Result<Content, LayerError> {
 }
 
 impl Content {
-    /// Reads to the end, and compares what was read from the beginning with its digest (`sha256:…`).
-    pub(super) fn verify(mut self, wanted: &str) -> Result<(), LayerError> {
+    /// Reads to the end, and compares what was read from the beginning with its digest (`sha256:…`); what is left of the
+    /// limit.
+    pub(super) fn verify(mut self, wanted: &str) -> Result<u64, LayerError> {
         io::copy(&mut self, &mut io::sink()).map_err(LayerError::Read)?;
         let found = digest(self.hash);
-        if found == wanted { Ok(()) } else { Err(LayerError::Digest { wanted: wanted.to_owned(), found }) }
+        if found == wanted { Ok(self.left) } else { Err(LayerError::Digest { wanted: wanted.to_owned(), found }) }
     }
 }
 

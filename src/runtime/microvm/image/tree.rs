@@ -42,17 +42,19 @@ pub(super) struct Tree {
     root: OwnedFd,
     /// By inode number: a directory's time can be set only once nothing is made in it any more.
     directories: HashMap<u64, Directory>,
+    /// Most directories made: a path makes its parents too, which are no entries of a layer.
+    most: u64,
     /// The directory used last, by its path: most entries lie beside the one before.
     last: Option<(Vec<u8>, OwnedFd)>,
 }
 
 impl Tree {
-    /// The tree at an empty directory of ours.
-    pub(super) fn at(path: &Path) -> io::Result<Self> {
+    /// The tree at an empty directory of ours, in which at most so many others are made.
+    pub(super) fn at(path: &Path, most: u64) -> io::Result<Self> {
         let root = openat(CWD, path, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?;
         fchmod(&root, DEFAULT_MODE)?;
         let directory = Directory { depth: 0, mtime: Mtime::default() };
-        Ok(Self { directories: HashMap::from([(fstat(&root)?.st_ino, directory)]), root, last: None })
+        Ok(Self { directories: HashMap::from([(fstat(&root)?.st_ino, directory)]), root, most, last: None })
     }
 
     /// A directory that is there, links followed within the tree.
@@ -113,6 +115,9 @@ impl Tree {
         let depth = self.directories.get(&fstat(parent)?.st_ino).map_or(DEEPEST, |directory| directory.depth) + 1;
         if depth > DEEPEST {
             return Err(io::Error::other(format!("it lies more than {DEEPEST} directories deep")));
+        }
+        if self.directories.len() as u64 > self.most {
+            return Err(io::Error::other(format!("it has more than {} directories", self.most)));
         }
         mkdirat(parent, name, DEFAULT_MODE)?;
         let made = open_below(parent, name)?;

@@ -48,8 +48,10 @@ pub(super) fn unpack(
     limits: &Limits,
     cancelled: &AtomicBool,
 ) -> Result<(), (usize, LayerError)> {
-    let tree = Tree::at(root).map_err(|error| (0, LayerError::write(b"/", error)))?;
-    let mut unpacking = Unpacking { tree, limits, cancelled, entries: 0, bytes: 0, chunk: vec![0; CHUNK] };
+    let tree = Tree::at(root, limits.entries).map_err(|error| (0, LayerError::write(b"/", error)))?;
+    // Beside the files there are headers and padding, of an empty file they are all; and files that others hide.
+    let left = limits.unpacked.saturating_mul(4);
+    let mut unpacking = Unpacking { tree, limits, cancelled, entries: 0, bytes: 0, left, chunk: vec![0; CHUNK] };
     for (at, (blob, digest)) in layers.iter().zip(digests).enumerate() {
         unpacking.layer(blob, digest, at > 0).map_err(|error| (at, error))?;
     }
@@ -63,28 +65,29 @@ struct Unpacking<'a> {
     cancelled: &'a AtomicBool,
     entries: u64,
     bytes: u64,
+    /// Bytes that may still come out of layers: what is empty but well compressed costs time all the same.
+    left: u64,
     chunk: Vec<u8>,
 }
 
 impl Unpacking<'_> {
     fn layer(&mut self, blob: &Blob, digest: &str, has_lower: bool) -> Result<(), LayerError> {
-        // Beside the files there are headers and padding: of an empty file they are all.
-        let most = self.limits.unpacked.saturating_mul(2);
         if has_lower {
-            let mut archive = Archive::new(layer::open(blob, most)?);
+            let mut archive = Archive::new(layer::open(blob, self.left)?);
             while let Some(entry) = archive.next()? {
                 self.go_on()?;
                 self.hide(&entry)?;
             }
         }
-        let mut content = layer::open(blob, most)?;
+        let mut content = layer::open(blob, self.left)?;
         let mut archive = Archive::new(&mut content);
         while let Some(entry) = archive.next()? {
             self.go_on()?;
             self.count(&entry)?;
             self.put(&entry, &mut archive)?;
         }
-        content.verify(digest)
+        self.left = content.verify(digest)?;
+        Ok(())
     }
 
     fn go_on(&self) -> Result<(), LayerError> {

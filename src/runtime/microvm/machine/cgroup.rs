@@ -142,7 +142,9 @@ impl VmCgroup {
     /// has only just ended.
     pub(super) fn remove(&self) -> io::Result<()> {
         let directories = self.directories();
-        directories.iter().try_for_each(|directory| remove(directory))?;
+        // All of them, whatever becomes of one: who comes back for the rest may not know of it.
+        let removed: Vec<_> = directories.iter().map(|directory| remove(directory)).collect();
+        removed.into_iter().collect::<io::Result<()>>()?;
         // One right below the root is not a Pod's but the node's, in which others are made at any time.
         if self.relative.components().count() > 2 {
             for pod in directories.iter().filter_map(|directory| directory.parent()) {

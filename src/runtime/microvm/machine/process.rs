@@ -7,7 +7,10 @@ use std::sync::{Mutex, PoisonError};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitOptions, kill_process, pidfd_open, pidfd_send_signal, waitid,
+    waitpid,
+};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -35,6 +38,16 @@ impl Process {
         #[allow(deprecated)]
         let handle = AsyncFd::with_interest(handle, Interest::READABLE)?;
         Ok(Self { pid, handle, exit: Mutex::new(None) })
+    }
+
+    /// A child that was just started. One that cannot be watched is ended: nobody would know of it.
+    pub(super) fn of_child(pid: i32) -> io::Result<Self> {
+        Self::open(pid).inspect_err(|_| {
+            if let Some(number) = Pid::from_raw(pid) {
+                let _ = kill_process(number, Signal::KILL);
+                let _ = waitpid(Some(number), WaitOptions::empty());
+            }
+        })
     }
 
     /// The process that a checkpoint tells of, if that still runs.

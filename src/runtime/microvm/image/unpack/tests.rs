@@ -434,6 +434,19 @@ fn sizes_and_counts_are_bounded() {
     bomb.resize(1 << 20, 0);
     let unpacked = unpacked_from(&[zstd::encode_all(&bomb[..], 1).unwrap()], &[digest_of(&bomb)], &limits);
     assert!(unpacked.why().contains("uncompressed"), "{}", unpacked.why());
+    // So is what all layers together hold.
+    let padded = || {
+        let mut tar = layer().tar();
+        tar.resize(8 << 10, 0);
+        tar
+    };
+    let digests = [digest_of(&padded()), digest_of(&padded()), digest_of(&padded())];
+    let unpacked = unpacked_from(&[padded(), padded(), padded()], &digests, &limits);
+    assert!(unpacked.why().contains("uncompressed"), "{}", unpacked.why());
+    assert!(matches!(unpacked.result, Err((2, _))));
+    // A path makes its directories too.
+    let nested = refused(vec![layer().file("1/2/3/4/f", "")]);
+    assert!(nested.contains("more than 3 directories"), "{nested}");
     // A sparse file takes no space, and counts as what it will take in the image.
     let mut header = Header::new_gnu();
     header.set_entry_type(EntryType::GNUSparse);

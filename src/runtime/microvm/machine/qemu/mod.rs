@@ -118,7 +118,7 @@ impl Qemu {
         let limits = Limits { guest_memory: spec.memory, cpus: spec.cpus.clone(), numa_node: spec.numa_node };
         cgroup.make(&limits).map_err(MachineError::start("make a cgroup", spec.dir.id()))?;
         let started = match jail.start().await {
-            Ok(pid) => Process::open(pid).map_err(|source| Failed { step: "watch the VMM".to_owned(), source }),
+            Ok(pid) => Process::of_child(pid).map_err(|source| Failed { step: "watch the VMM".to_owned(), source }),
             Err(failed) => Err(failed),
         };
         let process = match started {
