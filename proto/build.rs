@@ -4,7 +4,12 @@ use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=lambdalet");
+    println!("cargo::rerun-if-changed=runtime");
     let descriptors = protox::compile(["lambdalet/agent/v1/agent.proto"], ["."])?;
     tonic_prost_build::configure().build_transport(false).bytes(".lambdalet.agent.v1").compile_fds(descriptors)?;
+    if std::env::var_os("CARGO_FEATURE_CRI").is_some() {
+        let descriptors = protox::compile(["runtime/v1/cri.proto"], ["."])?;
+        tonic_prost_build::configure().build_transport(false).compile_fds(descriptors)?;
+    }
     Ok(())
 }
