@@ -24,6 +24,7 @@
 //! * [`pod`] owns every Pod from the first look to the last: one worker per UID, plan, status, events.
 //! * [`function`] makes a pool of replicas of a labelled Pod: settings, queue, scaling; pure values.
 //! * [`controller`] approves the serving certificates that nodes ask for, in `lambdalet controller`.
+//! * [`cri`] serves the runtime to crictl and to other kubelets, in `lambdalet cri`.
 //! * [`runtime`] is the seam: verbs with CRI's names and rules, and the Docker driver behind them.
 //! * [`network`] gives each Pod an address and plugs its cable.
 //! * [`kubelet_api`] is the node's HTTPS API: logs, exec, attach, port-forward, Pods, health and metrics, for
@@ -40,7 +41,7 @@
 //! * [`retry`] says when to try again, and tells a failure that goes on once a minute.
 //! * [`failpoint`] names the steps at which a test may kill the process.
 //!
-//! Imports point one way: [`args`], then [`node`], [`pod`], [`kubelet_api`], [`function`], [`controller`] and [`check`], then [`runtime`], then
+//! Imports point one way: [`args`], then [`node`], [`pod`], [`kubelet_api`], [`function`], [`controller`], [`cri`] and [`check`], then [`runtime`], then
 //! [`network`]. `tests/layout.rs` holds the code to it.
 
 pub mod apiserver;
@@ -49,6 +50,7 @@ pub mod certificate;
 pub mod check;
 pub mod config;
 pub mod controller;
+pub mod cri;
 pub mod events;
 pub mod failpoint;
 pub mod function;
