@@ -296,7 +296,7 @@ impl PodArgs {
 /// What runs Pods.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Runtime")]
-struct RuntimeArgs {
+pub(super) struct RuntimeArgs {
     /// What runs Pods [default: docker]
     #[arg(long, value_name = "NAME")]
     runtime: Option<RuntimeKind>,
@@ -312,7 +312,7 @@ struct RuntimeArgs {
 }
 
 impl RuntimeArgs {
-    fn apply(self, settings: &mut Settings) {
+    pub(super) fn apply(self, settings: &mut Settings) {
         let Self { runtime, docker_endpoint, sandbox_image, insecure_registries } = self;
         let target = &mut settings.runtime;
         set(&mut target.kind, runtime);

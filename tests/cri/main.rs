@@ -11,3 +11,4 @@ mod robustness;
 mod sandboxes;
 mod streams;
 mod support;
+mod whole;
