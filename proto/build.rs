@@ -3,11 +3,15 @@
 use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let files = ["lambdalet/agent/v1/agent.proto", "functionserver/functionserver.proto", "resmngr/resmngr.proto"];
-    for file in files {
-        println!("cargo::rerun-if-changed={file}");
+    for part in ["lambdalet", "functionserver", "resmngr", "runtime"] {
+        println!("cargo::rerun-if-changed={part}");
     }
+    let files = ["lambdalet/agent/v1/agent.proto", "functionserver/functionserver.proto", "resmngr/resmngr.proto"];
     let descriptors = protox::compile(files, ["."])?;
     tonic_prost_build::configure().build_transport(false).bytes(".lambdalet.agent.v1").compile_fds(descriptors)?;
+    if std::env::var_os("CARGO_FEATURE_CRI").is_some() {
+        let descriptors = protox::compile(["runtime/v1/cri.proto"], ["."])?;
+        tonic_prost_build::configure().build_transport(false).compile_fds(descriptors)?;
+    }
     Ok(())
 }

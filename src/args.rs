@@ -2,6 +2,7 @@
 
 mod client;
 mod controller;
+mod cri;
 mod flags;
 mod function_server;
 mod functions;
@@ -20,6 +21,7 @@ use clap_complete::Shell;
 use crate::check;
 use crate::telemetry;
 use controller::ControllerArgs;
+use cri::CriArgs;
 use flags::RunArgs;
 
 /// A Kubernetes node in one binary.
@@ -44,6 +46,8 @@ enum Command {
     Top(top::TopArgs),
     /// Approve the serving certificates that nodes ask for, one replica at a time
     Controller(ControllerArgs),
+    /// Serve the runtime to crictl, or to another kubelet, as CRI v1
+    Cri(Box<CriArgs>),
     /// Print the version
     Version {
         /// How it is printed
@@ -79,6 +83,7 @@ impl Args {
             Command::Invoke(args) => ask(invoke::invoke(args)),
             Command::Top(args) => ask(top::top(args)),
             Command::Controller(args) => controller(args),
+            Command::Cri(args) => cri(*args),
             Command::Version { output } => print_version(output),
             Command::Completion { shell } => {
                 let mut script = Vec::new();
@@ -103,6 +108,14 @@ fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn controller(args: ControllerArgs) -> anyhow::Result<ExitCode> {
+    telemetry::init(args.logging.format(), args.logging.verbosity())?;
+    let runtime = async_runtime()?;
+    let ended = runtime.block_on(args.run());
+    runtime.shutdown_background();
+    ended.map(|()| ExitCode::SUCCESS)
+}
+
+fn cri(args: CriArgs) -> anyhow::Result<ExitCode> {
     telemetry::init(args.logging.format(), args.logging.verbosity())?;
     let runtime = async_runtime()?;
     let ended = runtime.block_on(args.run());

@@ -25,6 +25,7 @@
 //! * [`function`] makes a pool of replicas of a labelled Pod: settings, queue, scaling; pure values.
 //! * [`function_server`] starts single replicas for a resource manager that asks by gRPC, past Kubernetes.
 //! * [`controller`] approves the serving certificates that nodes ask for, in `lambdalet controller`.
+//! * [`cri`] serves the runtime to crictl and to other kubelets, in `lambdalet cri`.
 //! * [`runtime`] is the seam: verbs with CRI's names and rules, and the drivers behind them: Docker, microVMs.
 //! * [`network`] gives each Pod an address and plugs its cable.
 //! * [`kubelet_api`] is the node's HTTPS API: logs, exec, attach, port-forward, Pods, health and metrics, for
@@ -42,7 +43,7 @@
 //! * [`failpoint`] names the steps at which a test may kill the process.
 //!
 //! Imports point one way: [`args`], then [`node`], [`pod`], [`kubelet_api`], [`function`], [`function_server`],
-//! [`controller`] and [`check`], then [`runtime`], then
+//! [`controller`], [`cri`] and [`check`], then [`runtime`], then
 //! [`network`]. `tests/layout.rs` holds the code to it.
 
 pub mod apiserver;
@@ -51,6 +52,7 @@ pub mod certificate;
 pub mod check;
 pub mod config;
 pub mod controller;
+pub mod cri;
 pub mod events;
 pub mod failpoint;
 pub mod function;

@@ -155,7 +155,7 @@ fn help_lists_every_flag() {
         assert!(stdout.contains(&format!("--{flag}")), "--{flag} is not in the help");
     }
     let (_, stdout, _) = lambdalet(&["--help"]);
-    for command in ["run", "check", "functions", "invoke", "top", "version", "completion"] {
+    for command in ["run", "check", "functions", "invoke", "top", "cri", "version", "completion"] {
         assert!(stdout.contains(command), "{command}");
     }
 }

@@ -9,6 +9,7 @@ const DOCUMENTS: [&str; 10] = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/benchmarks.md",
+    "docs/cri.md",
     "docs/fakecloud.md",
     "docs/function-server.md",
     "docs/functions.md",

@@ -1,5 +1,5 @@
 //! What the node and the agent in a microVM say to each other: the messages, and the session that carries them. And what
-//! resource managers and nodes say to each other.
+//! resource managers and nodes say to each other; with the feature `cri` also the messages of CRI v1.
 //!
 //! ```text
 //! agent.proto (tonic, HTTP/2)   verbs, typed, versioned by package
@@ -35,6 +35,19 @@ pub mod functionserver {
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::too_many_lines)]
 pub mod resmngr {
     tonic::include_proto!("resmngr");
+}
+
+/// The messages and services of CRI v1 (`runtime/v1/cri.proto`), as generated.
+#[cfg(feature = "cri")]
+pub mod cri {
+    /// Version 1, the only one since Kubernetes 1.26.
+    #[allow(missing_docs, unreachable_pub, deprecated, clippy::all, clippy::too_many_lines)]
+    pub mod v1 {
+        tonic::include_proto!("runtime.v1");
+    }
+
+    /// Turns a message into bytes and back.
+    pub use prost::Message;
 }
 
 /// Bytes of one piece of a stream (standard input, a port's data, a file) in a message.

@@ -307,7 +307,7 @@ impl PodArgs {
 /// What runs Pods.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Runtime")]
-struct RuntimeArgs {
+pub(super) struct RuntimeArgs {
     /// What runs Pods that name neither a RuntimeClass nor lambdalet.dev/runtime [default: docker]
     #[arg(long, value_enum, value_name = "NAME")]
     runtime: Option<RuntimeKind>,
@@ -323,7 +323,7 @@ struct RuntimeArgs {
 }
 
 impl RuntimeArgs {
-    fn apply(self, settings: &mut Settings) {
+    pub(super) fn apply(self, settings: &mut Settings) {
         let Self { runtime, docker_endpoint, sandbox_image, insecure_registries } = self;
         let target = &mut settings.runtime;
         set(&mut target.kind, runtime);

@@ -1,5 +1,6 @@
 //! Starts the rooms and waits for the end.
 
+pub(super) mod cri;
 mod drivers;
 mod function_server;
 mod machines;

@@ -16,11 +16,12 @@ use super::remote_command::relay::gather;
 use super::remote_command::{self, Command};
 use super::upgrade::{Hold, Upgrade, UpgradeError};
 use super::websocket::channels::Protocol;
-use crate::kubelet_api::meters::{OpenStream, StreamKind};
+use crate::kubelet_api::meters::StreamKind;
 use crate::kubelet_api::targets::{Entrance, TargetError};
 use crate::kubelet_api::{App, runtime_status};
-use crate::runtime::RuntimeError;
 use crate::runtime::session::{AttachRequest, ExecRequest};
+use crate::runtime::types::{ContainerId, SandboxId};
+use crate::runtime::{RuntimeError, SandboxRuntime};
 use crate::telemetry::chain;
 
 /// The WebSocket subprotocols of exec and attach; "" is a client that names none.
@@ -49,8 +50,33 @@ impl Room {
         Self { places: Arc::new(Semaphore::new(limit)), limit, idle }
     }
 
-    fn enter(&self) -> Result<OwnedSemaphorePermit, StreamError> {
+    pub(super) fn enter(&self) -> Result<OwnedSemaphorePermit, StreamError> {
         self.places.clone().try_acquire_owned().map_err(|_| StreamError::Full(self.limit))
+    }
+
+    /// A command to run in a container.
+    pub(super) fn exec(&self, runtime: Arc<dyn SandboxRuntime>, id: ContainerId, exec: ExecRequest) -> Command {
+        let ExecRequest { tty, stdin, stdout, stderr, .. } = exec;
+        let options = Options { stdin, stdout, stderr, tty };
+        let session = async move { runtime.exec(&id, &exec).await }.boxed();
+        Command { options, session, doing: "error executing command in container", judged: true, idle: self.idle }
+    }
+
+    /// The process of a container, joined.
+    pub(super) fn attach(&self, runtime: Arc<dyn SandboxRuntime>, id: ContainerId, options: Options) -> Command {
+        let Options { stdin, stdout, stderr, .. } = options;
+        let attach = AttachRequest { stdin, stdout, stderr };
+        let session = async move { runtime.attach(&id, &attach).await }.boxed();
+        Command { options, session, doing: "error attaching to container", judged: false, idle: self.idle }
+    }
+
+    /// The ports of a sandbox; `pod` is its name for texts.
+    pub(super) fn forward(&self, runtime: Arc<dyn SandboxRuntime>, sandbox: SandboxId, pod: String) -> Forward {
+        let dial = Arc::new(move |port| {
+            let (runtime, sandbox) = (runtime.clone(), sandbox.clone());
+            async move { runtime.port_forward(&sandbox, port).await }.boxed()
+        });
+        Forward { pod, dial, idle: self.idle }
     }
 }
 
@@ -115,10 +141,8 @@ pub(in crate::kubelet_api) async fn exec(
     let command = options::command(&pairs).map_err(StreamError::Options)?;
     let Options { stdin, stdout, stderr, tty } = wanted;
     let Entrance { container: id, stay } = container(&app, &path).await?;
-    let (runtime, exec) = (app.runtime.clone(), ExecRequest { command, tty, stdin, stdout, stderr });
-    let session = async move { runtime.exec(&id, &exec).await }.boxed();
-    let doing = "error executing command in container";
-    let command = Command { options: wanted, session, doing, judged: true, idle: app.room.idle };
+    let exec = ExecRequest { command, tty, stdin, stdout, stderr };
+    let command = app.room.exec(app.runtime.clone(), id, exec);
     serve(&app, request, command, (StreamKind::Exec, stay))
 }
 
@@ -129,26 +153,31 @@ pub(in crate::kubelet_api) async fn attach(
     request: Request,
 ) -> Result<Response, StreamError> {
     let wanted = Options::parse(&query(&request)).map_err(StreamError::Options)?;
-    let Options { stdin, stdout, stderr, .. } = wanted;
     let Entrance { container: id, stay } = container(&app, &path).await?;
-    let (runtime, attach) = (app.runtime.clone(), AttachRequest { stdin, stdout, stderr });
-    let session = async move { runtime.attach(&id, &attach).await }.boxed();
-    let doing = "error attaching to container";
-    let command = Command { options: wanted, session, doing, judged: false, idle: app.room.idle };
+    let command = app.room.attach(app.runtime.clone(), id, wanted);
     serve(&app, request, command, (StreamKind::Attach, stay))
 }
 
 /// What a session is counted as, and what keeps its container there.
 type Visit = (StreamKind, Option<Box<dyn Send + Sync>>);
 
-fn serve(app: &App, mut request: Request, command: Command, visit: Visit) -> Result<Response, StreamError> {
+fn serve(app: &App, request: Request, command: Command, visit: Visit) -> Result<Response, StreamError> {
     let (kind, stay) = visit;
+    hand_over_command(request, command, || Ok((app.room.enter()?, app.meters.open(kind), stay)))
+}
+
+/// Answers 101 and leaves the command for the connection's task. What `enter` gives is dropped when that has ended.
+pub(super) fn hand_over_command<H: Send + 'static>(
+    mut request: Request,
+    command: Command,
+    enter: impl FnOnce() -> Result<H, StreamError>,
+) -> Result<Response, StreamError> {
     let upgrade = Upgrade::negotiate(&request, &remote_command::SPDY_PROTOCOLS, CHANNELS);
     let upgrade = upgrade.map_err(StreamError::Upgrade)?;
-    let (place, open) = (app.room.enter()?, app.meters.open(kind));
+    let held = enter()?;
     let hold = Hold::of(&mut request).ok_or(StreamError::Upgrade(UpgradeError::Required))?;
     Ok(upgrade.hand_over(hold, move |upgrade, socket| async move {
-        let _held = (place, open, stay);
+        let _held = held;
         match upgrade {
             Upgrade::Spdy(protocol) => remote_command::over_spdy(command, socket, protocol).await,
             Upgrade::WebSocket(protocol, _) => {
@@ -164,28 +193,35 @@ fn serve(app: &App, mut request: Request, command: Command, visit: Visit) -> Res
 pub(in crate::kubelet_api) async fn port_forward(
     State(app): State<App>,
     Path(path): Path<PodPath>,
-    mut request: Request,
+    request: Request,
 ) -> Result<Response, StreamError> {
     let target = app.targets.port_target(&path.namespace, &path.pod, path.uid.as_deref()).await;
     let sandbox = target.map_err(StreamError::Target)?;
+    let forward = app.room.forward(app.runtime.clone(), sandbox, path.pod);
+    let enter = || Ok((app.room.enter()?, app.meters.open(StreamKind::PortForward)));
+    hand_over_ports(request, forward, port_forward::ports, enter)
+}
+
+/// Answers 101 and leaves the ports for the connection's task, as [`hand_over_command`]. Which ports there are is asked
+/// only for a client that must name them beforehand.
+pub(super) fn hand_over_ports<H: Send + 'static>(
+    mut request: Request,
+    forward: Forward,
+    ports: impl FnOnce(&[(String, String)]) -> Result<Vec<u16>, String>,
+    enter: impl FnOnce() -> Result<H, StreamError>,
+) -> Result<Response, StreamError> {
     let upgrade = Upgrade::negotiate(&request, &port_forward::SPDY_PROTOCOLS, PORT_CHANNELS);
     let upgrade = upgrade.map_err(StreamError::Upgrade)?;
     let ports = match upgrade {
         Upgrade::WebSocket(protocol, _) if protocol != port_forward::TUNNEL => {
-            port_forward::ports(&query(&request)).map_err(StreamError::Ports)?
+            ports(&query(&request)).map_err(StreamError::Ports)?
         }
         _ => Vec::new(),
     };
-    let runtime = app.runtime.clone();
-    let dial = Arc::new(move |port| {
-        let (runtime, sandbox) = (runtime.clone(), sandbox.clone());
-        async move { runtime.port_forward(&sandbox, port).await }.boxed()
-    });
-    let forward = Forward { pod: path.pod, dial, idle: app.room.idle };
-    let held = (app.room.enter()?, app.meters.open(StreamKind::PortForward));
+    let held = enter()?;
     let hold = Hold::of(&mut request).ok_or(StreamError::Upgrade(UpgradeError::Required))?;
     Ok(upgrade.hand_over(hold, move |upgrade, socket| async move {
-        let _held: (OwnedSemaphorePermit, OpenStream) = held;
+        let _held = held;
         match upgrade {
             Upgrade::Spdy(_) => port_forward::over_spdy(forward, socket).await,
             Upgrade::WebSocket(port_forward::TUNNEL, _) => port_forward::over_tunnel(forward, socket).await,

@@ -6,12 +6,15 @@
 //!                     spdy | websocket <--- pipe (Inbox, Outbox: bounded) --------'---> runtime::session
 //! ```
 //!
+//! [`plain`] does the same without TLS for those who were given a ticket, as the CRI has it.
+//!
 //! The protocols are those of KK staging/src/k8s.io/cri-streaming/pkg/streaming; what a kubelet's clients send of SPDY
 //! and WebSocket is in [`spdy`] and [`websocket`].
 
 pub(super) mod endpoints;
 mod idle;
 mod pipe;
+pub mod plain;
 mod port_forward;
 mod remote_command;
 mod session;

@@ -15,6 +15,7 @@ use tokio::io::{AsyncReadExt, BufReader, Chain, Join, ReadHalf, WriteHalf, join,
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_util::either::Either;
 
 use super::idle::HangUp;
 
@@ -22,12 +23,14 @@ const SPDY: &str = "SPDY/3.1";
 const STREAM_PROTOCOL: HeaderName = HeaderName::from_static("x-stream-protocol-version");
 const ACCEPTED_PROTOCOLS: HeaderName = HeaderName::from_static("x-accepted-stream-protocol-versions");
 
-/// A connection as the server has it.
+/// A connection as the node's API has it.
 type Tls = TlsStream<BufReader<TcpStream>>;
+/// And as the [plain server](super::plain) has it.
+type Wire = Either<Tls, TcpStream>;
 /// The side of a client's socket that is read: first what came with the request.
-pub(in crate::kubelet_api) type Reader = Chain<Cursor<Bytes>, ReadHalf<Tls>>;
+pub(in crate::kubelet_api) type Reader = Chain<Cursor<Bytes>, ReadHalf<Wire>>;
 /// The side that is written.
-pub(in crate::kubelet_api) type Writer = WriteHalf<Tls>;
+pub(in crate::kubelet_api) type Writer = WriteHalf<Wire>;
 /// Both sides as one.
 pub(in crate::kubelet_api) type Joined = Join<Reader, Writer>;
 
@@ -40,12 +43,20 @@ pub(in crate::kubelet_api) struct Socket {
 
 impl Socket {
     fn new(upgraded: Upgraded) -> Option<Self> {
-        // The server serves nothing else.
-        let parts = upgraded.downcast::<TokioIo<Tls>>().ok()?;
-        let tls = parts.io.into_inner();
-        let hang_up = HangUp::of(Some(tls.get_ref().0.get_ref()));
-        let (reader, writer) = split(tls);
-        Some(Self { reader: Cursor::new(parts.read_buf).chain(reader), writer, hang_up })
+        let (wire, read_already) = match upgraded.downcast::<TokioIo<Tls>>() {
+            Ok(parts) => (Wire::Left(parts.io.into_inner()), parts.read_buf),
+            Err(upgraded) => {
+                // Nothing else is served.
+                let parts = upgraded.downcast::<TokioIo<TcpStream>>().ok()?;
+                (Wire::Right(parts.io.into_inner()), parts.read_buf)
+            }
+        };
+        let hang_up = HangUp::of(Some(match &wire {
+            Wire::Left(tls) => tls.get_ref().0.get_ref(),
+            Wire::Right(tcp) => tcp,
+        }));
+        let (reader, writer) = split(wire);
+        Some(Self { reader: Cursor::new(read_already).chain(reader), writer, hang_up })
     }
 
     /// Both sides as one, and the eye on it.

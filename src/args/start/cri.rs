@@ -1,0 +1,76 @@
+//! `cri`: the driver that was asked for, behind a socket instead of under a node.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use ipnet::IpNet;
+use tracing::info;
+
+use super::drivers::{self, Made};
+use super::{EXECS_PATIENCE, PATIENCE, raise_open_files};
+use crate::config::{RuntimeKind, Settings};
+use crate::cri::{About, Cri, Params, Plug};
+use crate::metrics::Metrics;
+use crate::network::uplink::Uplink;
+use crate::node::owner;
+use crate::runtime::docker::Keepers;
+use crate::shutdown::Tasks;
+
+/// What the flags come to.
+#[derive(Debug)]
+pub(in crate::args) struct Plan {
+    pub(in crate::args) listen: PathBuf,
+    pub(in crate::args) root_dir: PathBuf,
+    pub(in crate::args) owner: Option<String>,
+    pub(in crate::args) stream_address: SocketAddr,
+    /// The range that was asked for, and the one if none was.
+    pub(in crate::args) range: (Option<IpNet>, IpNet),
+    /// What the driver is to know.
+    pub(in crate::args) settings: Settings,
+}
+
+/// Runs until a signal or a failure.
+pub(in crate::args) async fn serve(plan: Plan) -> anyhow::Result<()> {
+    let Plan { listen, root_dir, owner, stream_address, range, mut settings } = plan;
+    let root = std::path::absolute(root_dir).context("failed to find the root directory")?;
+    let hostname = nix::unistd::gethostname().context("failed to read the host's name")?;
+    let hostname = hostname.to_string_lossy().into_owned();
+    let owner = match owner {
+        Some(owner) => owner,
+        // With the directory in it: a node of ours on the same host is another owner.
+        None => owner::standalone(&root, &format!("cri at {}", root.display()))?,
+    };
+    let kind = settings.runtime.kind;
+    info!(runtime = kind.name(), root = %root.display(), owner, "starting");
+    raise_open_files();
+    let (tasks, supervisor) = Tasks::new();
+    let (uplink, bridge) = Uplink::new();
+    let (keepers, metrics) = (Keepers::default(), Metrics::new());
+    settings.pods.root_dir.clone_from(&root);
+    let Made { runtime, drivers } = drivers::make(&settings, (&owner, &keepers), uplink, &metrics).await;
+    let params = Params {
+        listen,
+        streams: stream_address,
+        root,
+        runtime,
+        about: About { handlers: drivers.offered, cgroup_root: format!("lambdalet-{owner}"), hostname },
+        range,
+        plug: (kind != RuntimeKind::Fake).then(|| Plug { name: bridge_name(&owner), bridge }),
+    };
+    let cri = Cri::bind(params, &tasks).await?;
+    let draining = tasks.draining();
+    tasks.spawn("CRI", async move {
+        cri.serve(draining).await?;
+        if tokio::time::timeout(EXECS_PATIENCE, keepers.idle()).await.is_err() {
+            tracing::warn!("what clients had started in containers did not end in time");
+        }
+        Ok(())
+    });
+    supervisor.run(PATIENCE).await
+}
+
+/// As a node of this owner has it; an interface's name has room for fifteen characters.
+fn bridge_name(owner: &str) -> String {
+    format!("ll{}", owner.chars().take(8).collect::<String>())
+}

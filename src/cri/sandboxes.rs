@@ -1,0 +1,201 @@
+//! The verbs of sandboxes.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use lambdalet_proto::cri::v1;
+use tonic::{Code, Status};
+use tracing::warn;
+
+use super::core::Core;
+use super::failure::status;
+use super::shelf::Key;
+use super::translate::{self, Place, invalid};
+use super::{files, filter, tell};
+use crate::runtime::types::{PodRef, SandboxId, SandboxState, SandboxStatus};
+use crate::telemetry::chain;
+
+/// The label by which kubelets name a Pod; a list of one Pod's sandboxes asks the driver for no others.
+pub(super) const UID_LABEL: &str = "io.kubernetes.pod.uid";
+
+impl Core {
+    /// Makes a sandbox; the same request again finds the same sandbox.
+    pub(super) async fn run_pod_sandbox(self: Arc<Self>, request: v1::RunPodSandboxRequest) -> Result<String, Status> {
+        self.adopted().await?;
+        let config = request.config.clone().ok_or_else(|| invalid("the request has no config"))?;
+        let (pod, attempt) = translate::pod(&config)?;
+        let handler = self.handler(&request.runtime_handler)?;
+        let key = Key { uid: pod.uid.clone(), container: String::new(), attempt };
+        if self.sandboxes.of(&key).is_some_and(|known| *known != request) && self.has_sandbox(&key).await? {
+            let text = format!("sandbox {attempt} of {pod} ({}) is there, made from another config", pod.uid);
+            return Err(status(Code::AlreadyExists, &text));
+        }
+        let address = match translate::on_host_network(&config)? {
+            true => None,
+            false => Some(self.network.allot(&pod.uid)?),
+        };
+        let made = self.make(request, (&key, &pod), handler, address).await;
+        match &made {
+            Ok(id) => self.sandboxes.named(id, key),
+            Err(_) => {
+                // One that is there although its making failed is listed, and keeps its record until it is removed.
+                if matches!(self.has_sandbox(&key).await, Ok(false)) {
+                    self.sandboxes.forget(&key);
+                }
+                self.let_go(&pod.uid).await;
+            }
+        }
+        self.events.look(&pod.uid);
+        made
+    }
+
+    async fn make(
+        &self,
+        request: v1::RunPodSandboxRequest,
+        (key, pod): (&Key, &PodRef),
+        handler: Option<String>,
+        address: Option<IpAddr>,
+    ) -> Result<String, Status> {
+        let config = request.config.clone().unwrap_or_default();
+        let ports = translate::host_ports(&config)?;
+        let place = Place { handler, address, cgroup_root: &self.about.cgroup_root, hostname: &self.about.hostname };
+        let asked = translate::sandbox(&config, place)?;
+        self.sandboxes.keep(key, request)?;
+        files::write(&self.sandboxes.place(key), &config, (&asked.hostname, address))?;
+        let id = self.runtime.run_pod_sandbox(&asked).await?;
+        let Some(address) = address else { return Ok(id.to_string()) };
+        // Should an older sandbox of the Pod have been stopped meanwhile, it released the address of both.
+        self.network.allot(&pod.uid)?;
+        if let Err(error) = self.network.open_ports(&pod.uid, address, ports).await {
+            if let Err(error) = self.runtime.remove_pod_sandbox(&id).await {
+                warn!(sandbox = %id, error = chain(&error), "failed to remove a sandbox whose ports could not be opened");
+            }
+            return Err(error.into());
+        }
+        Ok(id.to_string())
+    }
+
+    async fn has_sandbox(&self, key: &Key) -> Result<bool, Status> {
+        let found = self.runtime.list_pod_sandboxes(Some(&key.uid)).await?;
+        Ok(found.iter().any(|sandbox| sandbox.attempt == key.attempt))
+    }
+
+    /// Without a ready sandbox the Pod has neither ports nor an address.
+    async fn let_go(&self, uid: &str) {
+        match self.runtime.list_pod_sandboxes(Some(uid)).await {
+            Ok(left) if left.iter().any(|sandbox| sandbox.state == SandboxState::Ready) => return,
+            Ok(_) => {}
+            // Who has an address too long is found at the next start.
+            Err(error) => return warn!(pod_uid = uid, error = chain(&error), "an address is not released"),
+        }
+        if let Err(error) = self.network.close_ports(uid).await {
+            warn!(pod_uid = uid, error = chain(&error), "ports of the host still lead to a Pod that is gone");
+        }
+        self.network.release(uid);
+    }
+
+    /// Stops a sandbox and all in it. One that is stopped or gone is Ok.
+    pub(super) async fn stop_pod_sandbox(&self, asked: &str) -> Result<(), Status> {
+        self.adopted().await?;
+        let Some(sandbox) = self.find_sandbox(asked).await? else { return Ok(()) };
+        self.runtime.stop_pod_sandbox(&sandbox.id).await?;
+        self.let_go(&sandbox.pod.uid).await;
+        self.events.look(&sandbox.pod.uid);
+        Ok(())
+    }
+
+    /// Removes a sandbox and all in it. One that is gone is Ok.
+    pub(super) async fn remove_pod_sandbox(&self, asked: &str) -> Result<(), Status> {
+        self.adopted().await?;
+        let Some(sandbox) = self.find_sandbox(asked).await? else {
+            if let Some(key) = self.sandboxes.key_of(&self.sandboxes.id(asked)) {
+                self.sandboxes.forget(&key);
+                self.let_go(&key.uid).await;
+            }
+            return Ok(());
+        };
+        let members = self.runtime.list_containers(Some(&sandbox.pod.uid)).await?;
+        self.runtime.remove_pod_sandbox(&sandbox.id).await?;
+        for member in members.iter().filter(|member| member.sandbox == sandbox.id) {
+            self.logs.end(&member.id);
+            self.containers.forget(&member.into());
+        }
+        self.sandboxes.forget(&(&sandbox).into());
+        self.let_go(&sandbox.pod.uid).await;
+        self.events.look(&sandbox.pod.uid);
+        Ok(())
+    }
+
+    async fn find_sandbox(&self, asked: &str) -> Result<Option<SandboxStatus>, Status> {
+        if asked.is_empty() {
+            return Err(invalid("the request names no sandbox"));
+        }
+        match self.runtime.pod_sandbox_status(&self.sandbox_id(asked)).await {
+            Ok(found) => Ok(Some(found)),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The sandbox that a client means.
+    pub(super) fn sandbox_id(&self, asked: &str) -> SandboxId {
+        SandboxId::from(self.sandboxes.id(asked))
+    }
+
+    /// The sandbox now, and the containers in it.
+    pub(super) async fn pod_sandbox_status(
+        &self,
+        asked: &str,
+        verbose: bool,
+    ) -> Result<v1::PodSandboxStatusResponse, Status> {
+        self.adopted().await?;
+        let sandbox = self.runtime.pod_sandbox_status(&self.sandbox_id(asked)).await?;
+        let members = self.runtime.list_containers(Some(&sandbox.pod.uid)).await?;
+        let members = members.iter().filter(|member| member.sandbox == sandbox.id);
+        Ok(v1::PodSandboxStatusResponse {
+            status: Some(self.tell_sandbox_status(&sandbox)),
+            info: if verbose { self.sandbox_info(&sandbox) } else { HashMap::new() },
+            containers_statuses: members.map(|member| self.tell_container_status(member)).collect(),
+            timestamp: tell::nanoseconds(Some(Timestamp::now())),
+        })
+    }
+
+    fn sandbox_info(&self, sandbox: &SandboxStatus) -> HashMap<String, String> {
+        let kept = self.sandboxes.of(&sandbox.into());
+        let config = kept.as_ref().and_then(|kept| kept.config.as_ref());
+        let info = serde_json::json!({
+            "pid": sandbox.pid,
+            "runtimeHandler": kept.as_ref().map(|kept| kept.runtime_handler.clone()),
+            "hostname": config.map(|config| config.hostname.clone()),
+            "logDirectory": config.map(|config| config.log_directory.clone()),
+            "cgroupParent": config.and_then(|config| Some(config.linux.as_ref()?.cgroup_parent.clone())),
+        });
+        HashMap::from([("info".to_owned(), info.to_string())])
+    }
+
+    /// The sandboxes that a client wants.
+    pub(super) async fn list_pod_sandbox(
+        &self,
+        wanted: Option<v1::PodSandboxFilter>,
+    ) -> Result<Vec<v1::PodSandbox>, Status> {
+        self.adopted().await?;
+        let wanted = wanted.map(|filter| v1::PodSandboxFilter { id: self.sandboxes.id(&filter.id), ..filter });
+        let uid = wanted.as_ref().and_then(|filter| filter.label_selector.get(UID_LABEL));
+        let found = self.runtime.list_pod_sandboxes(uid.map(String::as_str)).await?;
+        let told = found.iter().map(|sandbox| self.tell_sandbox(sandbox));
+        Ok(told.filter(|sandbox| filter::sandbox(sandbox, wanted.as_ref())).collect())
+    }
+
+    /// Gives a sandbox other limits.
+    pub(super) async fn update_pod_sandbox_resources(
+        &self,
+        request: v1::UpdatePodSandboxResourcesRequest,
+    ) -> Result<(), Status> {
+        self.adopted().await?;
+        let limits = request.resources.as_ref().map(translate::resources).transpose()?.unwrap_or_default();
+        let id = self.sandbox_id(&request.pod_sandbox_id);
+        Ok(self.runtime.update_pod_sandbox_resources(&id, &limits).await?)
+    }
+}
