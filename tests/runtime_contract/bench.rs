@@ -213,6 +213,7 @@ impl Bench {
             templates: templates.clone(),
             cgroup: self.owner.clone(),
             scratch: SCRATCH,
+            upkeep: Duration::from_millis(100),
             taps: Some(Arc::new(bridge.clone())),
             ..HostOptions::new(root.clone(), bundle.clone())
         };

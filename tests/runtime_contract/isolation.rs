@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use lambdalet::runtime::stats::StatsScope;
-use lambdalet::runtime::types::{ContainerId, ContainerState, SandboxId, SandboxState};
+use lambdalet::runtime::types::{ContainerId, ContainerState, Resources, SandboxId, SandboxState};
 
 use crate::bench::{Bench, PATIENCE, SCRATCH};
 use crate::machines::{says, sh, vmm};
@@ -36,6 +36,20 @@ async fn works(bench: &Bench, sandbox: &SandboxId) {
     let after = bench.started("after", bench.script("echo well")).await;
     assert_eq!(bench.exited(&after).await.exit_code, 0);
     says(bench, &after, "well").await;
+}
+
+/// Of a guest its own cgroups are believed, beside others the host's decide.
+pub(crate) async fn a_machine_has_the_weight_of_its_pod(bench: &mut Bench) {
+    let sandbox = bench.sandbox("p").await;
+    let pid = vmm(bench, &sandbox).await;
+    let Some(shares) = of_cgroup(pid, "cpu", "../cpu.shares") else {
+        println!("skipped: cgroups are not of version 1");
+        return;
+    };
+    assert_eq!(shares, 128);
+    let limits = Resources { cpu_shares: Some(512), ..Resources::default() };
+    bench.runtime.update_pod_sandbox_resources(&sandbox, &limits).await.unwrap();
+    assert_eq!(of_cgroup(pid, "cpu", "../cpu.shares"), Some(512));
 }
 
 pub(crate) async fn a_fork_bomb_stays_in_its_guest(bench: &mut Bench) {

@@ -309,6 +309,30 @@ pub(crate) async fn a_guest_cannot_speak_as_another(bench: &mut Bench) {
     assert!(!rules.contains(&format!("!= {mac} counter packets 0 ")), "{rules}");
 }
 
+// === Time ===
+
+pub(crate) async fn a_guests_clock_is_set_right(bench: &mut Bench) {
+    let sandbox = bench.sandbox("p").await;
+    let config = ContainerConfig {
+        security: Security { add_capabilities: vec!["SYS_TIME".to_owned()], ..Security::default() },
+        ..bench.container_config("p", "c", bench.idles())
+    };
+    let id = bench.runtime.create_container(&sandbox, &config).await.unwrap();
+    bench.runtime.start_container(&id).await.unwrap();
+    let behind = async || {
+        let (said, code) = sh(bench, &id, "busybox date +%s").await;
+        assert_eq!(code, 0, "{said}");
+        jiff::Timestamp::now().as_second() - said.trim().parse::<i64>().unwrap()
+    };
+    assert!((0..10).contains(&behind().await), "as it was configured: {}", behind().await);
+    let (said, code) = sh(bench, &id, "busybox date -s 2001-01-01 >/dev/null").await;
+    assert_eq!(code, 0, "{said}");
+    let begun = Instant::now();
+    while !(0..10).contains(&behind().await) {
+        assert!(begun.elapsed() < PATIENCE, "{} s behind", behind().await);
+    }
+}
+
 // === Coming and going ===
 
 /// `LAMBDALET_TEST_CYCLES` says how often.

@@ -213,8 +213,10 @@ on_machines! {
         Own the_first_guest_is_booted_and_a_spoilt_template_is_replaced
         Shared a_guest_is_reached_by_host_and_neighbours_and_reaches_them
         Shared a_guest_cannot_speak_as_another
+        Shared a_guests_clock_is_set_right
         Shared machines_that_come_and_go_leave_nothing;
     isolation:
+        Shared a_machine_has_the_weight_of_its_pod
         Shared a_fork_bomb_stays_in_its_guest
         Shared a_memory_bomb_ends_its_container_alone
         Shared a_full_disk_is_its_guests_own;

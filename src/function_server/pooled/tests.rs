@@ -139,6 +139,10 @@ impl Machine for Actor {
         Err(fault())
     }
 
+    fn weigh(&self, _shares: u64) -> Made<()> {
+        Ok(())
+    }
+
     async fn kill(&self) {
         self.stage.0.machines.lock().unwrap().remove(self.dir.path());
         self.stage.0.killed.store(true, Ordering::SeqCst);

@@ -74,6 +74,19 @@ impl HostVm {
         Ok(agent)
     }
 
+    /// Weighs the Pod's CPU time on the host, where that is said.
+    pub(super) fn weigh(&self, limits: &Resources) -> Result<()> {
+        let shares = limits.cpu_shares.and_then(|shares| u64::try_from(shares).ok()).filter(|shares| *shares > 0);
+        let id = self.machine.dir().id();
+        let failed = |error: MachineError| error.during(format!("failed to weigh microVM {id}"));
+        shares.map_or(Ok(()), |shares| self.machine.weigh(shares).map_err(failed))
+    }
+
+    /// Sets the guest's clock, and says by how much it was behind, in nanoseconds.
+    pub(super) async fn set_clock(&self) -> Result<i64> {
+        self.agent().await?.sync_time(rand::random::<[u8; 32]>().to_vec()).await
+    }
+
     /// Ends the session, for a template to be made of the machine: it is to hold nobody's.
     pub(super) async fn hang_up(&self) {
         if let Some(agent) = self.session.lock().await.take() {
@@ -176,6 +189,7 @@ impl Vm for HostVm {
     }
 
     async fn limit_all(&self, limits: &Resources) -> Result<()> {
+        self.weigh(limits)?;
         let (agent, limits) = (self.agent().await?, resources(limits));
         let memory = agent.stats(false).await?.memory_total;
         if limits.memory_bytes > memory {

@@ -13,6 +13,7 @@ mod guest;
 mod scratch;
 mod size;
 mod told;
+mod upkeep;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -76,6 +77,8 @@ pub struct HostOptions {
     pub memory: u64,
     /// Bytes of what the containers of a guest can write; taken from the host as they are written.
     pub scratch: u64,
+    /// How often a machine's console is looked at; its clock is set every thirtieth time.
+    pub upkeep: Duration,
     /// The cgroup in which machines run that templates are made of, from the cgroup root: the node's own.
     pub cgroup: String,
     /// The node's Pod network; without it guests have no network card.
@@ -85,7 +88,7 @@ pub struct HostOptions {
 /// The VMs of this host.
 pub struct HostVms {
     inner: Arc<Inner>,
-    /// Launches, and templates in the making.
+    /// Launches, templates in the making, and who looks after what runs.
     tasks: Mutex<JoinSet<()>>,
 }
 
@@ -118,6 +121,7 @@ impl HostOptions {
             user: VmmUser::default(),
             memory: 512 << 20,
             scratch: 10 << 30,
+            upkeep: Duration::from_secs(10),
             cgroup: "lambdalet".to_owned(),
             taps: None,
         }
@@ -149,7 +153,9 @@ impl HostVms {
         for dir in inner.making.list().map_err(failed)? {
             inner.end(&dir, None).await.map_err(failed)?;
         }
-        Ok(Self { inner: Arc::new(inner), tasks: Mutex::default() })
+        let vms = Self { inner: Arc::new(inner), tasks: Mutex::default() };
+        vms.spawn(upkeep::keep(Arc::clone(&vms.inner)));
+        Ok(vms)
     }
 
     /// Makes the template for guests of Pods with these limits, unless there is one: then the first of them is not booted
@@ -274,6 +280,7 @@ impl Inner {
         drop(spec);
         let vm = Arc::new(HostVm::new(machine));
         self.running().insert(id.to_owned(), Arc::clone(&vm));
+        vm.weigh(&config.resources)?;
         let agent = match &started {
             Started::Booted => vm.agent_within(BOOT_PATIENCE).await?,
             // Whoever tries again boots, and makes a new one.

@@ -121,6 +121,10 @@ impl Machine for HostileMachine {
         Err(MachineError::Unsupported { vmm: "hostile", what: "save".to_owned() })
     }
 
+    fn weigh(&self, _: u64) -> Result<(), MachineError> {
+        Ok(())
+    }
+
     async fn kill(&self) {
         self.counted.killed.fetch_add(1, Ordering::Relaxed);
         self.ended.notify_one();

@@ -128,6 +128,25 @@ impl VmCgroup {
         Ok(())
     }
 
+    /// Weighs the CPU time of its Pod, on the scale of v1; one right below the root is no Pod's, and has no weight.
+    pub(super) fn weigh(&self, shares: u64) -> io::Result<()> {
+        let Some(pod) = self.pod() else { return Ok(()) };
+        let shares = shares.clamp(2, 262_144);
+        if self.unified {
+            // A straight line, as every runtime has it.
+            let weight = 1 + (shares - 2) * 9_999 / 262_142;
+            return fs::write(self.root.join(pod).join("cpu.weight"), weight.to_string());
+        }
+        let directory = self.root.join("cpu").join(pod);
+        if directory.is_dir() { fs::write(directory.join("cpu.shares"), shares.to_string()) } else { Ok(()) }
+    }
+
+    /// That of its Pod, from the root. One right below the root is not a Pod's but the node's, in which others are made at
+    /// any time.
+    fn pod(&self) -> Option<&Path> {
+        self.relative.parent().filter(|pod| pod.components().count() > 1)
+    }
+
     /// Moves a process into it.
     pub(super) fn join(&self, pid: i32) -> io::Result<()> {
         for directory in self.directories() {
@@ -145,8 +164,7 @@ impl VmCgroup {
         // All of them, whatever becomes of one: who comes back for the rest may not know of it.
         let removed: Vec<_> = directories.iter().map(|directory| remove(directory)).collect();
         removed.into_iter().collect::<io::Result<()>>()?;
-        // One right below the root is not a Pod's but the node's, in which others are made at any time.
-        if self.relative.components().count() > 2 {
+        if self.pod().is_some() {
             for pod in directories.iter().filter_map(|directory| directory.parent()) {
                 // It may hold another machine, or be gone.
                 let _ = fs::remove_dir(pod);
@@ -198,6 +216,10 @@ mod tests {
         let limits = Limits { guest_memory: 1 << 20, cpus: Some(vec![1, 3]), numa_node: None };
         cgroup.make(&limits).unwrap();
         cgroup.join(42).unwrap();
+        cgroup.weigh(512).unwrap();
+        assert_eq!(read(root.path().join("cpu/l/pod1/cpu.shares")), "512");
+        VmCgroup::at(root.path(), "l", &id()).weigh(512).unwrap();
+        assert!(!root.path().join("cpu/l/cpu.shares").exists(), "that is the node's");
         let own = |tree: &str| root.path().join(tree).join("l/pod1/vmm-one");
         assert_eq!(read(own("memory").join("memory.limit_in_bytes")), (257 << 20).to_string());
         assert_eq!(read(own("pids").join("pids.max")), "256");
@@ -217,6 +239,8 @@ mod tests {
         let limits = Limits { guest_memory: 0, cpus: None, numa_node: Some(1) };
         cgroup.make(&limits).unwrap();
         cgroup.join(42).unwrap();
+        cgroup.weigh(1024).unwrap();
+        assert_eq!(read(root.path().join("l/pod1/cpu.weight")), "39");
         let own = root.path().join("l/pod1/vmm-one");
         assert_eq!(read(own.join("memory.max")), OVERHEAD.to_string());
         assert_eq!(read(own.join("pids.max")), "256");

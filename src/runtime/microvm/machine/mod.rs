@@ -245,6 +245,12 @@ pub trait Machine: Send + Sync + fmt::Debug {
     /// template.
     async fn save(&self) -> Result<Template>;
 
+    /// Weighs the CPU time of its Pod beside that of others, on the scale of cgroup v1 (2 to 262144, 1024 is one core).
+    ///
+    /// # Errors
+    /// [`MachineError::Start`] if the host's kernel refuses.
+    fn weigh(&self, shares: u64) -> Result<()>;
+
     /// Ends the VMM at once, and returns when it has ended. Killing an ended one is Ok.
     async fn kill(&self);
 

@@ -132,6 +132,10 @@ mod tests {
         async fn save(&self) -> Result<Template> {
             Ok(Template { path: "/".into() })
         }
+        fn weigh(&self, _: u64) -> Result<()> {
+            Ok(())
+        }
+
         async fn kill(&self) {}
         async fn exited(&self) -> VmExit {
             if self.ended { VmExit::Code(1) } else { std::future::pending().await }

@@ -134,6 +134,10 @@ impl Machine for FirecrackerMachine {
         Ok(template)
     }
 
+    fn weigh(&self, shares: u64) -> Result<()> {
+        self.cgroup.weigh(shares).map_err(MachineError::start("weigh the CPU time", self.dir.id()))
+    }
+
     async fn kill(&self) {
         self.process.end(&self.cgroup, self.dir.id()).await;
     }

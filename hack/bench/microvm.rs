@@ -1,0 +1,311 @@
+//! Measures how microVMs start and what they take: from a template and from their kernel, beside the same guest under a
+//! bare QEMU, with the network of a node, yet without Docker and without a cluster.
+//!
+//! `hack/bench/microvm` makes the guest and runs this as root, in a network namespace of its own.
+#![allow(clippy::disallowed_methods, reason = "a benchmark's tasks end with it")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::mem::MaybeUninit;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use clap::Parser;
+use futures::future::try_join_all;
+use lambdalet::network::bridge::Bridge;
+use lambdalet::runtime::SandboxRuntime as _;
+use lambdalet::runtime::microvm::agent::Agent;
+use lambdalet::runtime::microvm::host::{HostOptions, HostVms};
+use lambdalet::runtime::microvm::image;
+use lambdalet::runtime::microvm::logs::LogLimits;
+use lambdalet::runtime::microvm::machine::VmmUser;
+use lambdalet::runtime::microvm::machine::qemu::{AccelChoice, Qemu};
+use lambdalet::runtime::microvm::volumes::Places;
+use lambdalet::runtime::microvm::{MicrovmOptions, MicrovmRuntime};
+use lambdalet::runtime::stats::StatsScope;
+use lambdalet::runtime::types::{NamespaceMode, PodRef, Resources, SandboxConfig, SandboxId, SandboxNetwork};
+use rustix::fs::inotify;
+use tokio::net::UnixStream;
+
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+const GATEWAY: [u8; 4] = [10, 99, 0, 1];
+const PATIENCE: Duration = Duration::from_secs(120);
+
+#[derive(Parser)]
+struct Args {
+    /// Directory of a guest bundle (hack/guest)
+    #[arg(long)]
+    guest: PathBuf,
+    /// Sandboxes restored, one after the other
+    #[arg(long, default_value_t = 20)]
+    restored: u8,
+    /// Sandboxes booted, and guests under a bare QEMU, in turn
+    #[arg(long, default_value_t = 5)]
+    booted: u8,
+    /// Sandboxes at once
+    #[arg(long, default_value_t = 20)]
+    many: u8,
+    /// MiB of memory of each guest
+    #[arg(long, default_value_t = 128)]
+    memory: u64,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).context("only root can make a network for this")?;
+    ensure!(Command::new("ip").args(["link", "set", "lo", "up"]).status()?.success(), "there is no loopback");
+    // Threads of this runtime begin in the namespace too.
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(measure(&args))
+}
+
+async fn measure(args: &Args) -> anyhow::Result<()> {
+    let place = tempfile::tempdir()?;
+    let bridge = Bridge::ensure("lbbench", GATEWAY.into(), "10.99.0.0/24".parse()?).await?;
+    let bench = Bench { args, place: place.path(), bridge, owner: format!("bench-microvm-{}", std::process::id()) };
+    println!("{:<58}{:>10}{:>10}{:>12}", "", "p50", "max", "budget p50");
+    bench.boots().await?;
+    let restores = bench.driver("restores", 1).await?;
+    bench.restores(&restores).await?;
+    bench.many(&restores).await
+}
+
+struct Bench<'a> {
+    args: &'a Args,
+    place: &'a Path,
+    bridge: Bridge,
+    owner: String,
+}
+
+impl Bench<'_> {
+    /// A driver that keeps so many templates; with some the first is there when this returns.
+    async fn driver(&self, name: &str, most_templates: usize) -> anyhow::Result<MicrovmRuntime> {
+        let root = self.place.join(name);
+        let options = HostOptions {
+            memory: self.args.memory << 20,
+            most_templates,
+            cgroup: self.owner.clone(),
+            taps: Some(Arc::new(self.bridge.clone())),
+            ..HostOptions::new(root.clone(), self.args.guest.clone())
+        };
+        let qemu = Qemu::new(QEMU.into(), VmmUser::default(), AccelChoice::Auto);
+        let vms = HostVms::open(options, Arc::new(qemu)).await?;
+        if most_templates > 0 {
+            let begun = Instant::now();
+            vms.prepare(&Resources::default()).await?;
+            row("a template made", &[begun.elapsed()], None);
+        }
+        let images = image::Store::open(&root.join("images"), image::Options::default()).await?;
+        let (owner, places) = (self.owner.clone(), Places::default());
+        let options = MicrovmOptions { owner, root, places, logs: LogLimits::default() };
+        Ok(MicrovmRuntime::open(options, Arc::new(vms), Arc::new(images)).await?)
+    }
+
+    fn config(&self, number: u8) -> SandboxConfig {
+        let name = format!("p{number}");
+        SandboxConfig {
+            pod: PodRef { uid: format!("uid-{name}"), namespace: "bench".into(), name: name.clone() },
+            handler: None,
+            attempt: 0,
+            hostname: name.clone(),
+            network: SandboxNetwork::Pod { address: [10, 99, 0, 10 + number].into() },
+            ipc: NamespaceMode::Pod,
+            pid: NamespaceMode::Container,
+            sysctls: BTreeMap::new(),
+            cgroup_parent: format!("/{}/pod-{name}", self.owner),
+            resources: Resources::default(),
+        }
+    }
+
+    /// Ours and bare ones in turn, so that both meet the same host.
+    async fn boots(&self) -> anyhow::Result<()> {
+        let driver = self.driver("boots", 0).await?;
+        let (mut ours, mut before, mut bare) = (Vec::new(), Vec::new(), Vec::new());
+        // The first makes files and asks QEMU for its version.
+        for round in 0..=self.args.booted {
+            let watch = Watch::new()?;
+            let begun = Instant::now();
+            let id = driver.run_pod_sandbox(&self.config(0)).await?;
+            let took = begun.elapsed();
+            let started = watch.opened()?;
+            let pid = driver.pod_sandbox_status(&id).await?.pid.context("its VMM runs")?;
+            let line = Line::of(pid)?;
+            driver.remove_pod_sandbox(&id).await?;
+            let floor = self.bare(&line).await?;
+            if round > 0 {
+                ours.push(took);
+                before.push(started.saturating_duration_since(begun));
+                bare.push(floor);
+            }
+        }
+        let floor = row("a bare QEMU, from its start to the agent's answer", &bare, None);
+        row("RunPodSandbox by a boot", &ours, Some(floor.mul_f64(1.15)));
+        row("  of it before the VMM's program is opened", &before, Some(Duration::from_millis(15)));
+        println!("  {:.2} times the bare QEMU (budget 1.15)", median(&ours).as_secs_f64() / floor.as_secs_f64());
+        Ok(())
+    }
+
+    /// The least there is: kernel, initramfs, a scratch disk, a network card that leads nowhere, the agent's port.
+    async fn bare(&self, line: &Line) -> anyhow::Result<Duration> {
+        let place = tempfile::tempdir_in(self.place)?;
+        let socket = place.path().join("agent.sock");
+        fs::File::create(place.path().join("scratch"))?.set_len(1 << 30)?;
+        let begun = Instant::now();
+        let mut qemu = self.bare_command(line, place.path(), &socket)?;
+        let answered = async {
+            let stream = loop {
+                match UnixStream::connect(&socket).await {
+                    Ok(stream) => break stream,
+                    Err(error) => ensure!(begun.elapsed() < PATIENCE, "no socket of QEMU: {error}"),
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            };
+            let (agent, _) = Agent::connect(stream, PATIENCE).await?;
+            let took = begun.elapsed();
+            agent.close();
+            Ok(took)
+        };
+        let answered = answered.await;
+        qemu.kill()?;
+        qemu.wait()?;
+        answered
+    }
+
+    fn bare_command(&self, line: &Line, place: &Path, socket: &Path) -> anyhow::Result<Child> {
+        let mut command = Command::new(QEMU);
+        command.args(["-M", "microvm,x-option-roms=off,acpi=on,rtc=on,isa-serial=on"]);
+        command.args(["-accel", &line.accel, "-cpu", &line.cpu, "-append", &line.kernel]);
+        command.args(["-smp", "1", "-nodefaults", "-no-user-config", "-nographic", "-no-reboot"]);
+        command.arg("-m").arg(format!("{}m", self.args.memory));
+        command.arg("-kernel").arg(self.args.guest.join("vmlinux"));
+        command.arg("-initrd").arg(self.args.guest.join("initramfs.cpio"));
+        command.arg("-serial").arg(format!("file:{}", place.join("console").display()));
+        command.args(["-device", "virtio-serial-device", "-device", "virtserialport,chardev=p0,name=agent"]);
+        command.arg("-chardev").arg(format!("socket,path={},id=p0,server=on,wait=off", socket.display()));
+        command.arg("-drive").arg(format!("id=s,file={},format=raw,if=none", place.join("scratch").display()));
+        command.args(["-device", "virtio-blk-device,drive=s,serial=scratch"]);
+        command.args(["-netdev", "hubport,id=n0,hubid=0", "-device", "virtio-net-device,netdev=n0"]);
+        let said = fs::File::create(place.join("said"))?;
+        Ok(command.stdin(Stdio::null()).stderr(said).spawn()?)
+    }
+
+    async fn restores(&self, driver: &MicrovmRuntime) -> anyhow::Result<()> {
+        let (mut ran, mut removed) = (Vec::new(), Vec::new());
+        for round in 0..=self.args.restored {
+            let begun = Instant::now();
+            let id = driver.run_pod_sandbox(&self.config(0)).await?;
+            let took = begun.elapsed();
+            let begun = Instant::now();
+            driver.remove_pod_sandbox(&id).await?;
+            if round > 0 {
+                ran.push(took);
+                removed.push(begun.elapsed());
+            }
+        }
+        row("RunPodSandbox from a template", &ran, Some(Duration::from_millis(250)));
+        row("RemovePodSandbox", &removed, None);
+        Ok(())
+    }
+
+    async fn many(&self, driver: &MicrovmRuntime) -> anyhow::Result<()> {
+        let number = usize::from(self.args.many);
+        let begun = Instant::now();
+        let one = |number: u8| async move {
+            let id = driver.run_pod_sandbox(&self.config(number)).await?;
+            anyhow::Ok((id, begun.elapsed()))
+        };
+        let started: Vec<(SandboxId, Duration)> = try_join_all((0..self.args.many).map(one)).await?;
+        let all = begun.elapsed();
+        let times: Vec<Duration> = started.iter().map(|(_, took)| *took).collect();
+        row(&format!("{number} at once from a template, each"), &times, None);
+        row(&format!("{number} at once from a template, all"), &[all], None);
+        let answered = driver.list_pod_sandbox_stats(StatsScope::CpuAndMemory).await?;
+        ensure!(answered.len() == number, "{} of {number} guests answer", answered.len());
+        let mut sizes = Vec::new();
+        for (id, _) in &started {
+            let pid = driver.pod_sandbox_status(id).await?.pid.context("its VMM runs")?;
+            sizes.push(own_kib(pid)?);
+        }
+        sizes.sort_unstable();
+        let (half, most) = (sizes[sizes.len() / 2] as f64 / 1024.0, sizes[sizes.len() - 1] as f64 / 1024.0);
+        println!(
+            "{:<58}{half:>7.1} MB{most:>7.1} MB{:>9.0} MB",
+            "  memory of one above the template, its VMM included", 70.0
+        );
+        let begun = Instant::now();
+        try_join_all(started.iter().map(|(id, _)| driver.remove_pod_sandbox(id))).await?;
+        row(&format!("{number} at once removed"), &[begun.elapsed()], None);
+        let left = fs::read_dir(self.place.join("restores/vms/default"))?.count();
+        ensure!(left == 0, "{left} machines are left");
+        Ok(())
+    }
+}
+
+/// Prints a row and returns its median.
+fn row(name: &str, times: &[Duration], budget: Option<Duration>) -> Duration {
+    let milliseconds = |time: Duration| format!("{:.1} ms", time.as_secs_f64() * 1e3);
+    let most = times.iter().max().copied().unwrap_or_default();
+    let budget = budget.map_or_else(String::new, milliseconds);
+    println!("{name:<58}{:>10}{:>10}{budget:>12}", milliseconds(median(times)), milliseconds(most));
+    median(times)
+}
+
+fn median(times: &[Duration]) -> Duration {
+    let mut times = times.to_vec();
+    times.sort();
+    times[times.len() / 2]
+}
+
+/// Sees when QEMU's program is opened to be run: the first time from now on.
+struct Watch(JoinHandle<rustix::io::Result<Instant>>);
+
+impl Watch {
+    fn new() -> anyhow::Result<Self> {
+        let events = inotify::init(inotify::CreateFlags::CLOEXEC)?;
+        inotify::add_watch(&events, QEMU, inotify::WatchFlags::OPEN)?;
+        Ok(Self(thread::spawn(move || {
+            let mut buffer = [MaybeUninit::uninit(); 512];
+            inotify::Reader::new(events, &mut buffer).next().map(|_| Instant::now())
+        })))
+    }
+
+    fn opened(self) -> anyhow::Result<Instant> {
+        let seen = self.0.join().map_err(|_| anyhow::anyhow!("nobody watched for QEMU"))?;
+        Ok(seen?)
+    }
+}
+
+/// How a VMM of ours runs its guest.
+struct Line {
+    accel: String,
+    cpu: String,
+    kernel: String,
+}
+
+impl Line {
+    fn of(pid: i32) -> anyhow::Result<Self> {
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline"))?;
+        let after = |option: &str| {
+            let value = line.split('\0').skip_while(|word| *word != option).nth(1);
+            value.map(str::to_owned).with_context(|| format!("QEMU runs without {option}"))
+        };
+        Ok(Self { accel: after("-accel")?, cpu: after("-cpu")?, kernel: after("-append")? })
+    }
+}
+
+/// What is a clone's own, in KiB: its share of all it has mapped, but of the template's memory only what it wrote to.
+fn own_kib(pid: i32) -> anyhow::Result<u64> {
+    let (mut sum, mut of_template) = (0, false);
+    for line in fs::read_to_string(format!("/proc/{pid}/smaps"))?.lines() {
+        let (name, value) = line.split_once(' ').unwrap_or((line, ""));
+        if !name.ends_with(':') {
+            of_template = line.ends_with("/memory") || line.ends_with("/memory (deleted)");
+        } else if name == if of_template { "Anonymous:" } else { "Pss:" } {
+            sum += value.trim().trim_end_matches(" kB").parse::<u64>()?;
+        }
+    }
+    Ok(sum)
+}
