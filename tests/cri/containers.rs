@@ -115,7 +115,7 @@ async fn lists_are_filtered() {
         (v1::ContainerFilter { id: of_a.clone(), ..Default::default() }, &of_a),
     ];
     for (filter, wanted) in table {
-        assert_eq!(list(&mut world, filter.clone()).await, [wanted.clone()], "{filter:?}");
+        assert_eq!(list(&mut world, filter.clone()).await, std::slice::from_ref(wanted), "{filter:?}");
     }
 }
 

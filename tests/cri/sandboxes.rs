@@ -105,10 +105,10 @@ async fn lists_are_filtered() {
     let ready = v1::PodSandboxStateValue { state: v1::PodSandboxState::SandboxReady.into() };
     let by_state = v1::PodSandboxFilter { state: Some(ready), ..Default::default() };
     let by_id = v1::PodSandboxFilter { id: b.clone(), ..Default::default() };
-    assert_eq!(list(&mut world, by_label).await, [a.clone()]);
-    assert_eq!(list(&mut world, by_uid).await, [b.clone()]);
-    assert_eq!(list(&mut world, by_state).await, [a.clone()]);
-    assert_eq!(list(&mut world, by_id).await, [b.clone()]);
+    assert_eq!(list(&mut world, by_label).await, std::slice::from_ref(&a));
+    assert_eq!(list(&mut world, by_uid).await, std::slice::from_ref(&b));
+    assert_eq!(list(&mut world, by_state).await, std::slice::from_ref(&a));
+    assert_eq!(list(&mut world, by_id).await, std::slice::from_ref(&b));
     assert_eq!(list(&mut world, v1::PodSandboxFilter::default()).await.len(), 2);
 }
 
