@@ -36,6 +36,7 @@ use std::fs::File;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::stream;
 use ipnet::IpNet;
@@ -43,6 +44,7 @@ use lambdalet_proto::cri::v1::image_service_server::ImageServiceServer;
 use lambdalet_proto::cri::v1::runtime_service_server::RuntimeServiceServer;
 use tokio::net::TcpListener;
 use tokio::sync::{OnceCell, mpsc};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tracing::info;
@@ -64,6 +66,8 @@ use socket::Socket;
 
 /// Bytes of a request: a kubelet sends and takes as much.
 const LONGEST_REQUEST: usize = 16 << 20;
+/// How long clients have to leave when the server ends; one that does not listen must not hold it up.
+const GRACE: Duration = Duration::from_secs(5);
 /// Calls of one client that are worked on at once; more wait.
 const CALLS: usize = 1024;
 /// Calls of one client that may wait or be worked on at once, streams of events included.
@@ -149,7 +153,16 @@ impl Cri {
             .serve_with_incoming_shutdown(incoming, draining.clone().cancelled_owned());
         let end = draining.child_token();
         let grpc = async {
-            let served = grpc.await;
+            let late = async {
+                draining.cancelled().await;
+                sleep(GRACE).await;
+            };
+            let served = tokio::select! {
+                // Not cancel-safe, and need not be: whoever is still connected then does not listen.
+                served = grpc => served,
+                // Cancel-safe: it only waits.
+                () = late => Ok(()),
+            };
             // Without it nobody asks for the others.
             end.cancel();
             served

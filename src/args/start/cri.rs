@@ -14,7 +14,7 @@ use crate::cri::{About, Cri, Params, Plug};
 use crate::metrics::Metrics;
 use crate::network::uplink::Uplink;
 use crate::node::owner;
-use crate::runtime::docker::Keepers;
+use crate::runtime::docker::{self, Keepers};
 use crate::shutdown::Tasks;
 
 /// What the flags come to.
@@ -44,6 +44,7 @@ pub(in crate::args) async fn serve(plan: Plan) -> anyhow::Result<()> {
     let kind = settings.runtime.kind;
     info!(runtime = kind.name(), root = %root.display(), owner, "starting");
     raise_open_files();
+    let cgroup_root = format!("lambdalet-{owner}");
     let (tasks, supervisor) = Tasks::new();
     let (uplink, bridge) = Uplink::new();
     let (keepers, metrics) = (Keepers::default(), Metrics::new());
@@ -64,6 +65,9 @@ pub(in crate::args) async fn serve(plan: Plan) -> anyhow::Result<()> {
         cri.serve(draining).await?;
         if tokio::time::timeout(EXECS_PATIENCE, keepers.idle()).await.is_err() {
             tracing::warn!("what clients had started in containers did not end in time");
+        }
+        if let Err(error) = docker::remove_empty_cgroup_root(&cgroup_root) {
+            tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the sandboxes' empty cgroup");
         }
         Ok(())
     });
