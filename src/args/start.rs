@@ -160,7 +160,7 @@ async fn start_rooms(
         local_token: None,
     };
     serve_api(&parts).await?;
-    function_server::serve(&parts, function_server::supply(parts.settings.runtime.kind)).await?;
+    function_server::serve(&parts, function_server::supply()).await?;
     tasks.spawn("pods", pods(parts, bridge));
     Ok(())
 }

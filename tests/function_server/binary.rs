@@ -25,7 +25,7 @@ impl Drop for Process {
 }
 
 #[tokio::test]
-async fn a_node_without_microvms_says_so_to_whoever_wants_one() {
+async fn a_node_without_a_pool_says_so_to_whoever_wants_a_replica() {
     if !geteuid().is_root() {
         println!("skipped: a node mounts a directory for secrets, which takes root");
         return;
@@ -65,5 +65,5 @@ async fn a_node_without_microvms_says_so_to_whoever_wants_one() {
     let mut client = Client(FunctionClient::new(connected.await.expect("it listens")));
     let status = client.create().await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
-    assert!(status.message().contains("no microVM driver is open here (--runtime fake)"), "{status:?}");
+    assert!(status.message().contains("is not opened by this version"), "{status:?}");
 }

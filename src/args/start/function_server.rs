@@ -4,7 +4,6 @@ use anyhow::Context;
 use tokio::sync::watch;
 
 use super::Parts;
-use crate::config::RuntimeKind;
 use crate::config::function_server::{FunctionServerSettings, TlsFileNames};
 use crate::function_server::{FunctionServer, Limits, ManagerParams, Params, Supply, TlsFiles};
 
@@ -35,11 +34,9 @@ pub(super) async fn serve(parts: &Parts, supply: watch::Receiver<Supply>) -> any
     Ok(())
 }
 
-/// Where replicas come from with this runtime.
-pub(super) fn supply(runtime: RuntimeKind) -> watch::Receiver<Supply> {
-    let missing = format!(
-        "this node starts no replicas: they are microVMs, and no microVM driver is open here (--runtime {})",
-        runtime.name()
-    );
-    watch::channel(Supply::Missing(missing)).1
+/// Where replicas come from.
+pub(super) fn supply() -> watch::Receiver<Supply> {
+    let missing =
+        "this node starts no replicas: the pool of microVMs that they come from is not opened by this version";
+    watch::channel(Supply::Missing(missing.to_owned())).1
 }

@@ -68,7 +68,7 @@ pub(super) async fn node(mut settings: Settings) -> anyhow::Result<()> {
         keepers,
     };
     serve_api(&parts).await?;
-    function_server::serve(&parts, function_server::supply(parts.settings.runtime.kind)).await?;
+    function_server::serve(&parts, function_server::supply()).await?;
     tasks.spawn("pods", pods(parts, bridge));
     supervisor.run(patience).await
 }
