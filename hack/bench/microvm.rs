@@ -27,7 +27,9 @@ use lambdalet::runtime::microvm::machine::qemu::{AccelChoice, Qemu};
 use lambdalet::runtime::microvm::volumes::Places;
 use lambdalet::runtime::microvm::{MicrovmOptions, MicrovmRuntime};
 use lambdalet::runtime::stats::StatsScope;
-use lambdalet::runtime::types::{NamespaceMode, PodRef, Resources, SandboxConfig, SandboxId, SandboxNetwork};
+use lambdalet::runtime::types::{
+    MachineFiles, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxId, SandboxNetwork,
+};
 use rustix::fs::inotify;
 use tokio::net::UnixStream;
 
@@ -117,6 +119,7 @@ impl Bench<'_> {
             sysctls: BTreeMap::new(),
             cgroup_parent: format!("/{}/pod-{name}", self.owner),
             resources: Resources::default(),
+            machine: MachineFiles::default(),
         }
     }
 

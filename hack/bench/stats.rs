@@ -25,7 +25,9 @@ use lambdalet::kubelet_api::{About, Access, Authorization, KubeletApi, Limits, P
 use lambdalet::metrics::Metrics;
 use lambdalet::pod::directory::Directory;
 use lambdalet::runtime::docker::{DockerOptions, DockerRuntime, NoCable, remove_cgroup_root};
-use lambdalet::runtime::types::{ContainerConfig, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxNetwork};
+use lambdalet::runtime::types::{
+    ContainerConfig, MachineFiles, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxNetwork,
+};
 use lambdalet::runtime::{ImageStore as _, Runtime, SandboxRuntime as _};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls_pki_types::ServerName;
@@ -123,6 +125,7 @@ async fn pod(owner: &str, number: usize, runtime: &Arc<dyn Runtime>) -> anyhow::
         sysctls: BTreeMap::new(),
         cgroup_parent: format!("/{owner}/pod-{name}"),
         resources: Resources { memory_limit: Some(256 << 20), ..Resources::default() },
+        machine: MachineFiles::default(),
     };
     let id = runtime.run_pod_sandbox(&sandbox).await?;
     let container = ContainerConfig {
