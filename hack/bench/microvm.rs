@@ -18,6 +18,7 @@ use clap::Parser;
 use futures::future::try_join_all;
 use lambdalet::network::bridge::Bridge;
 use lambdalet::runtime::SandboxRuntime as _;
+use lambdalet::runtime::docker::remove_cgroup_root;
 use lambdalet::runtime::microvm::agent::Agent;
 use lambdalet::runtime::microvm::host::{HostOptions, HostVms};
 use lambdalet::runtime::microvm::image;
@@ -72,7 +73,8 @@ async fn measure(args: &Args) -> anyhow::Result<()> {
     bench.boots().await?;
     let restores = bench.driver("restores", 1).await?;
     bench.restores(&restores).await?;
-    bench.many(&restores).await
+    bench.many(&restores).await?;
+    Ok(remove_cgroup_root(&bench.owner)?)
 }
 
 struct Bench<'a> {
