@@ -15,7 +15,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair,
 use tempfile::TempDir;
 
 /// Flags that scripts written for a kubelet rely on, and our own.
-const RUN_FLAGS: [&str; 46] = [
+const RUN_FLAGS: [&str; 47] = [
     "kubeconfig",
     "bootstrap-kubeconfig",
     "cert-dir",
@@ -58,6 +58,7 @@ const RUN_FLAGS: [&str; 46] = [
     "function-server-tls-cert-file",
     "function-server-tls-private-key-file",
     "function-server-client-ca-file",
+    "function-server-memory",
     "resource-manager-addr",
     "resource-manager-port",
     "v",

@@ -15,6 +15,7 @@ use crate::config::sysctls::SysctlPattern;
 use crate::config::tls::{CipherSuite, TlsVersion};
 use crate::config::values::{GoDuration, NodeLabel, NodeName, NodeTaint, RegistryHost, Reserved};
 use crate::config::{RuntimeKind, Settings};
+use crate::quantity::Quantity;
 use crate::telemetry::LogFormat;
 use microvm::MicrovmArgs;
 
@@ -66,6 +67,9 @@ impl RunArgs {
         runtime.apply(&mut settings);
         microvm.apply(&mut settings)?;
         settings.function_server = function_server.resolve()?;
+        if let Some(memory) = settings.function_server.as_ref().and_then(|server| server.memory) {
+            settings.node.kube_reserved.add("memory", Quantity::from_units(memory.try_into().unwrap_or(i64::MAX)));
+        }
         anyhow::ensure!(settings.serving.port != 0, "port 0 cannot be written into the Node object: choose one");
         settings.node.port = settings.serving.port;
         settings.node.runtime_name = settings.runtime.kind.name().to_owned();

@@ -6,6 +6,8 @@ use anyhow::Context;
 use clap::Args;
 
 use crate::config::function_server::{FunctionServerSettings, ListenAddress, ManagerAddress, TlsFileNames};
+use crate::config::values::parse_quantity;
+use crate::quantity::Quantity;
 
 /// A resource manager's way to this node, and this node's to it.
 #[derive(Debug, Args)]
@@ -24,6 +26,10 @@ pub(super) struct FunctionServerArgs {
     /// CA bundle that the certificates of both are checked against; without one of its certificates nobody is served
     #[arg(long, value_name = "FILE")]
     function_server_client_ca_file: Option<PathBuf>,
+    /// Memory that all of its replicas may have together, such as 4Gi, which Pods do not get; none can be started without
+    /// it [default: none]
+    #[arg(long, value_name = "QUANTITY", value_parser = parse_quantity)]
+    function_server_memory: Option<Quantity>,
     /// Resource manager (resmngr.ResMngrService) that this node registers with and tells of replicas; over TLS with the
     /// files above if it is on another host [default: none]
     #[arg(long, value_name = "HOST", env = "RESMNGR_ADDR")]
@@ -41,6 +47,7 @@ impl FunctionServerArgs {
             function_server_tls_cert_file: certificate,
             function_server_tls_private_key_file: key,
             function_server_client_ca_file: client_ca,
+            function_server_memory: memory,
             resource_manager_addr: host,
             resource_manager_port: port,
         } = self;
@@ -66,6 +73,7 @@ impl FunctionServerArgs {
         };
         let Some(listen) = function_server_addr else {
             anyhow::ensure!(tls.is_none(), "--function-server-tls-cert-file needs --function-server-addr");
+            anyhow::ensure!(memory.is_none(), "--function-server-memory needs --function-server-addr");
             anyhow::ensure!(
                 manager.is_none(),
                 "--resource-manager-addr (RESMNGR_ADDR) needs --function-server-addr (FUNCTIONSERVER_PORT), which the \
@@ -73,7 +81,8 @@ impl FunctionServerArgs {
             );
             return Ok(None);
         };
-        let settings = FunctionServerSettings { listen, tls, manager };
+        let memory = memory.map(|memory| memory.value().unsigned_abs());
+        let settings = FunctionServerSettings { listen, tls, manager, memory };
         settings.validate()?;
         Ok(Some(settings))
     }

@@ -23,6 +23,7 @@ use crate::apiserver::ApiServer;
 use crate::apiserver::reload::Reload;
 use crate::config::{RuntimeKind, Settings, configuration};
 use crate::events::{self, Events};
+use crate::function_server::Supply;
 use crate::kubelet_api::{self, KubeletApi};
 use crate::metrics::Metrics;
 use crate::network::bridge::Bridge;
@@ -81,6 +82,8 @@ struct Parts {
     events: Events,
     /// True once the host goes down.
     shutting_down: watch::Sender<bool>,
+    /// Where the function server has its replicas from.
+    supply: watch::Sender<Supply>,
     /// SHA-256 of what lets a caller in where there is no API server to ask.
     local_token: Option<[u8; 32]>,
 }
@@ -157,10 +160,11 @@ async fn start_rooms(
         tasks: tasks.clone(),
         events,
         shutting_down,
+        supply: function_server::supply(),
         local_token: None,
     };
     serve_api(&parts).await?;
-    function_server::serve(&parts, function_server::supply()).await?;
+    function_server::serve(&parts).await?;
     tasks.spawn("pods", pods(parts, bridge));
     Ok(())
 }
@@ -248,7 +252,8 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
         bridge.send_replace(Some(made));
     }
     let (drain, drained) = watch::channel(false);
-    let network = (ipam, bridge.borrow().clone());
+    let network = (Arc::new(ipam), bridge.borrow().clone());
+    let replicas = function_server::open(&parts, &network.0, network.1.clone()).await;
     let shared = Arc::new(shared(&parts, network, drained).await?);
     let images = collect_garbage(&parts, &shared);
     evict(&parts, &shared, images)?;
@@ -258,6 +263,9 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
     let pods = if parts.is_standalone() { pods.without_api_server() } else { pods };
     pods.run(draining, settings.node.drain_on_exit).await;
     if settings.node.drain_on_exit {
+        if let Some(replicas) = replicas {
+            replicas.end().await;
+        }
         take_down(&shared, &bridge).await;
     } else if let Err(error) = docker::remove_empty_cgroup_root(&shared.host.cgroup_root) {
         tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the Pods' empty cgroup");
@@ -350,7 +358,7 @@ async fn take_down(shared: &pod::Shared, bridge: &watch::Sender<Option<Bridge>>)
 /// What every Pod's worker uses, and the tasks behind it.
 async fn shared(
     parts: &Parts,
-    (ipam, bridge): (Ipam, Option<Bridge>),
+    (ipam, bridge): (Arc<Ipam>, Option<Bridge>),
     draining: watch::Receiver<bool>,
 ) -> anyhow::Result<pod::Shared> {
     let Parts { settings, api, tasks, .. } = parts;
@@ -382,7 +390,7 @@ async fn shared(
         volumes,
         inputs,
         dns: dns_settings(settings),
-        addresses: Addresses::new(Arc::new(ipam)).on(bridge),
+        addresses: Addresses::new(ipam).on(bridge),
         admission: Admission::allowing(settings.pods.allowed_unsafe_sysctls.clone()),
         capacity,
         evictions: Orders::default(),

@@ -15,6 +15,8 @@ pub struct FunctionServerSettings {
     pub tls: Option<TlsFileNames>,
     /// The resource manager the node registers with.
     pub manager: Option<ManagerAddress>,
+    /// Bytes of memory that all replicas may have together; without it there are none.
+    pub memory: Option<u64>,
 }
 
 /// PEM files of the function server.

@@ -219,6 +219,12 @@ impl FromStr for NodeTaint {
 pub struct Reserved(pub BTreeMap<String, Quantity>);
 
 impl Reserved {
+    /// Reserves so much more of `name`.
+    pub fn add(&mut self, name: &str, more: Quantity) {
+        let reserved = self.0.entry(name.to_owned()).or_insert(Quantity::ZERO);
+        *reserved = *reserved + more;
+    }
+
     /// The list from names and texts.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! Pods as microVMs, on real guests: nothing is different for whoever uses them, but the kernel they run on.
 
 mod functions;
+mod replicas;
 mod restart;
 
 use std::time::Duration;

@@ -63,7 +63,16 @@ async fn a_node_without_a_pool_says_so_to_whoever_wants_a_replica() {
         }
     });
     let mut client = Client(FunctionClient::new(connected.await.expect("it listens")));
-    let status = client.create().await.unwrap_err();
-    assert_eq!(status.code(), Code::Unavailable);
-    assert!(status.message().contains("is not opened by this version"), "{status:?}");
+    let told = timeout(PATIENCE, async {
+        loop {
+            let status = client.create().await.unwrap_err();
+            assert_eq!(status.code(), Code::Unavailable);
+            if status.message() != "the node is starting" {
+                return status;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    let status = told.await.expect("it knows some time");
+    assert!(status.message().contains("it has no Pod network"), "{status:?}");
 }

@@ -55,6 +55,7 @@ pub(super) async fn node(mut settings: Settings) -> anyhow::Result<()> {
     let parts = Parts {
         events: events(&settings, &api, &metrics, &tasks),
         shutting_down: watch::Sender::new(false),
+        supply: function_server::supply(),
         runtime,
         drivers,
         api,
@@ -68,7 +69,7 @@ pub(super) async fn node(mut settings: Settings) -> anyhow::Result<()> {
         keepers,
     };
     serve_api(&parts).await?;
-    function_server::serve(&parts, function_server::supply()).await?;
+    function_server::serve(&parts).await?;
     tasks.spawn("pods", pods(parts, bridge));
     supervisor.run(patience).await
 }
