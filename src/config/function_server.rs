@@ -100,7 +100,7 @@ mod tests {
     fn settings(listen: &str, tls: bool, manager: Option<&str>) -> FunctionServerSettings {
         let tls = tls.then(|| TlsFileNames { certificate: "/c".into(), key: "/k".into(), client_ca: "/a".into() });
         let manager = manager.map(|host| ManagerAddress { host: host.to_owned(), port: 1 });
-        FunctionServerSettings { listen: listen.parse().unwrap(), tls, manager }
+        FunctionServerSettings { listen: listen.parse().unwrap(), tls, manager, memory: None }
     }
 
     #[test]
