@@ -80,7 +80,9 @@ fn a_pod_in_a_microvm_is_a_pod() {
         t.config_map("settings", json!({"colour": "green"})).await;
         let script = "echo to stdout; echo to stderr >&2; mkdir /www; echo served >/www/index.html; touch /www/ready
             httpd -p 8080 -h /www; trap 'exit 0' TERM; while true; do sleep 3600 & wait; done";
-        let probe = |path: &str| json!({"httpGet": {"port": 8080, "path": path}, "periodSeconds": 1});
+        // A busy host answers late for a guest whose processor it translates.
+        let probe =
+            |path: &str| json!({"httpGet": {"port": 8080, "path": path}, "periodSeconds": 1, "timeoutSeconds": 20});
         let more = json!({
             "volumeMounts": [{"name": "settings", "mountPath": "/settings"}, {"name": "scratch", "mountPath": "/scratch"}],
             "resources": {"limits": {"memory": "64Mi", "cpu": "500m"}},
