@@ -224,12 +224,17 @@ async fn serve_api(parts: &Parts) -> anyhow::Result<()> {
     parts.tasks.spawn("node API", async move {
         api.serve(draining).await;
         // No client is left, so what ran for one ends now; this process sees to it as long as it is there.
-        if tokio::time::timeout(EXECS_PATIENCE, keepers.idle()).await.is_err() {
-            tracing::warn!("what clients had started in containers did not end in time");
-        }
+        end_execs(&keepers).await;
         Ok(())
     });
     Ok(())
+}
+
+/// Waits for the ends of what clients had started in containers, once no client is left.
+async fn end_execs(keepers: &Keepers) {
+    if tokio::time::timeout(EXECS_PATIENCE, keepers.idle()).await.is_err() {
+        warn!("what clients had started in containers did not end in time");
+    }
 }
 
 /// The Pod network and the Pod loop on it.
@@ -245,7 +250,7 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
     let ipam =
         Ipam::open(&root.join("addresses"), range, DEFAULT_COOL_DOWN).context("failed to open the Pod addresses")?;
     if settings.runtime.kind != RuntimeKind::Fake {
-        let name = format!("ll{}", &parts.owner[..8]);
+        let name = owner::bridge_name(&parts.owner);
         let made = Bridge::ensure(&name, ipam.gateway(), ipam.range()).await;
         let made = made.context("failed to set up the Pod network")?;
         info!(bridge = name, %range, "the Pod network is up");
@@ -267,10 +272,17 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
             replicas.end().await;
         }
         take_down(&shared, &bridge).await;
-    } else if let Err(error) = docker::remove_empty_cgroup_root(&shared.host.cgroup_root) {
-        tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the Pods' empty cgroup");
+    } else {
+        leave_cgroup(&shared.host.cgroup_root);
     }
     Ok(())
+}
+
+/// Removes the owner's cgroup, if nothing is in it.
+fn leave_cgroup(root: &str) {
+    if let Err(error) = docker::remove_empty_cgroup_root(root) {
+        warn!(error = crate::telemetry::chain(&error), "failed to remove the sandboxes' empty cgroup");
+    }
 }
 
 /// Removes images that nobody uses.
@@ -402,7 +414,7 @@ async fn shared(
         facts,
         registration: parts.node.registration.clone(),
         host: Host {
-            cgroup_root: format!("lambdalet-{}", parts.owner),
+            cgroup_root: owner::cgroup_root(&parts.owner),
             seccomp_root: settings.pods.root_dir.join("seccomp"),
             memory,
             cpu_quota: settings.pods.cpu_cfs_quota,

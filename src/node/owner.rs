@@ -152,6 +152,16 @@ fn write(path: &Path, record: &Record) -> Result<(), OwnerError> {
     std::fs::write(&aside, text).and_then(|()| std::fs::rename(&aside, path)).map_err(failed)
 }
 
+/// The cgroup right below the cgroup root that all of an owner's are in.
+pub fn cgroup_root(owner: &str) -> String {
+    format!("lambdalet-{owner}")
+}
+
+/// Name of the bridge that an owner's sandboxes hang on; an interface's name has room for fifteen characters.
+pub fn bridge_name(owner: &str) -> String {
+    format!("ll{}", owner.chars().take(8).collect::<String>())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

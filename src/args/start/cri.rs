@@ -8,13 +8,13 @@ use ipnet::IpNet;
 use tracing::info;
 
 use super::drivers::{self, Made};
-use super::{EXECS_PATIENCE, PATIENCE, raise_open_files};
+use super::{PATIENCE, end_execs, leave_cgroup, raise_open_files};
 use crate::config::{RuntimeKind, Settings};
 use crate::cri::{About, Cri, Params, Plug};
 use crate::metrics::Metrics;
 use crate::network::uplink::Uplink;
 use crate::node::owner;
-use crate::runtime::docker::{self, Keepers};
+use crate::runtime::docker::Keepers;
 use crate::shutdown::Tasks;
 
 /// What the flags come to.
@@ -44,7 +44,7 @@ pub(in crate::args) async fn serve(plan: Plan) -> anyhow::Result<()> {
     let kind = settings.runtime.kind;
     info!(runtime = kind.name(), root = %root.display(), owner, "starting");
     raise_open_files();
-    let cgroup_root = format!("lambdalet-{owner}");
+    let cgroup_root = owner::cgroup_root(&owner);
     let (tasks, supervisor) = Tasks::new();
     let (uplink, bridge) = Uplink::new();
     let (keepers, metrics) = (Keepers::default(), Metrics::new());
@@ -55,26 +55,17 @@ pub(in crate::args) async fn serve(plan: Plan) -> anyhow::Result<()> {
         streams: stream_address,
         root,
         runtime,
-        about: About { handlers: drivers.offered, cgroup_root: format!("lambdalet-{owner}"), hostname },
+        about: About { handlers: drivers.offered, cgroup_root: cgroup_root.clone(), hostname },
         range,
-        plug: (kind != RuntimeKind::Fake).then(|| Plug { name: bridge_name(&owner), bridge }),
+        plug: (kind != RuntimeKind::Fake).then(|| Plug { name: owner::bridge_name(&owner), bridge }),
     };
     let cri = Cri::bind(params, &tasks).await?;
     let draining = tasks.draining();
     tasks.spawn("CRI", async move {
         cri.serve(draining).await?;
-        if tokio::time::timeout(EXECS_PATIENCE, keepers.idle()).await.is_err() {
-            tracing::warn!("what clients had started in containers did not end in time");
-        }
-        if let Err(error) = docker::remove_empty_cgroup_root(&cgroup_root) {
-            tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the sandboxes' empty cgroup");
-        }
+        end_execs(&keepers).await;
+        leave_cgroup(&cgroup_root);
         Ok(())
     });
     supervisor.run(PATIENCE).await
-}
-
-/// As a node of this owner has it; an interface's name has room for fifteen characters.
-fn bridge_name(owner: &str) -> String {
-    format!("ll{}", owner.chars().take(8).collect::<String>())
 }

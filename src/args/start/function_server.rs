@@ -12,6 +12,7 @@ use crate::function_server::{FunctionServer, Limits, ManagerParams, Params, Supp
 use crate::network::bridge::Bridge;
 use crate::network::ipam::Ipam;
 use crate::network::tap::Taps;
+use crate::node::owner;
 use crate::runtime::microvm::machine::arguments::Services;
 use crate::runtime::microvm::machine::pool::{HostSetups, SetupPool};
 use crate::runtime::microvm::machine::{AssetDirs, VmDirs, VmmUser};
@@ -114,7 +115,7 @@ async fn pooled(
         ipam: Arc::clone(ipam),
         assets: AssetDirs::new(microvm.asset_dirs.clone()),
         services: services(parts, settings),
-        cgroup_parent: format!("lambdalet-{}", parts.owner),
+        cgroup_parent: owner::cgroup_root(&parts.owner),
         most: MOST,
         memory,
     };

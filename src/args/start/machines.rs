@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tokio::sync::OnceCell;
 
 use super::drivers::{Maker, named};
+use crate::node::owner;
 use crate::pod::drivers::{Drivers, MICROVM};
 use crate::pod::guest::Bounds;
 use crate::runtime::handler::Named;
@@ -90,7 +91,7 @@ fn driver(maker: &Maker<'_>, vmm: Vmm, images: &Arc<Images>) -> Late {
     let vms = HostOptions {
         kernel: microvm.kernel_image.clone(),
         assets: AssetDirs::new(microvm.asset_dirs.clone()),
-        cgroup: format!("lambdalet-{}", maker.owner),
+        cgroup: owner::cgroup_root(maker.owner),
         taps: Some(maker.uplink.clone()),
         ..HostOptions::new(root.clone(), microvm.guest_image.clone())
     };
