@@ -133,22 +133,22 @@ fn a_malformed_configuration_file_is_refused_with_its_place() {
 #[test]
 #[ignore = "needs cluster: run hack/test"]
 fn a_configuration_field_without_effect_is_named_and_the_node_runs() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("config.yaml");
-    let text = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nmaxPods: 9\ntopologyManagerPolicy: restricted\nnoSuchField: 1\n";
-    std::fs::write(&path, text).unwrap();
-    on_own_node("ignores", Options::flags(&["--config", path.to_str().unwrap()]), async |t| {
-        let node = t.node.ready(&t.client).await;
-        assert_eq!(node.status.unwrap().allocatable.unwrap()["pods"].0, "9");
-        let log = t.node.log();
-        for field in ["topologyManagerPolicy", "noSuchField"] {
-            assert!(
-                log.lines().any(|l| l.contains("WARN") && l.contains(field)),
-                "{field} is not named:\n{}",
-                tail(&log, 20)
-            );
-        }
-    });
+    on_own_node(
+        "ignores",
+        Options::config("maxPods: 9\ntopologyManagerPolicy: restricted\nnoSuchField: 1\n"),
+        async |t| {
+            let node = t.node.ready(&t.client).await;
+            assert_eq!(node.status.unwrap().allocatable.unwrap()["pods"].0, "9");
+            let log = t.node.log();
+            for field in ["topologyManagerPolicy", "noSuchField"] {
+                assert!(
+                    log.lines().any(|l| l.contains("WARN") && l.contains(field)),
+                    "{field} is not named:\n{}",
+                    tail(&log, 20)
+                );
+            }
+        },
+    );
 }
 
 #[test]

@@ -365,13 +365,7 @@ fn no_command_outlives_the_node_that_ran_it() {
 #[test]
 #[ignore = "needs cluster: run hack/test"]
 fn a_stream_on_which_nothing_happens_ends_in_its_time() {
-    let folder = tempfile::tempdir().unwrap();
-    let config = folder.path().join("config.yaml");
-    let text = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n\
-                evictionHard: {memory.available: 100Mi, nodefs.available: 1Gi, nodefs.inodesFree: 1%}\n\
-                streamingConnectionIdleTimeout: 2s\n";
-    std::fs::write(&config, text).unwrap();
-    on_own_node("idles", Options::flags(&[&format!("--config={}", config.display())]), async |t| {
+    on_own_node("idles", Options::config("streamingConnectionIdleTimeout: 2s\n"), async |t| {
         t.pod("p", sleeper()).await;
         t.running("p").await;
         for (protocol, websockets) in PROTOCOLS {

@@ -285,11 +285,7 @@ fn a_reader_that_leaves_ends_the_work_for_it() {
 #[test]
 #[ignore = "needs cluster: run hack/test"]
 fn logs_survive_rotation() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = dir.path().join("config.yaml");
-    let text = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\ncontainerLogMaxSize: 100Ki\ncontainerLogMaxFiles: 3\n";
-    std::fs::write(&config, text).unwrap();
-    on_own_node("rotates", Options::flags(&["--config", config.to_str().unwrap()]), async |t| {
+    on_own_node("rotates", Options::config("containerLogMaxSize: 100Ki\ncontainerLogMaxFiles: 3\n"), async |t| {
         ended(t, "much", "seq 1 40000").await;
         let log = t.kubectl_text(&["logs", "much"]);
         let numbers: Vec<u32> = log.lines().map(|l| l.parse().unwrap()).collect();

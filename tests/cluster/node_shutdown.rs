@@ -85,13 +85,8 @@ impl Logind {
 #[ignore = "needs cluster: run hack/test"]
 fn pods_have_their_time_before_the_host_goes_down() {
     let mut logind = Logind::new();
-    let config = tempfile::NamedTempFile::new().unwrap();
-    let text = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n\
-                evictionHard: {memory.available: 100Mi, nodefs.available: 1Gi, nodefs.inodesFree: 1%}\n\
-                imageGCHighThresholdPercent: 100\nshutdownGracePeriod: 40s\nshutdownGracePeriodCriticalPods: 20s\n";
-    std::fs::write(config.path(), text).unwrap();
-    let flags = vec![format!("--config={}", config.path().display())];
-    let options = Options { flags, environment: logind.environment() };
+    let config = "shutdownGracePeriod: 40s\nshutdownGracePeriodCriticalPods: 20s\n".to_owned();
+    let options = Options { config, environment: logind.environment(), ..Options::default() };
     on_own_node("goesdown", options, async |t| {
         logind.is_held(true).await;
         let polite = "trap 'sleep 2; exit 5' TERM; echo up; while true; do sleep 3600 & wait; done";

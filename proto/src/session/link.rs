@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf, duplex, split};
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::frame::{Decoder, Frame, Kind, MAX_FRAME, MAX_PAYLOAD, SessionId, encode, pad};
@@ -22,6 +23,9 @@ const GUEST_BUFFER: usize = 2 << 20;
 pub const CONNECTION_WINDOW: u32 = 1 << 20;
 /// A session whose bytes nobody takes for so long is given up.
 const STUCK: Duration = Duration::from_secs(30);
+/// How long a node waits for an answer before it opens its session once more, the first time; it waits twice as long each
+/// time after.
+const ANSWER: Duration = Duration::from_secs(1);
 /// What a node reads at most before the guest has accepted: stale bytes lie in buffers of some hundred KiB.
 const MAX_STALE: u64 = 4 << 20;
 
@@ -94,7 +98,8 @@ pub struct NodeSession<S> {
 
 impl<S: AsyncRead + AsyncWrite> NodeSession<S> {
     /// Opens a session with a fresh random id, and returns the stream for HTTP/2 beside it. There is no deadline: a guest
-    /// that still boots answers when it has booted.
+    /// that still boots answers when it has booted. A guest that takes the node for gone while the two find each other
+    /// drops what it was told, so it is told again until it answers.
     ///
     /// # Errors
     /// What the wire failed with, or too many bytes of no session.
@@ -104,15 +109,25 @@ impl<S: AsyncRead + AsyncWrite> NodeSession<S> {
         let mut opening = BytesMut::new();
         pad(&mut opening);
         encode(&Frame::control(Kind::Open, id), &mut opening);
-        let write = async {
-            writer.write_all(&opening).await?;
-            writer.flush().await
+        let heard = Notify::new();
+        let told = async {
+            let mut patience = ANSWER;
+            loop {
+                writer.write_all(&opening).await?;
+                writer.flush().await?;
+                // Asked between two writes only: half an OPEN would spoil the first frame after it.
+                if timeout(patience, heard.notified()).await.is_ok() {
+                    return Ok(());
+                }
+                patience *= 2;
+            }
         };
         let accepted = async {
             let mut stale = 0;
             loop {
                 let frame = wire.next(MAX_STALE).await?;
                 if frame.session == id && frame.kind == Kind::Accept {
+                    heard.notify_one();
                     return Ok(());
                 }
                 stale += frame.payload.len() as u64;
@@ -122,7 +137,7 @@ impl<S: AsyncRead + AsyncWrite> NodeSession<S> {
             }
         };
         // Both at once: a guest with much stale to say may take nothing before that is read.
-        tokio::try_join!(async { write.await.map_err(SessionError::Wire) }, accepted)?;
+        tokio::try_join!(async { told.await.map_err(SessionError::Wire) }, accepted)?;
         let (theirs, user) = duplex(NODE_BUFFER);
         Ok((theirs, Self { id, wire, writer, user }))
     }

@@ -24,6 +24,8 @@ const START: Duration = Duration::from_secs(40);
 pub(crate) struct Options {
     /// Flags besides those every test node gets.
     pub(crate) flags: Vec<String>,
+    /// Lines of its configuration file besides those every test node gets.
+    pub(crate) config: String,
     /// Environment of the process.
     pub(crate) environment: Vec<(String, String)>,
 }
@@ -31,6 +33,10 @@ pub(crate) struct Options {
 impl Options {
     pub(crate) fn flags(flags: &[&str]) -> Self {
         Self { flags: flags.iter().map(|f| (*f).to_owned()).collect(), ..Self::default() }
+    }
+
+    pub(crate) fn config(lines: &str) -> Self {
+        Self { config: lines.to_owned(), ..Self::default() }
     }
 }
 
@@ -42,6 +48,7 @@ pub(crate) struct Node {
     pub(crate) port: u16,
     range: Option<Range>,
     flags: Vec<String>,
+    config: String,
     /// Another way to the API server than the usual one.
     kubeconfig: OnceLock<PathBuf>,
     process: Mutex<Option<Child>>,
@@ -50,7 +57,8 @@ pub(crate) struct Node {
 impl Node {
     /// Starts a node and waits until it is Ready.
     pub(crate) async fn start(cluster: &Cluster, client: &Client, name: &str, options: Options) -> Self {
-        let node = Self::prepare(cluster, name, &options.flags);
+        let mut node = Self::prepare(cluster, name, &options.flags);
+        node.config = options.config;
         node.spawn(&options.environment);
         node.ready(client).await;
         node
@@ -68,6 +76,7 @@ impl Node {
             port: free_port(),
             range: Some(Range::claim()),
             flags: flags.to_vec(),
+            config: String::new(),
             kubeconfig: OnceLock::new(),
             process: Mutex::new(None),
         }
@@ -86,7 +95,7 @@ impl Node {
         let child = self
             .command("run")
             .args(["--v", "4"])
-            .args(self.thresholds())
+            .args(self.configuration())
             .args(&self.flags)
             .envs(environment.iter().cloned())
             .stdin(Stdio::null())
@@ -98,16 +107,19 @@ impl Node {
         assert!(before.is_none(), "{} runs already", self.name);
     }
 
-    /// A build machine's disk may be fuller than a node's should be: that is no test's concern, except of one with a
-    /// configuration of its own.
-    fn thresholds(&self) -> Option<String> {
+    /// A build machine's disk may be fuller than a node's should be: that is no test's concern, except of one that names a
+    /// file of its own.
+    fn configuration(&self) -> Option<String> {
         if self.flags.iter().any(|flag| flag.starts_with("--config")) {
             return None;
         }
         let path = self.root.with_extension("yaml");
-        let text = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n\
-                    evictionHard: {memory.available: 100Mi, nodefs.available: 1Gi, nodefs.inodesFree: 1%}\n\
-                    imageGCHighThresholdPercent: 100\n";
+        let text = format!(
+            "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n\
+             evictionHard: {{memory.available: 100Mi, nodefs.available: 1Gi, nodefs.inodesFree: 1%}}\n\
+             imageGCHighThresholdPercent: 100\n{}",
+            self.config
+        );
         std::fs::write(&path, text).unwrap();
         Some(format!("--config={}", path.display()))
     }

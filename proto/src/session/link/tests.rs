@@ -72,6 +72,28 @@ fn a_new_session_ends_the_old_one_and_sees_nothing_of_it() {
 }
 
 #[test]
+fn a_session_is_opened_again_until_the_guest_answers() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        // Smaller than what opens a session: the guest is told in pieces.
+        let (ours, theirs) = duplex(1000);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let (reader, writer) = split(theirs);
+            let mut wire = Wire::new(reader);
+            for _ in 0..3 {
+                assert_eq!(next_open(&mut wire).await.unwrap(), 7);
+            }
+            // One that comes while the first is being answered changes nothing.
+            serve_sessions(wire.reader, writer, complement).await
+        });
+        let (mut stream, session) = NodeSession::open(ours, 7).await.unwrap();
+        tasks.spawn(session.run());
+        converse(&mut stream, &vec![5; 300_000]).await;
+    });
+}
+
+#[test]
 fn a_gap_ends_the_session() {
     block_on(async {
         let (ours, theirs) = duplex(1 << 20);
