@@ -37,6 +37,7 @@
 //! * [`telemetry`] writes log lines, and errors with their whole chain of causes.
 //! * [`events`] writes events on Pods and on the Node.
 //! * [`metrics`] is the registry behind `/metrics`.
+//! * [`memory`] lets go of code that is not run.
 //! * [`quantity`] reads and writes Kubernetes quantities exactly.
 //! * [`certificate`] reads and writes certificates, and says when one is to be renewed.
 //! * [`retry`] says when to try again, and tells a failure that goes on once a minute.
@@ -58,6 +59,7 @@ pub mod failpoint;
 pub mod function;
 pub mod function_server;
 pub mod kubelet_api;
+pub mod memory;
 pub mod metrics;
 pub mod network;
 pub mod node;

@@ -15,6 +15,7 @@ const HEIGHTS: [&[&str]; 4] = [
         "events",
         "failpoint",
         "lib",
+        "memory",
         "metrics",
         "quantity",
         "retry",

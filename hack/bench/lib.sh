@@ -31,6 +31,9 @@ start_cluster() {
   mkdir -p "$RESULTS"
 }
 
+# Lines of the node's configuration besides the usual ones.
+NODE_CONFIG=''
+
 # start_node NAME [FLAGS...]: lambdalet, Ready; its API listens on port $NODE_PORT.
 start_node() {
   local name=$1 kubeconfig
@@ -39,6 +42,7 @@ start_node() {
   NODE_PORT=$(free_ports 1)
   mkdir -p "$DIR/run"
   guest_config "$DIR/run/config.yaml"
+  echo "$NODE_CONFIG" >>"$DIR/run/config.yaml"
   proc_start "$DIR/run" lambdalet "$(built lambdalet)" run --kubeconfig "$kubeconfig" \
     --config "$DIR/run/config.yaml" --node-name "$name" \
     --node-ip "$(host_address)" --port "$NODE_PORT" --root-dir "$DIR/root" --max-pods 150 --client-ca-file "$DIR/ca.crt" \

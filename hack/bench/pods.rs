@@ -253,7 +253,7 @@ async fn create(
 ) -> anyhow::Result<()> {
     let mut container = json!({ "name": "c", "image": args.image, "imagePullPolicy": "IfNotPresent" });
     if args.probes {
-        let probe = json!({ "httpGet": { "path": "/", "port": 8080 }, "periodSeconds": 1 });
+        let probe = json!({ "httpGet": { "path": "/etc/hostname", "port": 8080 }, "periodSeconds": 1 });
         container["command"] = json!(["sh", "-c", SERVER]);
         container["readinessProbe"] = probe.clone();
         container["livenessProbe"] = probe;

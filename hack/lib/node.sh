@@ -39,6 +39,7 @@ sweep_node() {
   done
   link=ll${owner:0:8}
   if ip link delete "$link" 2>/dev/null; then warn "removed left-over bridge $link"; fi
+  nft delete table bridge "lambdalet_$link" 2>/dev/null || true
   for table in filter nat; do
     iptables -w -t "$table" -S | sed -n "/lambdalet:$link/s/^-A /-D /p" | xargs -r -L 1 iptables -w -t "$table"
   done

@@ -25,6 +25,7 @@ use crate::config::{RuntimeKind, Settings, configuration};
 use crate::events::{self, Events};
 use crate::function_server::Supply;
 use crate::kubelet_api::{self, KubeletApi};
+use crate::memory;
 use crate::metrics::Metrics;
 use crate::network::bridge::Bridge;
 use crate::network::ipam::{DEFAULT_COOL_DOWN, Ipam};
@@ -109,6 +110,16 @@ pub(super) async fn node(plan: Plan) -> anyhow::Result<()> {
     supervisor.run(patience).await
 }
 
+/// Keeps no more of the program in memory than is run.
+fn stay_small(tasks: &Tasks) {
+    let closing = tasks.closing();
+    tasks.spawn_companion("code", async move {
+        // Cancel-safe: nothing is half done.
+        closing.run_until_cancelled(memory::let_go_of_code()).await;
+        Ok(())
+    });
+}
+
 /// Lets this process open as many files as it may: shells hand out 1024, for the sake of programs with `select`, and a
 /// node with many streams has more.
 fn raise_open_files() {
@@ -163,8 +174,15 @@ async fn start_rooms(
         supply: function_server::supply(),
         local_token: None,
     };
+    serve(parts, bridge).await
+}
+
+/// Listens to clients and takes Pods.
+async fn serve(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Result<()> {
     serve_api(&parts).await?;
     function_server::serve(&parts).await?;
+    let tasks = parts.tasks.clone();
+    stay_small(&tasks);
     tasks.spawn("pods", pods(parts, bridge));
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! `/debug/pprof/…`: what is not to be had here, why, and what to do instead.
 //!
 //! A sampling profiler in the process would need the symbols that shipped binaries leave out, a signal handler that
-//! walks stacks (the one piece of unsafe code of the node), and memory for both. The kernel's profiler does better
+//! walks stacks, and memory for both. The kernel's profiler does better
 //! from outside, without a restart and without cost while nobody looks.
 
 use axum::extract::Request;

@@ -78,9 +78,14 @@ pub(super) async fn open(
         Ok(replicas) => {
             let replicas = Arc::new(replicas);
             parts.supply.send_replace(Supply::Ready(replicas.clone()));
-            if let Err(error) = replicas.fill(READY).await {
-                tracing::warn!(error = chain(&error), "failed to make setups of replicas ahead of time");
-            }
+            let filled = Arc::clone(&replicas);
+            // Pods need not wait for them.
+            parts.tasks.spawn_finite("setups of replicas", async move {
+                if let Err(error) = filled.fill(READY).await {
+                    tracing::warn!(error = chain(&error), "failed to make setups of replicas ahead of time");
+                }
+                Ok(())
+            });
             Some(replicas)
         }
         Err(why) => {

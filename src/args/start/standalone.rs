@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tracing::info;
 
 use super::drivers::{self, Made};
-use super::{DRAIN_PATIENCE, PATIENCE, Parts, events, function_server, pods, raise_open_files, serve_api};
+use super::{DRAIN_PATIENCE, PATIENCE, Parts, events, function_server, raise_open_files, serve};
 use crate::apiserver::ApiServer;
 use crate::config::Settings;
 use crate::metrics::Metrics;
@@ -68,9 +68,7 @@ pub(super) async fn node(mut settings: Settings) -> anyhow::Result<()> {
         metrics,
         keepers,
     };
-    serve_api(&parts).await?;
-    function_server::serve(&parts).await?;
-    tasks.spawn("pods", pods(parts, bridge));
+    serve(parts, bridge).await?;
     supervisor.run(patience).await
 }
 

@@ -1,6 +1,7 @@
 //! What a node has on the host, counted: the same before and after, or something was forgotten.
 
 use std::path::Path;
+use std::process::Command;
 
 use super::node::{Node, mounts_below, output};
 use super::wait::{SOON, poll};
@@ -14,6 +15,8 @@ pub(crate) struct Leaks {
     pub(crate) networks: Vec<String>,
     /// Ports of its bridge.
     pub(crate) links: Vec<String>,
+    /// What guests may send: rules of single taps.
+    pub(crate) guards: Vec<String>,
     /// Routes to Pods.
     pub(crate) routes: Vec<String>,
     /// Addresses that a Pod holds; those that only cool down are free in due time.
@@ -50,6 +53,7 @@ impl Leaks {
             containers: lines(&output("docker", &["ps", "-a", "--filter", &label, "--format", "{{.Names}}"])),
             networks: lines(&output("docker", &["network", "ls", "--filter", &label, "--format", "{{.Name}}"])),
             links: ports(&node.bridge().unwrap()),
+            guards: guards(&node.bridge().unwrap()),
             routes: lines(&output("ip", &["route", "show", "dev", &node.bridge().unwrap()])),
             addresses: held(&node.root.join("addresses")),
             mounts: mounts_below(&node.root),
@@ -72,6 +76,13 @@ fn lines(text: &str) -> Vec<String> {
 fn ports(bridge: &str) -> Vec<String> {
     let listed = output("ip", &["-o", "link", "show", "master", bridge]);
     lines(&listed).iter().filter_map(|line| line.split(": ").nth(1)).map(str::to_owned).collect()
+}
+
+/// A node without microVMs has no such table, and a host without them no such program.
+fn guards(bridge: &str) -> Vec<String> {
+    let listed = Command::new("nft").args(["list", "table", "bridge", &format!("lambdalet_{bridge}")]).output();
+    let listed = listed.map(|listed| String::from_utf8_lossy(&listed.stdout).into_owned()).unwrap_or_default();
+    lines(&listed).into_iter().filter(|line| line.trim().starts_with("chain lt")).collect()
 }
 
 fn held(directory: &Path) -> Vec<String> {

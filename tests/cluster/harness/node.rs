@@ -276,6 +276,8 @@ impl Node {
                 output("iptables", &[&["-w", "-t", table], &words[..]].concat());
             }
         }
+        // Only a node with microVMs has one.
+        let _ = Command::new("nft").args(["delete", "table", "bridge", &format!("lambdalet_{bridge}")]).output();
         output("ip", &["link", "delete", &bridge]);
         // What is empty of Pods goes; a directory that is not refuses.
         let groups = format!("*/lambdalet-{owner}*");

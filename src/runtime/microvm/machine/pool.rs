@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use futures::future::join_all;
+use tokio::sync::Mutex as AsyncMutex;
 
 use super::jail::VmmUser;
 use super::{MachineError, Result, TapLink, TapUse, VmDir, VmDirs, VmId};
@@ -57,6 +58,8 @@ pub struct SetupPool<S> {
     setups: S,
     most_idle: usize,
     state: Mutex<State>,
+    /// Held while setups are made ahead of time, so that none is made behind the back of who removes them.
+    filling: AsyncMutex<()>,
 }
 
 #[derive(Default)]
@@ -127,7 +130,7 @@ fn tap_error(action: &str, dir: &VmDir, error: NetworkError) -> MachineError {
 impl<S: Setups> SetupPool<S> {
     /// An empty pool that keeps at most `most_idle` setups ready; what is given back above that is destroyed.
     pub fn new(setups: S, most_idle: usize) -> Self {
-        Self { setups, most_idle, state: Mutex::default() }
+        Self { setups, most_idle, state: Mutex::default(), filling: AsyncMutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -146,6 +149,7 @@ impl<S: Setups> SetupPool<S> {
     /// # Errors
     /// The first one; the others stay in the pool.
     pub async fn fill(&self, count: usize) -> Result<()> {
+        let _turn = self.filling.lock().await;
         let room = self.most_idle.saturating_sub(self.count().0);
         let made = join_all((0..count.min(room)).map(|_| self.setups.build())).await;
         let mut first = Ok(());
@@ -206,11 +210,12 @@ impl<S: Setups> SetupPool<S> {
         Ok(())
     }
 
-    /// Destroys all that is idle, before the end of the process.
+    /// Destroys all that is idle, before the end of the process. What is being made is waited for.
     ///
     /// # Errors
     /// The first one; all are tried.
     pub async fn drain(&self) -> Result<()> {
+        let _turn = self.filling.lock().await;
         let idle: Vec<Setup> = self.state().idle.drain(..).collect();
         let destroyed = join_all(idle.iter().map(|setup| self.setups.destroy(setup))).await;
         destroyed.into_iter().collect()
