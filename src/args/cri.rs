@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use ipnet::IpNet;
 
-use super::flags::{LoggingArgs, RuntimeArgs};
+use super::flags::{LoggingArgs, MicrovmArgs, RuntimeArgs};
 use super::start::cri::{self, Plan};
 use crate::config::Settings;
 
@@ -35,15 +35,18 @@ pub(super) struct CriArgs {
     #[command(flatten)]
     runtime: RuntimeArgs,
     #[command(flatten)]
+    microvm: MicrovmArgs,
+    #[command(flatten)]
     pub(super) logging: LoggingArgs,
 }
 
 impl CriArgs {
     /// Runs until a signal.
     pub(super) async fn run(self) -> anyhow::Result<()> {
-        let Self { listen, root_dir, owner, stream_address, pod_cidr, runtime, logging: _ } = self;
+        let Self { listen, root_dir, owner, stream_address, pod_cidr, runtime, microvm, logging: _ } = self;
         let mut settings = Settings::default();
         runtime.apply(&mut settings);
+        microvm.apply(&mut settings)?;
         let range = (pod_cidr, DEFAULT_RANGE.parse()?);
         cri::serve(Plan { listen, root_dir, owner, stream_address, range, settings }).await
     }

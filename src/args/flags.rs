@@ -17,7 +17,7 @@ use crate::config::values::{GoDuration, NodeLabel, NodeName, NodeTaint, Registry
 use crate::config::{RuntimeKind, Settings};
 use crate::quantity::Quantity;
 use crate::telemetry::LogFormat;
-use microvm::MicrovmArgs;
+pub(super) use microvm::MicrovmArgs;
 
 /// Every flag of `run` and `check`.
 #[derive(Debug, Args)]

@@ -15,10 +15,10 @@ use super::sandboxes::UID_LABEL;
 use super::shelf::Key;
 use super::translate::{self, Surroundings, invalid};
 use super::{files, filter};
-use crate::runtime::types::{ContainerConfig, ContainerState, ContainerStatus, Grace, PodRef};
+use crate::runtime::types::{ContainerConfig, ContainerId, ContainerState, ContainerStatus, Grace, PodRef};
 
 /// How long a status waits for the end of the log of a container that has ended: who sees the end reads the log.
-const LOG_PATIENCE: Duration = Duration::from_secs(2);
+pub(super) const LOG_PATIENCE: Duration = Duration::from_secs(2);
 
 impl Core {
     /// Makes a container; the same request again finds the same container.
@@ -32,6 +32,7 @@ impl Core {
         let found = self.runtime.pod_sandbox_status(&sandbox).await?;
         let made = self.translated(&config, &(&found).into(), found.pod).await?;
         let key = Key { uid: made.pod.uid.clone(), container: made.name.clone(), attempt: made.attempt };
+        let _turn = self.turns.at(&key).await;
         let record = self.record(request, config, &key, sandbox.as_str());
         if self.containers.of(&key).is_some_and(|known| *known != record) && self.has_container(&key).await? {
             let text =
@@ -44,7 +45,7 @@ impl Core {
         match created {
             Ok(id) => {
                 self.containers.named(id.as_str(), key);
-                self.events.look(&made.pod.uid);
+                self.happened(&made.pod.uid);
                 Ok(id.to_string())
             }
             Err(error) => {
@@ -71,7 +72,7 @@ impl Core {
         let kept = self.sandboxes.of(sandbox);
         let of_sandbox = kept.as_ref().and_then(|kept| kept.config.clone()).unwrap_or_default();
         let around = Surroundings {
-            cgroup_parent: translate::cgroup(&of_sandbox, &pod.uid, &self.about.cgroup_root)?,
+            cgroup_parent: translate::cgroup(&of_sandbox, &pod.uid, self.cgroup_root().await?)?,
             pod,
             image: image.id,
             image_user: image.user,
@@ -121,12 +122,14 @@ impl Core {
     pub(super) async fn start_container(self: Arc<Self>, asked: String) -> Result<(), Status> {
         self.adopted().await?;
         let id = self.container_id(&asked);
-        let target = self.containers.key_of(id.as_str()).and_then(|key| self.log_target(&key));
-        let pump = match target {
+        let key = self.containers.key_of(id.as_str());
+        let pump = match key.as_ref().and_then(|key| self.log_target(key)) {
             Some(target) => Some(self.logs.open(&id, target).await?),
             None => None,
         };
-        self.runtime.start_container(&id).await?;
+        let started = self.runtime.start_container(&id).await;
+        self.changed(&id);
+        started?;
         if let Some(pump) = pump {
             self.logs.begin(pump);
         }
@@ -138,7 +141,16 @@ impl Core {
         self.adopted().await?;
         let id = self.named_container(asked)?;
         let grace = Grace::from_secs(u64::try_from(seconds).unwrap_or(0));
-        Ok(self.runtime.stop_container(&id, grace).await?)
+        let stopped = self.runtime.stop_container(&id, grace).await;
+        self.changed(&id);
+        Ok(stopped?)
+    }
+
+    /// Who lists now finds the container as it has become; the driver's own event may come later.
+    fn changed(&self, id: &ContainerId) {
+        if let Some(key) = self.containers.key_of(id.as_str()) {
+            self.view.changed(&key.uid);
+        }
     }
 
     /// Removes a container, running or not; its log's file stays. One that is gone is Ok.
@@ -146,6 +158,10 @@ impl Core {
         self.adopted().await?;
         let id = self.named_container(&asked)?;
         let key = self.containers.key_of(id.as_str());
+        let _turn = match &key {
+            Some(key) => Some(self.turns.at(key).await),
+            None => None,
+        };
         // What it wrote last is read before the driver forgets it.
         self.runtime.stop_container(&id, Grace::ZERO).await?;
         self.logs.written(&id, LOG_PATIENCE).await;
@@ -153,12 +169,12 @@ impl Core {
         self.logs.end(&id);
         if let Some(key) = key {
             self.containers.forget(&key);
-            self.events.look(&key.uid);
+            self.happened(&key.uid);
         }
         Ok(())
     }
 
-    fn named_container(&self, asked: &str) -> Result<crate::runtime::types::ContainerId, Status> {
+    fn named_container(&self, asked: &str) -> Result<ContainerId, Status> {
         if asked.is_empty() { Err(invalid("the request names no container")) } else { Ok(self.container_id(asked)) }
     }
 
@@ -194,7 +210,7 @@ impl Core {
         let of_sandbox = wanted.as_ref().and_then(|filter| self.sandboxes.key_of(&filter.pod_sandbox_id));
         let labelled = wanted.as_ref().and_then(|filter| filter.label_selector.get(UID_LABEL).cloned());
         let uid = of_sandbox.map(|key| key.uid).or(labelled);
-        let found = self.runtime.list_containers(uid.as_deref()).await?;
+        let (_, found) = self.seen(uid.as_deref()).await?;
         let told = found.iter().map(|container| self.tell_container(container));
         Ok(told.filter(|container| filter::container(container, wanted.as_ref())).collect())
     }
@@ -207,7 +223,9 @@ impl Core {
         self.adopted().await?;
         let limits = request.linux.as_ref().ok_or_else(|| invalid("the request has no limits for Linux"))?;
         let id = self.container_id(&request.container_id);
-        Ok(self.runtime.update_container_resources(&id, &translate::resources(limits)?).await?)
+        let updated = self.runtime.update_container_resources(&id, &translate::resources(limits)?).await;
+        self.changed(&id);
+        Ok(updated?)
     }
 
     /// Opens a container's log anew.

@@ -14,9 +14,11 @@ use super::logs::Logs;
 use super::network::Network;
 use super::shelf::{Key, Shelf};
 use super::tickets::Desk;
+use super::turns::Turns;
+use super::view::{Seen, View};
 use super::{tell, translate};
 use crate::runtime::Runtime;
-use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus, SandboxStatus};
+use crate::runtime::types::{CgroupDriver, ContainerId, ContainerState, ContainerStatus, SandboxStatus};
 use crate::shutdown::Tasks;
 use crate::telemetry::chain;
 
@@ -43,6 +45,8 @@ pub(super) struct Core {
     /// Where the streaming server listens.
     pub(super) streams: SocketAddr,
     pub(super) events: Events,
+    pub(super) turns: Turns,
+    pub(super) view: View,
     pub(super) tasks: Tasks,
     pub(super) adopted: OnceCell<()>,
 }
@@ -98,6 +102,11 @@ impl Core {
         answer.await.unwrap_or_else(|_| Err(status(Code::Unavailable, "the runtime is ending")))
     }
 
+    /// The cgroup of sandboxes whose client names none, and how the engine names cgroups.
+    pub(super) async fn cgroup_root(&self) -> Result<(&str, CgroupDriver), Status> {
+        Ok((&self.about.cgroup_root, self.runtime.cgroup_driver().await?))
+    }
+
     /// The driver that a client means.
     pub(super) fn handler(&self, asked: &str) -> Result<Option<String>, Status> {
         match asked {
@@ -137,14 +146,25 @@ impl Core {
         &self,
         uid: Option<&str>,
     ) -> Result<(Vec<v1::PodSandboxStatus>, Vec<(String, v1::ContainerStatus)>), Status> {
-        self.adopted().await?;
-        let (sandboxes, containers) =
-            tokio::try_join!(self.runtime.list_pod_sandboxes(uid), self.runtime.list_containers(uid))?;
-        let told = |container: &ContainerStatus| (container.pod.uid.clone(), self.tell_container_status(container));
+        let (sandboxes, containers) = self.seen(uid).await?;
+        let told =
+            |container: &Arc<ContainerStatus>| (container.pod.uid.clone(), self.tell_container_status(container));
         Ok((
             sandboxes.iter().map(|sandbox| self.tell_sandbox_status(sandbox)).collect(),
             containers.iter().map(told).collect(),
         ))
+    }
+
+    /// What is there, all or of one Pod.
+    pub(super) async fn seen(&self, uid: Option<&str>) -> Result<Seen, Status> {
+        self.adopted().await?;
+        Ok(self.view.seen(self.runtime.as_ref(), uid).await?)
+    }
+
+    /// Something was done to this Pod, of which drivers may say nothing.
+    pub(super) fn happened(&self, uid: &str) {
+        self.view.changed(uid);
+        self.events.look(uid);
     }
 
     /// The container that a client means.

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -12,7 +13,7 @@ use futures::stream::BoxStream;
 use jiff::Timestamp;
 use lambdalet_proto::cri::v1;
 use tokio::sync::{broadcast, mpsc};
-use tokio::time::sleep;
+use tokio::time::{interval, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 use tracing::debug;
@@ -25,8 +26,10 @@ use crate::telemetry::chain;
 
 /// Events that a slow listener may be behind. One that is further behind is told so and asked to list.
 const BEHIND: usize = 1024;
-/// Pods that wait for a look. If there are more, all are looked at.
+/// Pods that wait for a look. If there are more, the next look is at all.
 const PODS_WAITING: usize = 256;
+/// How often all is looked at, should an event ever be missing.
+const LOOK_EVERY: Duration = Duration::from_secs(60);
 /// Until an engine that went away is asked again.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -45,19 +48,23 @@ enum Stage {
 pub(super) struct Events {
     told: broadcast::Sender<Told>,
     looks: mpsc::Sender<String>,
+    /// More Pods than can wait wanted a look.
+    crowded: AtomicBool,
 }
 
 impl Events {
     /// The way, and the end of it that [`run`] works at.
     pub(super) fn new() -> (Self, mpsc::Receiver<String>) {
         let (looks, wanted) = mpsc::channel(PODS_WAITING);
-        (Self { told: broadcast::Sender::new(BEHIND), looks }, wanted)
+        (Self { told: broadcast::Sender::new(BEHIND), looks, crowded: AtomicBool::new(false) }, wanted)
     }
 
     /// Something was done to this Pod of which drivers say nothing.
     pub(super) fn look(&self, pod_uid: &str) {
-        // If it is full, those that wait are looked at soon, and this one at its next event.
-        let _ = self.looks.try_send(pod_uid.to_owned());
+        if self.looks.try_send(pod_uid.to_owned()).is_err() {
+            // Noticed with the next of those that wait.
+            self.crowded.store(true, Ordering::SeqCst);
+        }
     }
 
     /// What happens from now on, until `end`.
@@ -93,11 +100,13 @@ pub(super) async fn run(core: Arc<Core>, mut looks: mpsc::Receiver<String>, end:
     while !end.is_cancelled() {
         let events = watch.core.runtime.events().await;
         // After the subscription, so that nothing happens in between.
+        watch.core.view.watched(events.is_ok());
         watch.look(None).await;
         match events {
             Ok(events) => watch.follow(events, &mut looks, &end).await,
             Err(error) => debug!(error = chain(&error), "failed to listen for events"),
         }
+        watch.core.view.watched(false);
         tokio::select! {
             // Cancel-safe: it only waits.
             () = sleep(PAUSE) => {}
@@ -123,19 +132,31 @@ impl Watch {
         looks: &mut mpsc::Receiver<String>,
         end: &CancellationToken,
     ) {
+        let mut all = interval(LOOK_EVERY);
+        // The first is at once, and was done.
+        all.tick().await;
         loop {
             let uid = tokio::select! {
                 // Cancel-safe: an event is taken or left.
                 event = events.next() => match event {
-                    Some(event) => event.pod_uid,
+                    Some(event) => {
+                        self.core.view.changed(&event.pod_uid);
+                        Some(event.pod_uid)
+                    }
                     None => return,
                 },
                 // Cancel-safe: a Pod is taken or left.
-                Some(uid) = looks.recv() => uid,
+                Some(uid) = looks.recv() => Some(uid),
+                // Cancel-safe: a tick is taken or left.
+                _ = all.tick() => {
+                    self.core.view.watched(true);
+                    None
+                }
                 // Cancel-safe: a token stays cancelled.
                 () = end.cancelled() => return,
             };
-            self.look(Some(&uid)).await;
+            let crowded = self.core.events.crowded.swap(false, Ordering::SeqCst);
+            self.look(uid.as_deref().filter(|_| !crowded)).await;
         }
     }
 

@@ -4,6 +4,7 @@
 //! client --unix socket--> service --> core: sandboxes, containers, images --verb--> SandboxRuntime, ImageStore
 //!    |                                  |-- shelf: labels, annotations, log paths (no driver keeps them)
 //!    |                                  |-- network: an address for each Pod, the bridge
+//!    |                                  |-- view: what lists tell, looked at again where something happened
 //!    |                                  |-- logs: what containers write, into the client's files
 //!    |                                  '-- events: what happened, by looking
 //!    '--URL of a ticket--> kubelet_api::streaming::plain --> the streams of a process or a port
@@ -31,6 +32,8 @@ mod streams;
 mod tell;
 mod tickets;
 mod translate;
+mod turns;
+mod view;
 
 use std::fs::File;
 use std::net::SocketAddr;
@@ -63,6 +66,8 @@ use network::Network;
 use service::Service;
 use shelf::Shelf;
 use socket::Socket;
+use turns::Turns;
+use view::View;
 
 /// Bytes of a request: a kubelet sends and takes as much.
 const LONGEST_REQUEST: usize = 16 << 20;
@@ -123,6 +128,8 @@ impl Cri {
             desk: Arc::default(),
             streams: listener.local_addr().map_err(failed)?,
             events,
+            turns: Turns::default(),
+            view: View::default(),
             tasks: tasks.clone(),
             adopted: OnceCell::new(),
             runtime,

@@ -4,17 +4,19 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use futures::future::join_all;
 use jiff::Timestamp;
 use lambdalet_proto::cri::v1;
 use tonic::{Code, Status};
 use tracing::warn;
 
+use super::containers::LOG_PATIENCE;
 use super::core::Core;
 use super::failure::status;
 use super::shelf::Key;
 use super::translate::{self, Place, invalid};
 use super::{files, filter, tell};
-use crate::runtime::types::{PodRef, SandboxId, SandboxState, SandboxStatus};
+use crate::runtime::types::{ContainerState, PodRef, SandboxId, SandboxState, SandboxStatus};
 use crate::telemetry::chain;
 
 /// The label by which kubelets name a Pod; a list of one Pod's sandboxes asks the driver for no others.
@@ -28,6 +30,7 @@ impl Core {
         let (pod, attempt) = translate::pod(&config)?;
         let handler = self.handler(&request.runtime_handler)?;
         let key = Key { uid: pod.uid.clone(), container: String::new(), attempt };
+        let _turn = self.turns.at_sandboxes(&pod.uid).await;
         if self.sandboxes.of(&key).is_some_and(|known| *known != request) && self.has_sandbox(&key).await? {
             let text = format!("sandbox {attempt} of {pod} ({}) is there, made from another config", pod.uid);
             return Err(status(Code::AlreadyExists, &text));
@@ -37,17 +40,13 @@ impl Core {
             false => Some(self.network.allot(&pod.uid)?),
         };
         let made = self.make(request, (&key, &pod), handler, address).await;
-        match &made {
-            Ok(id) => self.sandboxes.named(id, key),
-            Err(_) => {
-                // One that is there although its making failed is listed, and keeps its record until it is removed.
-                if matches!(self.has_sandbox(&key).await, Ok(false)) {
-                    self.sandboxes.forget(&key);
-                }
-                self.let_go(&pod.uid).await;
-            }
+        if let Ok(id) = &made {
+            self.sandboxes.named(id, key);
+            self.happened(&pod.uid);
+        } else if let Err(error) = self.settle(&key).await {
+            // What is left of it is found at the next start.
+            warn!(pod = %pod, error = error.message(), "failed to look what is left of a sandbox that could not be made");
         }
-        self.events.look(&pod.uid);
         made
     }
 
@@ -60,14 +59,13 @@ impl Core {
     ) -> Result<String, Status> {
         let config = request.config.clone().unwrap_or_default();
         let ports = translate::host_ports(&config)?;
-        let place = Place { handler, address, cgroup_root: &self.about.cgroup_root, hostname: &self.about.hostname };
+        let cgroup_root = self.cgroup_root().await?;
+        let place = Place { handler, address, cgroup_root, hostname: &self.about.hostname };
         let asked = translate::sandbox(&config, place)?;
         self.sandboxes.keep(key, request)?;
         files::write(&self.sandboxes.place(key), &config, (&asked.hostname, address))?;
         let id = self.runtime.run_pod_sandbox(&asked).await?;
         let Some(address) = address else { return Ok(id.to_string()) };
-        // Should an older sandbox of the Pod have been stopped meanwhile, it released the address of both.
-        self.network.allot(&pod.uid)?;
         if let Err(error) = self.network.open_ports(&pod.uid, address, ports).await {
             if let Err(error) = self.runtime.remove_pod_sandbox(&id).await {
                 warn!(sandbox = %id, error = chain(&error), "failed to remove a sandbox whose ports could not be opened");
@@ -82,50 +80,55 @@ impl Core {
         Ok(found.iter().any(|sandbox| sandbox.attempt == key.attempt))
     }
 
-    /// Without a ready sandbox the Pod has neither ports nor an address.
-    async fn let_go(&self, uid: &str) {
-        match self.runtime.list_pod_sandboxes(Some(uid)).await {
-            Ok(left) if left.iter().any(|sandbox| sandbox.state == SandboxState::Ready) => return,
-            Ok(_) => {}
-            // Who has an address too long is found at the next start.
-            Err(error) => return warn!(pod_uid = uid, error = chain(&error), "an address is not released"),
+    /// After something was done to a sandbox, in the same turn: one that is gone is forgotten, and a Pod without a ready one
+    /// has neither ports nor an address. One that is there although its making or removal failed keeps its record.
+    async fn settle(&self, key: &Key) -> Result<(), Status> {
+        let left = self.runtime.list_pod_sandboxes(Some(&key.uid)).await?;
+        if !left.iter().any(|sandbox| sandbox.attempt == key.attempt) {
+            self.sandboxes.forget(key);
         }
-        if let Err(error) = self.network.close_ports(uid).await {
-            warn!(pod_uid = uid, error = chain(&error), "ports of the host still lead to a Pod that is gone");
+        if !left.iter().any(|sandbox| sandbox.state == SandboxState::Ready) {
+            if let Err(error) = self.network.close_ports(&key.uid).await {
+                warn!(pod_uid = key.uid, error = chain(&error), "ports of the host still lead to a Pod that is gone");
+            }
+            self.network.release(&key.uid);
         }
-        self.network.release(uid);
+        self.happened(&key.uid);
+        Ok(())
     }
 
     /// Stops a sandbox and all in it. One that is stopped or gone is Ok.
-    pub(super) async fn stop_pod_sandbox(&self, asked: &str) -> Result<(), Status> {
+    pub(super) async fn stop_pod_sandbox(self: Arc<Self>, asked: String) -> Result<(), Status> {
         self.adopted().await?;
-        let Some(sandbox) = self.find_sandbox(asked).await? else { return Ok(()) };
+        let Some(sandbox) = self.find_sandbox(&asked).await? else { return Ok(()) };
+        let _turn = self.turns.at_sandboxes(&sandbox.pod.uid).await;
         self.runtime.stop_pod_sandbox(&sandbox.id).await?;
-        self.let_go(&sandbox.pod.uid).await;
-        self.events.look(&sandbox.pod.uid);
-        Ok(())
+        self.settle(&(&sandbox).into()).await
     }
 
-    /// Removes a sandbox and all in it. One that is gone is Ok.
-    pub(super) async fn remove_pod_sandbox(&self, asked: &str) -> Result<(), Status> {
+    /// Removes a sandbox and all in it; the files of their logs stay. One that is gone is Ok.
+    pub(super) async fn remove_pod_sandbox(self: Arc<Self>, asked: String) -> Result<(), Status> {
         self.adopted().await?;
-        let Some(sandbox) = self.find_sandbox(asked).await? else {
-            if let Some(key) = self.sandboxes.key_of(&self.sandboxes.id(asked)) {
-                self.sandboxes.forget(&key);
-                self.let_go(&key.uid).await;
-            }
-            return Ok(());
+        let Some(sandbox) = self.find_sandbox(&asked).await? else {
+            // One that went by itself has left its record.
+            let Some(key) = self.sandboxes.key_of(&self.sandboxes.id(&asked)) else { return Ok(()) };
+            let _turn = self.turns.at_sandboxes(&key.uid).await;
+            return self.settle(&key).await;
         };
+        let _turn = self.turns.at_sandboxes(&sandbox.pod.uid).await;
         let members = self.runtime.list_containers(Some(&sandbox.pod.uid)).await?;
+        let members: Vec<_> = members.into_iter().filter(|member| member.sandbox == sandbox.id).collect();
+        if members.iter().any(|member| member.state == ContainerState::Running) {
+            // What they wrote last is read before the driver forgets it.
+            self.runtime.stop_pod_sandbox(&sandbox.id).await?;
+            join_all(members.iter().map(|member| self.logs.written(&member.id, LOG_PATIENCE))).await;
+        }
         self.runtime.remove_pod_sandbox(&sandbox.id).await?;
-        for member in members.iter().filter(|member| member.sandbox == sandbox.id) {
+        for member in &members {
             self.logs.end(&member.id);
             self.containers.forget(&member.into());
         }
-        self.sandboxes.forget(&(&sandbox).into());
-        self.let_go(&sandbox.pod.uid).await;
-        self.events.look(&sandbox.pod.uid);
-        Ok(())
+        self.settle(&(&sandbox).into()).await
     }
 
     async fn find_sandbox(&self, asked: &str) -> Result<Option<SandboxStatus>, Status> {
@@ -181,9 +184,10 @@ impl Core {
         wanted: Option<v1::PodSandboxFilter>,
     ) -> Result<Vec<v1::PodSandbox>, Status> {
         self.adopted().await?;
+        // After what was there at the start was found: only then are ids known.
         let wanted = wanted.map(|filter| v1::PodSandboxFilter { id: self.sandboxes.id(&filter.id), ..filter });
         let uid = wanted.as_ref().and_then(|filter| filter.label_selector.get(UID_LABEL));
-        let found = self.runtime.list_pod_sandboxes(uid.map(String::as_str)).await?;
+        let (found, _) = self.seen(uid.map(String::as_str)).await?;
         let told = found.iter().map(|sandbox| self.tell_sandbox(sandbox));
         Ok(told.filter(|sandbox| filter::sandbox(sandbox, wanted.as_ref())).collect())
     }

@@ -14,6 +14,7 @@ use super::exec_sync::exec_sync;
 use super::failure::status;
 use super::translate::invalid;
 use super::{runtime_status, stats};
+use crate::runtime::types::CgroupDriver;
 
 /// The only version there is since Kubernetes 1.26.
 const API_VERSION: &str = "v1";
@@ -32,8 +33,12 @@ fn answer<T>(message: T) -> Answer<T> {
 }
 
 /// A list in several messages.
-fn in_parts<T: Clone + Send + 'static, M: Send + 'static>(all: Vec<T>, part: fn(Vec<T>) -> M) -> Answer<Streamed<M>> {
-    let parts: Vec<_> = all.chunks(AT_ONCE).map(|some| Ok(part(some.to_vec()))).collect();
+fn in_parts<T: Send + 'static, M: Send + 'static>(all: Vec<T>, part: fn(Vec<T>) -> M) -> Answer<Streamed<M>> {
+    let mut rest = all.into_iter();
+    let parts = std::iter::from_fn(move || {
+        let some: Vec<T> = rest.by_ref().take(AT_ONCE).collect();
+        (!some.is_empty()).then(|| Ok(part(some)))
+    });
     answer(futures::stream::iter(parts).boxed())
 }
 
@@ -60,7 +65,8 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::StopPodSandboxRequest>,
     ) -> Answer<v1::StopPodSandboxResponse> {
-        self.0.stop_pod_sandbox(&request.get_ref().pod_sandbox_id).await?;
+        let verb = Arc::clone(&self.0).stop_pod_sandbox(request.into_inner().pod_sandbox_id);
+        self.0.to_the_end(verb).await?;
         answer(v1::StopPodSandboxResponse {})
     }
 
@@ -68,7 +74,8 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::RemovePodSandboxRequest>,
     ) -> Answer<v1::RemovePodSandboxResponse> {
-        self.0.remove_pod_sandbox(&request.get_ref().pod_sandbox_id).await?;
+        let verb = Arc::clone(&self.0).remove_pod_sandbox(request.into_inner().pod_sandbox_id);
+        self.0.to_the_end(verb).await?;
         answer(v1::RemovePodSandboxResponse {})
     }
 
@@ -295,7 +302,10 @@ impl RuntimeService for Service {
     }
 
     async fn runtime_config(&self, _request: Request<v1::RuntimeConfigRequest>) -> Answer<v1::RuntimeConfigResponse> {
-        let cgroup_driver = v1::CgroupDriver::Cgroupfs.into();
+        let cgroup_driver = match self.0.runtime.cgroup_driver().await? {
+            CgroupDriver::Cgroupfs => v1::CgroupDriver::Cgroupfs.into(),
+            CgroupDriver::Systemd => v1::CgroupDriver::Systemd.into(),
+        };
         answer(v1::RuntimeConfigResponse { linux: Some(v1::LinuxRuntimeConfiguration { cgroup_driver }) })
     }
 

@@ -10,8 +10,8 @@ use tonic::{Code, Status};
 use super::failure::status;
 use crate::network::ports::{HostPort, Protocol};
 use crate::runtime::types::{
-    ContainerConfig, ContainerId, ImageId, MachineFiles, Mount, MountPropagation, NamespaceMode, PodRef, Profile,
-    Resources, SandboxConfig, SandboxNetwork, Security,
+    CgroupDriver, ContainerConfig, ContainerId, ImageId, MachineFiles, Mount, MountPropagation, NamespaceMode, PodRef,
+    Profile, Resources, SandboxConfig, SandboxNetwork, Security,
 };
 
 /// Longest host name the kernel takes, less one for its end.
@@ -48,8 +48,8 @@ pub(super) struct Place<'a> {
     pub(super) handler: Option<String>,
     /// Its address; `None` on the host's network.
     pub(super) address: Option<IpAddr>,
-    /// The cgroup that sandboxes without one of their own are in.
-    pub(super) cgroup_root: &'a str,
+    /// The cgroup that sandboxes without one of their own are in, and how the engine names cgroups.
+    pub(super) cgroup_root: (&'a str, CgroupDriver),
     /// The host's name.
     pub(super) hostname: &'a str,
 }
@@ -114,13 +114,22 @@ fn hostname(config: &v1::PodSandboxConfig, pod: &PodRef, place: &Place<'_>) -> S
     name[..end].trim_end_matches(['-', '.']).to_owned()
 }
 
-/// The cgroup as a path. The client's where it has one: this runtime says that it wants paths (`RuntimeConfig`).
-pub(super) fn cgroup(config: &v1::PodSandboxConfig, uid: &str, root: &str) -> Result<String, Status> {
+/// The cgroup as a path. The client's where it has one: a path, or a slice if the engine names them so.
+pub(super) fn cgroup(
+    config: &v1::PodSandboxConfig,
+    uid: &str,
+    (root, driver): (&str, CgroupDriver),
+) -> Result<String, Status> {
     let asked = config.linux.as_ref().map_or("", |linux| &linux.cgroup_parent);
-    if asked.ends_with(".slice") {
-        return Err(invalid(format!(
-            "cgroup {asked:?} is a name for systemd; this runtime's cgroup driver is cgroupfs, as RuntimeConfig says"
-        )));
+    if let Some(slices) = asked.strip_suffix(".slice") {
+        if driver != CgroupDriver::Systemd {
+            return Err(invalid(format!(
+                "cgroup {asked:?} is a name for systemd; this runtime's cgroup driver is cgroupfs, as RuntimeConfig says"
+            )));
+        }
+        // systemd puts a-b.slice into a.slice: the last name says the whole way.
+        let name = slices.rsplit('/').next().unwrap_or_default();
+        return Ok(format!("/{}", name.replace('-', "/")));
     }
     if !asked.is_empty() {
         return Ok(format!("/{}", asked.trim_matches('/')));

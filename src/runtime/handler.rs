@@ -20,8 +20,8 @@ use futures::stream::{self, BoxStream};
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope};
 use super::types::{
-    ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
-    Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+    CgroupDriver, ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions,
+    RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::{ImageStore, Kind, Result, Runtime, RuntimeError, SandboxRuntime};
 
@@ -161,6 +161,10 @@ impl Handlers {
 impl SandboxRuntime for Handlers {
     async fn version(&self) -> Result<RuntimeVersion> {
         self.own.runtime.version().await
+    }
+
+    async fn cgroup_driver(&self) -> Result<CgroupDriver> {
+        self.own.runtime.cgroup_driver().await
     }
 
     /// The node is as ready as its own driver. A Pod of another fails to start with that one's reason.

@@ -13,8 +13,8 @@ use tokio::sync::OnceCell;
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope};
 use super::types::{
-    ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
-    Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+    CgroupDriver, ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions,
+    RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::{ImageStore, Result, Runtime, SandboxRuntime};
 
@@ -42,6 +42,10 @@ impl Late {
 impl SandboxRuntime for Late {
     async fn version(&self) -> Result<RuntimeVersion> {
         self.get().await?.version().await
+    }
+
+    async fn cgroup_driver(&self) -> Result<CgroupDriver> {
+        self.get().await?.cgroup_driver().await
     }
 
     async fn ready(&self) -> Result<()> {

@@ -39,8 +39,8 @@ pub use error::{Kind, Result, RuntimeError};
 use session::{AttachRequest, Duplex, ExecRequest, Session};
 use stats::{ImageFs, SandboxStats, StatsScope};
 use types::{
-    ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
-    Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+    CgroupDriver, ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions,
+    RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 
 /// Runs Pods: sandboxes and the containers in them.
@@ -60,6 +60,14 @@ pub trait SandboxRuntime: Send + Sync + 'static {
     /// # Errors
     /// What keeps it from running Pods, in words for the node's Ready condition.
     async fn ready(&self) -> Result<()>;
+
+    /// How the engine names cgroups. [`SandboxConfig::cgroup_parent`] is a path with either.
+    ///
+    /// # Errors
+    /// [`Kind::Unavailable`] if it was never reached.
+    async fn cgroup_driver(&self) -> Result<CgroupDriver> {
+        Ok(CgroupDriver::Cgroupfs)
+    }
 
     /// Makes and starts a sandbox, its network up. A sandbox of the same Pod and attempt that is already ready is
     /// returned as it is; a half-made one is removed first.

@@ -18,8 +18,8 @@ use tracing::Instrument;
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope};
 use super::types::{
-    ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
-    Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+    CgroupDriver, ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions,
+    RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::verb::Verb;
 use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime};
@@ -189,6 +189,10 @@ impl<R: SandboxRuntime> SandboxRuntime for Traced<R> {
         self.observe(Verb::Version, "", self.inner.version()).await
     }
 
+    async fn cgroup_driver(&self) -> Result<CgroupDriver> {
+        self.inner.cgroup_driver().await
+    }
+
     async fn ready(&self) -> Result<()> {
         self.observe(Verb::Ready, "", self.inner.ready()).await
     }
@@ -313,6 +317,10 @@ impl<R: ImageStore> ImageStore for Traced<R> {
 impl<R: SandboxRuntime + ?Sized> SandboxRuntime for Arc<R> {
     async fn version(&self) -> Result<RuntimeVersion> {
         (**self).version().await
+    }
+
+    async fn cgroup_driver(&self) -> Result<CgroupDriver> {
+        (**self).cgroup_driver().await
     }
 
     async fn ready(&self) -> Result<()> {

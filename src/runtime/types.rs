@@ -415,6 +415,16 @@ pub struct RuntimeVersion {
     pub version: String,
 }
 
+/// How an engine names the cgroup that a sandbox's containers are in, for whoever makes that cgroup itself
+/// (`cgroupDriver` of a KubeletConfiguration).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CgroupDriver {
+    /// By its path: `/kubepods/burstable/pod1`.
+    Cgroupfs,
+    /// As a slice of systemd: `kubepods-burstable-pod1.slice`.
+    Systemd,
+}
+
 /// Which lines of a container's log are wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LogOptions {

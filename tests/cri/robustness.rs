@@ -1,102 +1,63 @@
-//! The runtime itself, and clients that are many, gone, or ask for what is not there.
+//! Clients that are many, gone, or at odds, and servers that end under them.
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use lambdalet::runtime::verb::Verb;
-use lambdalet::runtime::{Kind, RuntimeError};
 use lambdalet_proto::cri::v1;
-use tokio::time::timeout;
-use tonic::Code;
+use lambdalet_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
+use tokio::time::{sleep, timeout};
+use tonic::transport::Channel;
+use tonic::{Code, Status};
 
 use crate::support::{PATIENCE, World, refused};
 
-#[tokio::test]
-async fn the_runtime_says_what_it_is_and_can() {
-    let mut world = World::new().await;
-    let version = world.runtime.version(v1::VersionRequest::default()).await.unwrap().into_inner();
-    assert_eq!((version.runtime_name.as_str(), version.runtime_api_version.as_str()), ("lambdalet", "v1"));
-    let status = world.runtime.status(v1::StatusRequest { verbose: true }).await.unwrap().into_inner();
-    let conditions = status.status.unwrap().conditions;
-    assert_eq!(
-        conditions.iter().map(|about| about.r#type.as_str()).collect::<Vec<_>>(),
-        ["RuntimeReady", "NetworkReady"]
-    );
-    assert!(conditions.iter().all(|about| about.status), "{conditions:?}");
-    let handlers: Vec<_> = status.runtime_handlers.iter().map(|handler| handler.name.as_str()).collect();
-    assert_eq!(handlers, ["", "fake"]);
-    assert!(status.info["config"].contains("podCIDR"));
-    let config = world.runtime.runtime_config(v1::RuntimeConfigRequest {}).await.unwrap().into_inner();
-    assert_eq!(config.linux.unwrap().cgroup_driver(), v1::CgroupDriver::Cgroupfs);
-    let described = world.runtime.list_metric_descriptors(v1::ListMetricDescriptorsRequest {}).await.unwrap();
-    assert!(!described.into_inner().descriptors.is_empty());
+/// Until the next look at something that no event tells.
+const SOON: Duration = Duration::from_millis(5);
+
+fn request(config: v1::PodSandboxConfig) -> v1::RunPodSandboxRequest {
+    v1::RunPodSandboxRequest { config: Some(config), runtime_handler: String::new() }
 }
 
-#[tokio::test]
-async fn an_engine_in_trouble_is_told_with_its_words() {
-    let mut world = World::new().await;
-    world.fake.fail_next(Verb::Ready, RuntimeError::new(Kind::Unavailable, "the engine sleeps"));
-    let status = world.runtime.status(v1::StatusRequest::default()).await.unwrap().into_inner().status.unwrap();
-    assert!(!status.conditions[0].status && status.conditions[0].message.contains("the engine sleeps"));
+/// Until the fake has been asked this once more than `before`.
+async fn asked(world: &World, verb: Verb, before: u64) {
+    let begun = async {
+        while world.fake().calls(verb) == before {
+            sleep(SOON).await;
+        }
+    };
+    timeout(PATIENCE, begun).await.expect("it begins");
 }
 
-#[tokio::test]
-async fn what_cannot_be_done_is_said() {
-    let mut world = World::new().await;
-    let id = world.started("a", "sleep 60000").await;
-    let request = v1::CheckpointContainerRequest { container_id: id, location: "/tmp/x".into(), timeout: 1 };
-    assert_eq!(refused(world.runtime.checkpoint_container(request).await), Code::Unimplemented);
+/// Nothing is left: no sandbox, no record, no address.
+async fn assert_nothing_is_left(world: &mut World) {
+    assert!(world.sandboxes(v1::PodSandboxFilter::default()).await.is_empty());
+    for kind in ["sandboxes", "containers"] {
+        let left = std::fs::read_dir(world.root().join("root").join(kind)).unwrap().count();
+        assert_eq!(left, 0, "records of {kind}");
+    }
+    // The range of addresses can only be changed while nobody has one.
+    let network_config = Some(v1::NetworkConfig { pod_cidr: "10.99.0.0/24".into() });
+    let change = v1::UpdateRuntimeConfigRequest { runtime_config: Some(v1::RuntimeConfig { network_config }) };
+    world.runtime.update_runtime_config(change).await.unwrap();
 }
 
 #[tokio::test]
 async fn only_the_owner_of_the_socket_may_connect() {
-    let world = World::new().await;
-    let mode = std::fs::metadata(world.root.path().join("cri.sock")).unwrap().permissions().mode();
+    let world = World::inside().await;
+    let mode = std::fs::metadata(world.root().join("cri.sock")).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
 }
 
 #[tokio::test]
-async fn a_thousand_calls_at_once_are_all_answered() {
-    let mut world = World::new().await;
-    world.started("a", "sleep 60000").await;
-    let calls = (0..1000).map(|_| {
-        let mut client = world.runtime.clone();
-        async move {
-            client.list_containers(v1::ListContainersRequest::default()).await.unwrap().into_inner().containers.len()
-        }
-    });
-    let answers = timeout(PATIENCE, futures::future::join_all(calls)).await.expect("all are answered");
-    assert!(answers.len() == 1000 && answers.iter().all(|found| *found == 1));
-}
-
-#[tokio::test]
-async fn a_large_request_is_taken_and_one_too_large_is_refused() {
-    let mut world = World::new().await;
-    let with = |bytes: usize| {
-        let annotations = crate::support::map(&[("large", &"x".repeat(bytes))]);
-        v1::PodSandboxConfig { annotations, ..world.config(&format!("p{bytes}")) }
-    };
-    let (large, too_large) = (with(15 << 20), with(17 << 20));
-    let id = world.run(large).await.unwrap();
-    let status = world.sandbox_status(&id).await.unwrap().status.unwrap();
-    assert_eq!(status.annotations["large"].len(), 15 << 20);
-    // Which code it is depends on whether the client is still sending when it is answered.
-    assert!(world.run(too_large).await.is_err());
-    world.sandbox("after").await;
-}
-
-#[tokio::test]
 async fn a_client_that_leaves_half_way_finds_a_whole_sandbox_later() {
-    let mut world = World::new().await;
-    let hold = world.fake.hang_next(Verb::RunPodSandbox);
+    let mut world = World::inside().await;
+    let hold = world.fake().hang_next(Verb::RunPodSandbox);
     let (mut client, config) = (world.runtime.clone(), world.config("a"));
-    let request = v1::RunPodSandboxRequest { config: Some(config), runtime_handler: String::new() };
-    let call = tokio::spawn(async move { client.run_pod_sandbox(request).await.map(|_| ()) });
-    let begun = async {
-        while world.fake.calls(Verb::RunPodSandbox) == 0 {
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-        }
-    };
-    timeout(PATIENCE, begun).await.expect("it begins");
+    let call = tokio::spawn(async move { client.run_pod_sandbox(request(config)).await.map(|_| ()) });
+    asked(&world, Verb::RunPodSandbox, 0).await;
     call.abort();
     assert!(call.await.is_err());
     drop(hold);
@@ -106,7 +67,7 @@ async fn a_client_that_leaves_half_way_finds_a_whole_sandbox_later() {
             if let Some(sandbox) = list.items.into_iter().next() {
                 return sandbox;
             }
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            sleep(SOON).await;
         }
     };
     let sandbox = timeout(PATIENCE, found).await.expect("it is there");
@@ -114,17 +75,195 @@ async fn a_client_that_leaves_half_way_finds_a_whole_sandbox_later() {
 }
 
 #[tokio::test]
+async fn a_removal_that_has_begun_goes_to_its_end_without_its_client() {
+    let mut world = World::inside().await;
+    let id = world.sandbox("a").await;
+    let hold = world.fake().hang_next(Verb::RemovePodSandbox);
+    let (mut client, pod_sandbox_id) = (world.runtime.clone(), id.clone());
+    let removal = v1::RemovePodSandboxRequest { pod_sandbox_id };
+    let call = tokio::spawn(async move { client.remove_pod_sandbox(removal).await.map(|_| ()) });
+    asked(&world, Verb::RemovePodSandbox, 0).await;
+    call.abort();
+    assert!(call.await.is_err());
+    drop(hold);
+    let gone = async {
+        while world.sandbox_status(&id).await.is_ok() {
+            sleep(SOON).await;
+        }
+    };
+    timeout(PATIENCE, gone).await.expect("it is removed");
+    // Its address goes a moment later than itself.
+    world.remove_sandbox(&id).await.unwrap();
+    assert_nothing_is_left(&mut world).await;
+}
+
+/// All verbs of a Pod's life, one after the other.
+async fn live(
+    mut client: RuntimeServiceClient<Channel>,
+    (config, container): (v1::PodSandboxConfig, v1::ContainerConfig),
+) -> Result<(), Status> {
+    let pod_sandbox_id = client.run_pod_sandbox(request(config)).await?.into_inner().pod_sandbox_id;
+    let create = v1::CreateContainerRequest {
+        pod_sandbox_id: pod_sandbox_id.clone(),
+        config: Some(container),
+        sandbox_config: None,
+    };
+    let container_id = client.create_container(create).await?.into_inner().container_id;
+    client.start_container(v1::StartContainerRequest { container_id: container_id.clone() }).await?;
+    client.stop_container(v1::StopContainerRequest { container_id: container_id.clone(), timeout: 1 }).await?;
+    client.remove_container(v1::RemoveContainerRequest { container_id }).await?;
+    client.stop_pod_sandbox(v1::StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() }).await?;
+    client.remove_pod_sandbox(v1::RemovePodSandboxRequest { pod_sandbox_id }).await.map(|_| ())
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_at_any_stage_leaves_nothing_that_cannot_be_removed() {
+    use Verb::{
+        CreateContainer, RemoveContainer, RemovePodSandbox, RunPodSandbox, StartContainer, StopContainer,
+        StopPodSandbox,
+    };
+    let stages = [
+        RunPodSandbox,
+        CreateContainer,
+        StartContainer,
+        StopContainer,
+        RemoveContainer,
+        StopPodSandbox,
+        RemovePodSandbox,
+    ];
+    for stage in stages {
+        let mut world = World::inside().await;
+        let before = world.fake().calls(stage);
+        let hold = world.fake().hang_next(stage);
+        let configs = (world.config("a"), world.container("main", "sleep 60000"));
+        let call = tokio::spawn(live(world.runtime.clone(), configs));
+        asked(&world, stage, before).await;
+        call.abort();
+        assert!(call.await.is_err(), "{stage:?}");
+        drop(hold);
+        let removed = async {
+            // What is still being made is there soon.
+            loop {
+                let all = world.sandboxes(v1::PodSandboxFilter::default()).await;
+                for id in &all {
+                    world.stop_sandbox(id).await.unwrap();
+                    world.remove_sandbox(id).await.unwrap();
+                }
+                if all.is_empty() && world.fake().calls(RemovePodSandbox) > 0 {
+                    return;
+                }
+                sleep(SOON).await;
+            }
+        };
+        timeout(PATIENCE, removed).await.unwrap_or_else(|_| panic!("{stage:?}: it is removed"));
+        assert_nothing_is_left(&mut world).await;
+    }
+}
+
+#[tokio::test]
+async fn of_two_clients_with_two_configs_one_gets_its_sandbox_whole_and_the_other_is_told() {
+    let mut world = World::inside().await;
+    let hold = world.fake().hang_next(Verb::RunPodSandbox);
+    let run = |config: v1::PodSandboxConfig| {
+        let mut client = world.runtime.clone();
+        tokio::spawn(async move { client.run_pod_sandbox(request(config)).await })
+    };
+    let first = run(world.config("a"));
+    asked(&world, Verb::RunPodSandbox, 0).await;
+    let second = run(v1::PodSandboxConfig { labels: world.labels(&[("app", "other")]), ..world.config("a") });
+    // So that the second is there before the first is done.
+    sleep(20 * SOON).await;
+    drop(hold);
+    let id = timeout(PATIENCE, first).await.expect("it ends").unwrap().unwrap().into_inner().pod_sandbox_id;
+    assert_eq!(refused(timeout(PATIENCE, second).await.expect("it ends").unwrap()), Code::AlreadyExists);
+    assert_eq!(world.sandbox_status(&id).await.unwrap().status.unwrap().labels, world.config("a").labels);
+}
+
+#[tokio::test]
+async fn clients_that_make_and_remove_the_same_sandbox_at_once_leave_nothing() {
+    let mut world = World::inside().await;
+    world.fake().set_start_delay(SOON);
+    let fights = (0..20).map(|number| {
+        let (mut client, config) = (world.runtime.clone(), world.config("a"));
+        tokio::spawn(async move {
+            for _ in 0..10 {
+                let made = client.run_pod_sandbox(request(config.clone())).await.unwrap().into_inner();
+                let pod_sandbox_id = made.pod_sandbox_id;
+                if number % 2 == 0 {
+                    let stop = v1::StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() };
+                    client.stop_pod_sandbox(stop).await.unwrap();
+                }
+                client.remove_pod_sandbox(v1::RemovePodSandboxRequest { pod_sandbox_id }).await.unwrap();
+            }
+        })
+    });
+    for fight in timeout(PATIENCE, futures::future::join_all(fights)).await.expect("they end") {
+        fight.unwrap();
+    }
+    assert_nothing_is_left(&mut world).await;
+}
+
+#[tokio::test]
 async fn a_restart_finds_everything_again() {
-    let mut world = World::new().await;
+    let mut world = World::inside().await;
     let id = world.started("a", "sleep 60000").await;
-    let sandbox =
-        world.runtime.list_pod_sandbox(v1::ListPodSandboxRequest::default()).await.unwrap().into_inner().items;
-    let before = (world.sandbox_status(&sandbox[0].id).await.unwrap().status, world.status(&id).await.unwrap());
+    let sandbox = world.sandboxes(v1::PodSandboxFilter::default()).await.remove(0);
+    let before = (world.sandbox_status(&sandbox).await.unwrap().status, world.status(&id).await.unwrap());
     let mut world = world.restarted().await;
-    let after = (world.sandbox_status(&sandbox[0].id).await.unwrap().status, world.status(&id).await.unwrap());
+    let after = (world.sandbox_status(&sandbox).await.unwrap().status, world.status(&id).await.unwrap());
     assert_eq!(before, after);
-    let mut ips = vec![after.0.unwrap().network.unwrap().ip];
     let other = world.sandbox("b").await;
-    ips.push(world.sandbox_status(&other).await.unwrap().status.unwrap().network.unwrap().ip);
-    assert_ne!(ips[0], ips[1], "an address is not given twice");
+    assert_ne!(world.ip(&sandbox).await, world.ip(&other).await, "an address is not given twice");
+}
+
+/// Until there are so many sandboxes; how many there are.
+async fn at_least(world: &mut World, wanted: usize) -> usize {
+    let there = async {
+        loop {
+            let count = world.sandboxes(v1::PodSandboxFilter::default()).await.len();
+            if count >= wanted {
+                return count;
+            }
+            sleep(SOON).await;
+        }
+    };
+    timeout(PATIENCE, there).await.expect("they are made")
+}
+
+#[tokio::test]
+async fn a_restart_under_load_leaves_nothing_half_made() {
+    let mut world = World::inside().await;
+    world.fake().set_start_delay(SOON);
+    let enough = Arc::new(AtomicBool::new(false));
+    let load: Vec<_> = (0..16)
+        .map(|number| {
+            let (mut client, template, enough) = (world.runtime.clone(), world.config("a"), Arc::clone(&enough));
+            tokio::spawn(async move {
+                for attempt in 0.. {
+                    if enough.load(Ordering::SeqCst) {
+                        return;
+                    }
+                    let uid = format!("{number}-{attempt}");
+                    let metadata = template.metadata.clone().map(|known| v1::PodSandboxMetadata { uid, ..known });
+                    // While there is no server it is refused.
+                    let _ =
+                        client.run_pod_sandbox(request(v1::PodSandboxConfig { metadata, ..template.clone() })).await;
+                    sleep(SOON).await;
+                }
+            })
+        })
+        .collect();
+    let count = at_least(&mut world, 50).await;
+    let mut world = world.restarted().await;
+    at_least(&mut world, count + 50).await;
+    enough.store(true, Ordering::SeqCst);
+    timeout(PATIENCE, futures::future::join_all(load)).await.expect("the clients end");
+    let every = world.runtime.list_pod_sandbox(v1::ListPodSandboxRequest::default()).await.unwrap().into_inner().items;
+    let mut addresses = std::collections::HashSet::new();
+    for sandbox in &every {
+        assert_eq!(sandbox.labels, world.config("a").labels, "each is as its client said");
+        assert!(addresses.insert(world.ip(&sandbox.id).await), "an address is not given twice");
+        world.remove_sandbox(&sandbox.id).await.unwrap();
+    }
+    assert_nothing_is_left(&mut world).await;
 }

@@ -11,7 +11,7 @@ use lambdalet_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
 use tokio::net::UnixStream;
 use tonic::transport::Channel;
 
-use crate::support::{PATIENCE, connect, map};
+use crate::support::{ENDPOINT, ENDPOINT_IMAGE, PATIENCE, connect, map};
 
 /// The process, killed if a test fails.
 struct Process {
@@ -77,6 +77,31 @@ async fn it_serves_until_a_signal_and_its_socket_is_its_own() {
     process.end();
 }
 
+/// Asks every promise of the server on this socket, in a process of its own: what it is asked of is in its environment.
+fn ask(socket: &Path) {
+    let mut tests = Command::new(std::env::current_exe().unwrap());
+    tests.args(["promises::", "--test-threads=4"]).env(ENDPOINT, socket).env(ENDPOINT_IMAGE, BUSYBOX);
+    let asked = tests.output().unwrap();
+    let text = String::from_utf8_lossy(&asked.stdout);
+    assert!(asked.status.success() && text.contains("test result: ok"), "{text}");
+}
+
+#[tokio::test]
+async fn every_promise_is_kept_over_docker() {
+    if std::env::var_os("LAMBDALET_TEST_DOCKER").is_none_or(|value| value != "1") {
+        return println!("skipped: set LAMBDALET_TEST_DOCKER=1 to ask them of real containers");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let owner = format!("{}promises", std::process::id());
+    let flags = ["--runtime", "docker", "--owner", &owner, "--pod-cidr", "10.189.78.0/24"];
+    let (process, _channel) = Process::start(folder.path(), &flags).await;
+    let socket = process.socket.clone();
+    let asked = tokio::task::spawn_blocking(move || ask(&socket)).await;
+    process.end();
+    remove_bridge("10.189.78.1", "10.189.78.0/24").await;
+    asked.unwrap();
+}
+
 /// The image that Docker tests run; it is there wherever hack/images was run.
 const BUSYBOX: &str = "busybox:1.36";
 /// A range of this test's own, and the address that its bridge has.
@@ -119,15 +144,15 @@ async fn real_containers_run() {
     let left = client.list_containers(v1::ListContainersRequest::default()).await.unwrap().into_inner();
     assert!(left.containers.is_empty(), "{left:?}");
     process.end();
-    remove_bridge().await;
+    remove_bridge(GATEWAY, RANGE).await;
 }
 
 /// The network of a CRI server stays after its end, as its sandboxes do; this one's nobody uses any more.
-async fn remove_bridge() {
-    let listed = Command::new("ip").args(["-o", "addr", "show", "to", GATEWAY]).output().unwrap();
+async fn remove_bridge(gateway: &str, range: &str) {
+    let listed = Command::new("ip").args(["-o", "addr", "show", "to", gateway]).output().unwrap();
     let text = String::from_utf8_lossy(&listed.stdout).into_owned();
     let name = text.split_whitespace().nth(1).expect("the bridge has the gateway's address");
-    let bridge = Bridge::ensure(name, GATEWAY.parse().unwrap(), RANGE.parse().unwrap()).await.unwrap();
+    let bridge = Bridge::ensure(name, gateway.parse().unwrap(), range.parse().unwrap()).await.unwrap();
     bridge.remove().await.unwrap();
 }
 

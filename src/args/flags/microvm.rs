@@ -11,7 +11,7 @@ use crate::config::microvm::{MicrovmAccel, VmmChoice};
 /// Pods as microVMs.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "MicroVMs")]
-pub(super) struct MicrovmArgs {
+pub(in crate::args) struct MicrovmArgs {
     /// Directory of the guest bundle (vmlinux, initramfs.cpio) that microVMs start from; without one the node has no
     /// microVMs [default: /usr/share/lambdalet/guest]
     #[arg(long, value_name = "DIR")]
@@ -35,7 +35,7 @@ pub(super) struct MicrovmArgs {
 }
 
 impl MicrovmArgs {
-    pub(super) fn apply(self, settings: &mut Settings) -> anyhow::Result<()> {
+    pub(in crate::args) fn apply(self, settings: &mut Settings) -> anyhow::Result<()> {
         let Self { guest_image, kernel_image, vm_asset_dirs, microvm_accel, vmm, microvm_host_paths } = self;
         for (flag, dirs) in [("vm-asset-dirs", &vm_asset_dirs), ("microvm-host-paths", &microvm_host_paths)] {
             for dir in dirs {

@@ -9,7 +9,7 @@ fn sandbox_config() -> v1::PodSandboxConfig {
 
 fn place<'a>(address: Option<&str>) -> Place<'a> {
     let address = address.map(|text| text.parse().unwrap());
-    Place { handler: None, address, cgroup_root: "root", hostname: "host" }
+    Place { handler: None, address, cgroup_root: ("root", CgroupDriver::Cgroupfs), hostname: "host" }
 }
 
 fn container_config() -> v1::ContainerConfig {
@@ -58,6 +58,19 @@ fn a_cgroup_is_the_clients_or_one_that_cannot_leave_ours() {
     assert_eq!(with("/kubepods/podx").unwrap().cgroup_parent, "/kubepods/podx");
     assert_eq!(with("").unwrap().cgroup_parent, "/root/podu_1");
     assert_eq!(with("kubepods-podx.slice").unwrap_err().code(), Code::InvalidArgument);
+}
+
+#[test]
+fn a_slice_is_a_path_for_an_engine_that_uses_systemd() {
+    let of = |parent: &str| {
+        let linux = v1::LinuxPodSandboxConfig { cgroup_parent: parent.into(), ..Default::default() };
+        let config = v1::PodSandboxConfig { linux: Some(linux), ..sandbox_config() };
+        cgroup(&config, "u", ("root", CgroupDriver::Systemd)).unwrap()
+    };
+    let whole = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podx_1.slice";
+    assert_eq!(of(whole), "/kubepods/burstable/podx_1");
+    assert_eq!(of("kubepods-podx.slice"), "/kubepods/podx");
+    assert_eq!((of("/a/b"), of("")), ("/a/b".to_owned(), "/root/podu".to_owned()));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::runtime::types::Resources;
+use crate::runtime::types::{CgroupDriver, Resources};
 
 /// Where the host's cgroup file systems are mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -32,6 +32,11 @@ impl Cgroups {
 
     fn at(root: &Path, systemd: bool) -> Self {
         Self { root: root.into(), unified: root.join("cgroup.controllers").exists(), systemd }
+    }
+
+    /// How Docker names them.
+    pub(super) fn driver(&self) -> CgroupDriver {
+        if self.systemd { CgroupDriver::Systemd } else { CgroupDriver::Cgroupfs }
     }
 
     /// What Docker wants as the parent of a container's cgroup.

@@ -59,8 +59,8 @@ use self::stats::Statistics;
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope};
 use super::types::{
-    ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions, RegistryAuth,
-    Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
+    CgroupDriver, ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions,
+    RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime};
 use crate::network::inside::Sockets;
@@ -240,6 +240,10 @@ impl SandboxRuntime for DockerRuntime {
     async fn version(&self) -> Result<RuntimeVersion> {
         let version = self.docker.version().await.map_err(|error| failed("failed to ask Docker's version", error))?;
         Ok(RuntimeVersion { name: "docker".into(), version: version.version.unwrap_or_default() })
+    }
+
+    async fn cgroup_driver(&self) -> Result<CgroupDriver> {
+        Ok(self.cgroups.driver())
     }
 
     async fn ready(&self) -> Result<()> {
