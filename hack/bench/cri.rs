@@ -1,0 +1,263 @@
+//! Measures servers of CRI v1 beside each other, by nothing but CRI: how long a sandbox with a container takes, lists with
+//! many containers, a command, and how soon the end of a container is told.
+//!
+//! `hack/bench/cri` starts the servers. Each `--server` is NAME=SOCKET=IMAGE; the image has a shell.
+#![allow(clippy::disallowed_methods, reason = "a benchmark's tasks end with it")]
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, ensure};
+use clap::Parser;
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+use hyper_util::rt::TokioIo;
+use lambdalet_proto::cri::v1;
+use lambdalet_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+use tonic::transport::{Channel, Endpoint};
+
+/// Longer than anything here takes that goes well.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// The label of what is made here.
+const MINE: &str = "lambdalet.dev/bench";
+/// Sandboxes that are made and removed at once where that is not what is measured.
+const AT_ONCE: usize = 4;
+
+#[derive(Parser)]
+struct Args {
+    /// A server: its name, its socket and the image it has
+    #[arg(long = "server", value_name = "NAME=SOCKET=IMAGE", required = true)]
+    servers: Vec<Server>,
+    /// How many are started at once, one round after the other
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 10, 50])]
+    bursts: Vec<usize>,
+    /// How often one is started alone
+    #[arg(long, default_value_t = 15)]
+    single: usize,
+    /// Containers that lists are of
+    #[arg(long, default_value_t = 200)]
+    containers: usize,
+    /// Lists, commands and ends that are measured
+    #[arg(long, default_value_t = 30)]
+    rounds: usize,
+}
+
+#[derive(Clone)]
+struct Server {
+    name: String,
+    socket: PathBuf,
+    image: String,
+}
+
+impl FromStr for Server {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts: Vec<&str> = text.splitn(3, '=').collect();
+        let [name, socket, image] = parts[..] else { return Err("a server is NAME=SOCKET=IMAGE".to_owned()) };
+        Ok(Self { name: name.to_owned(), socket: socket.into(), image: image.to_owned() })
+    }
+}
+
+/// What was measured, by what it is; milliseconds.
+type Figures = Vec<(String, f64)>;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let logs = tempfile::tempdir()?;
+    let mut columns = Vec::new();
+    for server in &args.servers {
+        let bench = Bench::connect(server, logs.path()).await?;
+        bench.clean().await?;
+        let measured = bench.measure(&args).await;
+        bench.clean().await?;
+        columns.push(measured.with_context(|| format!("failed to measure {}", server.name))?);
+    }
+    print(&args.servers, &columns);
+    Ok(())
+}
+
+fn print(servers: &[Server], columns: &[Figures]) {
+    let names: Vec<_> = servers.iter().map(|server| server.name.as_str()).collect();
+    println!("| | {} |", names.join(" | "));
+    println!("|---|{}", "---|".repeat(names.len()));
+    for (row, (what, _)) in columns[0].iter().enumerate() {
+        let cells: Vec<_> = columns.iter().map(|column| format!("{:.1} ms", column[row].1)).collect();
+        println!("| {what} | {} |", cells.join(" | "));
+    }
+}
+
+/// A client of one server.
+#[derive(Clone)]
+struct Bench {
+    client: RuntimeServiceClient<Channel>,
+    image: String,
+    logs: PathBuf,
+}
+
+impl Bench {
+    async fn connect(server: &Server, logs: &Path) -> anyhow::Result<Self> {
+        let socket = server.socket.clone();
+        let dial = tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        let channel = Endpoint::from_static("http://localhost").connect_with_connector(dial).await;
+        let channel = channel.with_context(|| format!("failed to connect to {}", server.socket.display()))?;
+        let client = RuntimeServiceClient::new(channel).max_decoding_message_size(16 << 20);
+        Ok(Self { client, image: server.image.clone(), logs: logs.to_owned() })
+    }
+
+    async fn measure(&self, args: &Args) -> anyhow::Result<Figures> {
+        let mut figures = Vec::new();
+        for &burst in &args.bursts {
+            let rounds = if burst == 1 { args.single } else { 1 };
+            let (mut each, mut walls) = (Vec::new(), Vec::new());
+            for round in 0..rounds {
+                let begun = Instant::now();
+                let pods =
+                    (0..burst).map(|number| self.clone().pod(format!("b{burst}-{round}-{number}"), "sleep 3600"));
+                each.extend(futures::future::try_join_all(pods).await?.into_iter().map(|(_, took)| took));
+                walls.push(begun.elapsed());
+                self.clean().await?;
+            }
+            figures.push((format!("sandbox, container and start, {burst} at once, p50"), median(each)));
+            if burst > 1 {
+                figures.push((format!("{burst} at once, all started"), median(walls)));
+            }
+        }
+        let pods = stream::iter(0..args.containers).map(|number| self.clone().pod(format!("l{number}"), "sleep 3600"));
+        let (first, _) = pods.buffer_unordered(AT_ONCE).try_collect::<Vec<_>>().await?.swap_remove(0);
+        self.lists(args, &mut figures).await?;
+        figures.push(("ExecSync of `true`, p50".to_owned(), self.execs(&first, args.rounds).await?));
+        self.clean().await?;
+        self.ends(args.rounds, &mut figures).await?;
+        Ok(figures)
+    }
+
+    /// A sandbox and a container that runs a script in it: its id, and how long the three calls took.
+    async fn pod(mut self, name: String, script: &str) -> anyhow::Result<(String, Duration)> {
+        let labels = HashMap::from([(MINE.to_owned(), "1".to_owned())]);
+        let metadata = v1::PodSandboxMetadata {
+            name: name.clone(),
+            uid: format!("bench-{name}"),
+            namespace: "bench".into(),
+            attempt: 0,
+        };
+        let config = v1::PodSandboxConfig {
+            metadata: Some(metadata),
+            labels: labels.clone(),
+            log_directory: self.logs.display().to_string(),
+            ..Default::default()
+        };
+        let container = v1::ContainerConfig {
+            metadata: Some(v1::ContainerMetadata { name: "main".into(), attempt: 0 }),
+            image: Some(v1::ImageSpec { image: self.image.clone(), ..Default::default() }),
+            command: ["sh", "-c", script].map(str::to_owned).to_vec(),
+            log_path: format!("{name}.log"),
+            labels,
+            ..Default::default()
+        };
+        let begun = Instant::now();
+        let request = v1::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
+        let pod_sandbox_id = self.client.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
+        let request =
+            v1::CreateContainerRequest { pod_sandbox_id, config: Some(container), sandbox_config: Some(config) };
+        let id = self.client.create_container(request).await?.into_inner().container_id;
+        self.client.start_container(v1::StartContainerRequest { container_id: id.clone() }).await?;
+        Ok((id, begun.elapsed()))
+    }
+
+    async fn lists(&self, args: &Args, figures: &mut Figures) -> anyhow::Result<()> {
+        let mut client = self.client.clone();
+        let (mut containers, mut sandboxes, mut stats) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..args.rounds {
+            let begun = Instant::now();
+            let found = client.list_containers(v1::ListContainersRequest::default()).await?.into_inner().containers;
+            containers.push(begun.elapsed());
+            ensure!(found.len() >= args.containers, "{} containers are listed", found.len());
+            let begun = Instant::now();
+            let found = client.list_pod_sandbox(v1::ListPodSandboxRequest::default()).await?.into_inner().items;
+            sandboxes.push(begun.elapsed());
+            ensure!(found.len() >= args.containers, "{} sandboxes are listed", found.len());
+            let begun = Instant::now();
+            let found =
+                client.list_pod_sandbox_stats(v1::ListPodSandboxStatsRequest::default()).await?.into_inner().stats;
+            stats.push(begun.elapsed());
+            ensure!(found.len() >= args.containers, "{} statistics are listed", found.len());
+        }
+        let of = format!("of {}, p50", args.containers);
+        figures.push((format!("ListContainers {of}"), median(containers)));
+        figures.push((format!("ListPodSandbox {of}"), median(sandboxes)));
+        figures.push((format!("ListPodSandboxStats {of}"), median(stats)));
+        Ok(())
+    }
+
+    async fn execs(&self, id: &str, rounds: usize) -> anyhow::Result<f64> {
+        let (mut client, mut times) = (self.client.clone(), Vec::new());
+        for _ in 0..rounds {
+            let begun = Instant::now();
+            let request =
+                v1::ExecSyncRequest { container_id: id.to_owned(), cmd: vec!["true".to_owned()], timeout: 20 };
+            let done = client.exec_sync(request).await?.into_inner();
+            times.push(begun.elapsed());
+            ensure!(done.exit_code == 0, "the command failed: {done:?}");
+        }
+        Ok(median(times))
+    }
+
+    /// From the end of a container, as its status has it, until its event is there.
+    async fn ends(&self, rounds: usize, figures: &mut Figures) -> anyhow::Result<()> {
+        let mut client = self.client.clone();
+        let mut events = client.get_container_events(v1::GetEventsRequest {}).await?.into_inner();
+        let mut times = Vec::new();
+        for round in 0..rounds {
+            let (id, _) = self.clone().pod(format!("e{round}"), "sleep 0.2").await?;
+            let told = async {
+                while let Some(event) = events.message().await? {
+                    let kind = event.container_event_type();
+                    if event.container_id == id && kind == v1::ContainerEventType::ContainerStoppedEvent {
+                        return Ok(SystemTime::now().duration_since(UNIX_EPOCH)?);
+                    }
+                }
+                anyhow::bail!("the events have ended")
+            };
+            let at = timeout(PATIENCE, told).await.context("no event came")??;
+            let request = v1::ContainerStatusRequest { container_id: id, verbose: false };
+            let status = client.container_status(request).await?.into_inner().status.context("no status")?;
+            let ended = Duration::from_nanos(u64::try_from(status.finished_at)?);
+            times.push(at.saturating_sub(ended));
+        }
+        self.clean().await?;
+        let longest = times.iter().max().map_or(0.0, Duration::as_secs_f64) * 1e3;
+        figures.push(("event of an end, p50".to_owned(), median(times)));
+        figures.push(("event of an end, max".to_owned(), longest));
+        Ok(())
+    }
+
+    /// Removes all that was made here.
+    async fn clean(&self) -> anyhow::Result<()> {
+        let label_selector = HashMap::from([(MINE.to_owned(), "1".to_owned())]);
+        let filter = Some(v1::PodSandboxFilter { label_selector, ..Default::default() });
+        let mut client = self.client.clone();
+        let found = client.list_pod_sandbox(v1::ListPodSandboxRequest { filter }).await?.into_inner().items;
+        let removals = stream::iter(found).map(|v1::PodSandbox { id, .. }| {
+            let mut client = self.client.clone();
+            async move {
+                client.stop_pod_sandbox(v1::StopPodSandboxRequest { pod_sandbox_id: id.clone() }).await?;
+                client.remove_pod_sandbox(v1::RemovePodSandboxRequest { pod_sandbox_id: id }).await.map(|_| ())
+            }
+        });
+        Ok(removals.buffer_unordered(AT_ONCE).try_collect().await?)
+    }
+}
+
+/// The median in milliseconds; 0 of none.
+fn median(mut times: Vec<Duration>) -> f64 {
+    times.sort();
+    times.get(times.len() / 2).map_or(0.0, Duration::as_secs_f64) * 1e3
+}
