@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 2026-11-21T07:15:43.359877326Z stdout F a whole line, or the end of one
-//! 2026-11-21T07:15:43.359877326Z stderr P the beginning of a long line
+//! 2026-11-21T07:15:43.359877326Z stderr P the beginning of a long line, or a last one without a newline
 //! ```
 
 use std::io::{self, Write as _};
@@ -113,11 +113,11 @@ impl Lines {
         Ok(())
     }
 
-    /// The lines that nothing follows.
+    /// The lines that nothing follows: they have no end, or who reads the log would add a newline that was never written.
     pub(super) fn end(&mut self, out: &mut Vec<u8>) -> io::Result<()> {
         for slot in 0..self.waiting.len() {
             if let Some(last) = self.waiting[slot].take() {
-                self.line(&last, true, out)?;
+                self.line(&last, false, out)?;
             }
         }
         Ok(())
@@ -179,7 +179,7 @@ mod tests {
                       1970-01-01T00:00:00.000000002Z stdout P begin \n\
                       1970-01-01T00:00:00.000000004Z stdout F end\n\
                       1970-01-01T00:00:00.000000005Z stdout F cut off\n\
-                      1970-01-01T00:00:00.000000006Z stdout F last\n";
+                      1970-01-01T00:00:00.000000006Z stdout P last\n";
         assert_eq!(text, wanted);
     }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use lambdalet_proto::cri::v1;
 use tonic::Code;
 
 use crate::support::{World, refused};
@@ -60,6 +61,22 @@ async fn a_log_of_what_does_not_run_is_not_reopened() {
     refused(world.reopen(&id).await);
     assert!(!std::path::Path::new(&log).exists(), "an error makes no file");
     assert_eq!(refused(world.reopen("never-was").await), Code::NotFound);
+}
+
+/// A kubelet takes such a line for a container's message, and must not find more in it than was written.
+#[tokio::test]
+async fn a_last_line_without_a_newline_is_none_that_has_one() {
+    let mut world = World::new().await;
+    if world.is_in_memory() {
+        return println!("skipped: the runtime in memory writes whole lines");
+    }
+    let sandbox = world.sandbox("a").await;
+    let command = ["printf", "one\\nlast"].map(str::to_owned).to_vec();
+    let config = v1::ContainerConfig { command, ..world.container("main", "exit 0") };
+    let id = world.create_from(&sandbox, config).await.unwrap();
+    world.start(&id).await.unwrap();
+    world.ended(&id).await;
+    assert_eq!(world.lines("main.log", 2).await, ["stdout F one", "stdout P last"]);
 }
 
 #[tokio::test]
