@@ -32,6 +32,9 @@ pub(super) struct CriArgs {
     /// Range of the sandboxes' addresses [default: what the client says, else 10.188.0.0/16]
     #[arg(long, value_name = "CIDR")]
     pod_cidr: Option<IpNet>,
+    /// The kubelet's own root directory: containers in microVMs get copies of what it makes there for their Pods
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/kubelet")]
+    kubelet_root_dir: PathBuf,
     #[command(flatten)]
     runtime: RuntimeArgs,
     #[command(flatten)]
@@ -43,10 +46,12 @@ pub(super) struct CriArgs {
 impl CriArgs {
     /// Runs until a signal.
     pub(super) async fn run(self) -> anyhow::Result<()> {
-        let Self { listen, root_dir, owner, stream_address, pod_cidr, runtime, microvm, logging: _ } = self;
+        let Self { listen, root_dir, owner, stream_address, pod_cidr, kubelet_root_dir, runtime, microvm, logging: _ } =
+            self;
         let mut settings = Settings::default();
         runtime.apply(&mut settings);
         microvm.apply(&mut settings)?;
+        settings.runtime.microvm.pods = Some(kubelet_root_dir.join("pods"));
         let range = (pod_cidr, DEFAULT_RANGE.parse()?);
         cri::serve(Plan { listen, root_dir, owner, stream_address, range, settings }).await
     }

@@ -19,6 +19,10 @@ pub struct MicrovmSettings {
     pub vmm: VmmChoice,
     /// Host paths beneath these may be copied into guests, for reading.
     pub host_paths: Vec<PathBuf>,
+    /// Below this are files that were made for sandboxes and that guests get copies of; `None` is the node's own place.
+    pub files: Option<PathBuf>,
+    /// Below this are Pods' directories, laid out as a kubelet's; `None` is the node's own place.
+    pub pods: Option<PathBuf>,
 }
 
 impl Default for MicrovmSettings {
@@ -31,6 +35,8 @@ impl Default for MicrovmSettings {
             accel: MicrovmAccel::default(),
             vmm: VmmChoice::default(),
             host_paths: Vec::new(),
+            files: None,
+            pods: None,
         }
     }
 }

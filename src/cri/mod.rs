@@ -37,7 +37,7 @@ mod view;
 
 use std::fs::File;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -121,7 +121,7 @@ impl Cri {
         let (events, looks) = Events::new();
         let core = Core {
             about,
-            sandboxes: Shelf::open(root.join("sandboxes"))?,
+            sandboxes: Shelf::open(sandbox_files(&root))?,
             containers: Shelf::open(root.join("containers"))?,
             network: Network::open(&root, range, plug).await?,
             logs: Logs::new(Arc::clone(&runtime), tasks.clone()),
@@ -178,6 +178,11 @@ impl Cri {
         let (served, (), ()) = tokio::join!(grpc, streaming, events::run(Arc::clone(&core), looks, end.clone()));
         served.map_err(CriError::Serve)
     }
+}
+
+/// Where the files of sandboxes are that their containers see, for a server with this root directory.
+pub fn sandbox_files(root: &Path) -> PathBuf {
+    root.join("sandboxes")
 }
 
 /// The half of a driver that runs sandboxes.

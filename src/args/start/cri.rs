@@ -10,7 +10,7 @@ use tracing::info;
 use super::drivers::{self, Made};
 use super::{PATIENCE, end_execs, leave_cgroup, raise_open_files};
 use crate::config::{RuntimeKind, Settings};
-use crate::cri::{About, Cri, Params, Plug};
+use crate::cri::{About, Cri, Params, Plug, sandbox_files};
 use crate::metrics::Metrics;
 use crate::network::uplink::Uplink;
 use crate::node::owner;
@@ -49,6 +49,8 @@ pub(in crate::args) async fn serve(plan: Plan) -> anyhow::Result<()> {
     let (uplink, bridge) = Uplink::new();
     let (keepers, metrics) = (Keepers::default(), Metrics::new());
     settings.pods.root_dir.clone_from(&root);
+    // The host names and resolvers of sandboxes, which containers in microVMs get copies of.
+    settings.runtime.microvm.files = Some(sandbox_files(&root));
     let Made { runtime, drivers } = drivers::make(&settings, (&owner, &keepers), uplink, &metrics).await;
     let params = Params {
         listen,

@@ -99,8 +99,8 @@ fn driver(maker: &Maker<'_>, vmm: Vmm, images: &Arc<Images>) -> Late {
         owner: maker.owner.to_owned(),
         root,
         places: Places {
-            files: root_dir.join("secrets"),
-            pods: root_dir.join("pods"),
+            files: microvm.files.clone().unwrap_or_else(|| root_dir.join("secrets")),
+            pods: microvm.pods.clone().unwrap_or_else(|| root_dir.join("pods")),
             host_paths: microvm.host_paths.clone(),
         },
         logs: LogLimits {
