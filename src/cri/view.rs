@@ -128,6 +128,7 @@ async fn look(runtime: &dyn Runtime, pod_uid: Option<&str>) -> Result<Seen> {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "a test's tasks end with it")]
 mod tests {
     use super::*;
     use crate::runtime::fake::FakeRuntime;
