@@ -5,7 +5,7 @@
 //!                     ^  sandbox died: stop what is left of it, make the next attempt, init again
 //!         a sidecar (init container with restartPolicy Always) lets the next one begin once it has started, and stays
 //!         an ephemeral container is started once, as soon as there is a sandbox, and holds up nothing else
-//!         a container whose probe has failed for good is killed
+//!         a container whose probe has failed for good is killed, one of another image than the spec's is replaced
 //!  End:  stop every container (grace) -> release sandbox, volumes -> done
 //! ```
 //! One step at a time: the worker executes it, looks again, and asks again. So a restart of the process continues
@@ -22,7 +22,7 @@ use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 pub use self::restart::{
     Finish, finished, is_resetting, may_restart_all, restart_policy, restarts_on_failure, would_restart,
 };
-use self::restart::{counts, present, restarts};
+use self::restart::{counts, is_outdated, present, restarts};
 use super::ephemeral;
 use super::observed::Observed;
 use super::probes::Health;
@@ -81,6 +81,8 @@ pub enum Step {
         /// Which probe has failed for good.
         probe: Kind,
     },
+    /// Stop one container, since the spec names another image by now; nobody waits for its end.
+    Replace(ContainerId),
     /// Kill these, since a rule has every container begin anew; nobody waits for their end.
     Reset(Vec<ContainerId>),
     /// Give what runs the resources that the Pod was granted.
@@ -231,8 +233,8 @@ fn plan_containers(view: &View<'_>) -> Step {
         let done = old.iter().all(|id| view.ending.contains(id));
         return if done { Step::Wait(None) } else { Step::Reset(old) };
     }
-    if let Some(kill) = unhealthy(view) {
-        return kill;
+    if let Some(end) = outdated(view).or_else(|| unhealthy(view)) {
+        return end;
     }
     let mut earliest = None;
     for container in ephemeral::all(view.spec) {
@@ -251,6 +253,12 @@ fn plan_containers(view: &View<'_>) -> Step {
 
 fn is_ephemeral(spec: &PodSpec, name: &str) -> bool {
     ephemeral::all(spec).any(|container| container.name == name)
+}
+
+/// A container of another image than its own, whose end is not under way yet.
+fn outdated(view: &View<'_>) -> Option<Step> {
+    let mut running = view.observed.running().filter(|c| !view.ending.contains(&c.id));
+    running.find(|c| is_outdated(view.spec, c)).map(|c| Step::Replace(c.id.clone()))
 }
 
 /// A container whose startup or liveness probe has failed for good, and whose end is not under way yet.
@@ -350,6 +358,7 @@ fn need(view: &View<'_>, container: &Container, init: bool) -> Need {
         return if done_before && !init { Need::Nothing } else { Need::Start(next()) };
     };
     match current.state {
+        ContainerState::Created if is_outdated(view.spec, current) => Need::Start(next()),
         ContainerState::Created => Need::Start(current.attempt),
         ContainerState::Running if init => Need::Busy,
         ContainerState::Running => Need::Nothing,

@@ -46,8 +46,10 @@ impl Trouble {
 /// Everything a status is computed from.
 #[derive(Clone, Copy, Debug)]
 pub struct StatusInput<'a> {
-    /// The Pod with the status last known to the API server.
+    /// The Pod, with the status that the API server was last seen to have.
     pub pod: &'a Pod,
+    /// The status that it was told last, which it may not show yet.
+    pub told: Option<&'a PodStatus>,
     /// What the runtime holds.
     pub observed: &'a Observed,
     /// Whether volumes and sandbox are there and were not given back.

@@ -232,9 +232,11 @@ impl Worker {
             // A volume may show them.
             self.memory.next_refresh = Some(Instant::now());
         }
-        self.pod = self.granted(desired.pod);
+        let granted = self.granted(desired.pod);
+        let before = std::mem::replace(&mut self.pod, granted);
         self.gone = desired.gone;
         if changed {
+            self.memory.forgive(&before, &self.pod);
             self.retune();
             self.memory.reassert_at = None;
             if let Some(sent) = &self.memory.sent
@@ -442,6 +444,7 @@ impl Worker {
             Step::Stop { containers, grace } => self.stop(&containers, grace).await,
             Step::Reset(containers) => self.reset(&containers),
             Step::Kill { container, probe } => self.kill(&container, probe),
+            Step::Replace(container) => self.give_way(&container),
             Step::Resize => self.resize().await,
             Step::Prune(id) => self.prune(&id).await,
             Step::RemoveSandbox(id) => self.remove_sandbox(&id).await,

@@ -18,12 +18,11 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use crate::harness::node::Options;
 use crate::harness::pods::{STAY, busybox, busybox_with, sleeper, with};
 use crate::harness::wait::{SOON, poll};
-use crate::harness::{Case, on_own_node, on_shared_node};
+use crate::harness::{Case, DEBIAN, on_own_node, on_shared_node};
 
 /// How kubectl is told which protocol to speak to the API server.
 const PROTOCOLS: [(&str, &str); 2] = [("WebSocket", "true"), ("SPDY", "false")];
 
-const DEBIAN: &str = "lambdalet.test/debian:12";
 /// Echoes on port 8080, many connections at once, each until the end of what comes.
 const ECHO: &str = r#"use IO::Socket::INET; $SIG{CHLD} = "IGNORE"; $| = 1;
 my $listener = IO::Socket::INET->new(Listen => 1024, LocalPort => 8080, ReuseAddr => 1) or die $!;

@@ -12,7 +12,7 @@ use crate::harness::pods::{
     pod_condition, pod_ip, pod_message, pod_reason, restarts, sleeper, status, terminated, waiting, waits_for,
 };
 use crate::harness::wait::{SOON, show};
-use crate::harness::{BUSYBOX, on_shared_node};
+use crate::harness::{BUSYBOX, DEBIAN, on_shared_node};
 
 #[test]
 #[ignore = "needs cluster: run hack/test"]
@@ -454,5 +454,22 @@ fn ten_pods_at_once_are_all_running_within_ten_seconds() {
             addresses.insert(pod_ip(&pod).to_owned());
         }
         assert_eq!(addresses.len(), 10, "every Pod has an address of its own");
+    });
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn a_running_container_gives_way_to_one_of_the_image_it_is_set_to() {
+    on_shared_node(async |t| {
+        let both = json!({"restartPolicy": "Never", "containers": [busybox(STAY), container("other", STAY)]});
+        t.pod("p", both).await;
+        let before = t.running("p").await;
+        t.kubectl_text(&["set", "image", "pod/p", &format!("main={DEBIAN}")]);
+        let renewed = |pod: &Pod| is_ready(pod) && restarts(pod, "main") == 1;
+        let after = t.until("p", "its container renewed", renewed).await;
+        assert_eq!(status(&after, "main").unwrap().image, DEBIAN);
+        assert_eq!(identity(&after, "other"), identity(&before, "other"), "what was not changed stays");
+        assert_eq!(pod_ip(&after), pod_ip(&before));
+        assert_eq!(t.event("p", "Killing").await, "Container main definition changed, will be restarted");
     });
 }

@@ -14,6 +14,7 @@ mod faults;
 mod functions;
 mod hooks;
 mod image_volumes;
+mod images;
 mod interrupted;
 mod node_shutdown;
 mod pods;

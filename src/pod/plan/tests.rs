@@ -3,6 +3,7 @@
 mod chance;
 mod ephemeral;
 mod holds;
+mod images;
 mod rules;
 mod sidecars;
 
@@ -95,6 +96,18 @@ impl World {
         self
     }
 
+    /// What the spec names.
+    fn image(&self, name: &str) -> Option<String> {
+        let mut all = self.spec.init_containers.iter().flatten().chain(&self.spec.containers);
+        all.find(|container| container.name == name).and_then(|container| container.image.clone())
+    }
+
+    /// The spec names another.
+    fn set_image(&mut self, name: &str, image: &str) {
+        let mut all = self.spec.init_containers.iter_mut().flatten().chain(&mut self.spec.containers);
+        all.find(|container| container.name == name).expect("there is such a container").image = Some(image.into());
+    }
+
     /// What probes say of the newest attempt.
     fn probed(&mut self, name: &str, started: bool, failed: Option<Kind>) {
         let id = self.observed.latest(name).expect("it was started").id.clone();
@@ -132,7 +145,8 @@ impl World {
                 let in_sandbox = self.observed.ready_sandbox().expect("a start needs a ready sandbox").attempt;
                 assert!(self.observed.running().all(|c| &c.name != name), "{name} started while it runs");
                 let made = container(name, *attempt, in_sandbox, ContainerState::Running, 0);
-                self.observed.put_container(ContainerStatus { created_at: self.clock, ..made });
+                let image_ref = self.image(name).unwrap_or(made.image_ref);
+                self.observed.put_container(ContainerStatus { created_at: self.clock, image_ref, ..made });
             }
             Step::Stop { containers, .. } => {
                 let hit: Vec<_> = self.observed.running().filter(|c| containers.contains(&c.id)).cloned().collect();
@@ -142,6 +156,11 @@ impl World {
                 let name = self.observed.running().find(|c| c.id == *container).expect("it runs").name.clone();
                 self.health.kill(container.clone());
                 self.end(&name, self.killed_with);
+            }
+            Step::Replace(id) => {
+                let name = self.observed.running().find(|c| c.id == *id).expect("it runs").name.clone();
+                self.health.replace(id.clone());
+                self.end(&name, 143);
             }
             Step::Reset(ids) => {
                 let hit: Vec<_> = self.observed.running().filter(|c| ids.contains(&c.id)).cloned().collect();

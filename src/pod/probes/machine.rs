@@ -128,9 +128,13 @@ impl Probe {
                 self.next = now + self.pace.period;
             }
             Some((first, tries)) => {
-                let next = self.early_tries().get(tries + 1).map(|ms| first + Duration::from_millis(*ms));
-                self.early = next.map(|_| (first, tries + 1));
-                self.next = next.unwrap_or(first + SETTLED).max(now);
+                let at = |ms: &u64| first + Duration::from_millis(*ms);
+                // Of the tries whose time a slow one let pass, one is made up for.
+                let passed = self.early_tries().iter().skip(tries + 1).filter(|ms| at(ms) <= now).count();
+                let place = tries + passed.max(1);
+                let early = self.early_tries().get(place).filter(|_| now < first + SETTLED);
+                self.next = early.map_or(first + SETTLED, at).max(now);
+                self.early = early.map(|_| (first, place));
                 return Note::TooEarly;
             }
             None => {

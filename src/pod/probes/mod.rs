@@ -36,11 +36,13 @@ use self::machine::Results;
 pub use self::tally::Tally;
 use crate::runtime::types::ContainerId;
 
-/// What probes say of the running containers of a Pod. A container without probes has started and is ready.
+/// What probes say of the running containers of a Pod, and why attempts were ended. A container without probes has started
+/// and is ready.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Health {
     results: BTreeMap<ContainerId, Results>,
     killed: BTreeSet<ContainerId>,
+    replaced: BTreeSet<ContainerId>,
 }
 
 impl Health {
@@ -53,6 +55,17 @@ impl Health {
     /// the process is replaced, as by a kubelet.
     pub fn has_killed(&self, id: &ContainerId) -> bool {
         self.killed.contains(id)
+    }
+
+    /// Whether the attempt ends only for another to take its place: there will be one, whatever the policy. This is
+    /// forgotten in the same way.
+    pub fn is_replaced(&self, id: &ContainerId) -> bool {
+        self.replaced.contains(id)
+    }
+
+    /// Notes that the attempt ends to be replaced.
+    pub fn replace(&mut self, id: ContainerId) {
+        self.replaced.insert(id);
     }
 
     /// Notes results.
@@ -113,9 +126,15 @@ impl Probes {
         self.health.kill(id.clone());
     }
 
+    /// The attempt ends for another to take its place.
+    pub(super) fn replace(&mut self, id: &ContainerId) {
+        self.health.replace(id.clone());
+    }
+
     /// The attempt was removed.
     pub(super) fn forget(&mut self, id: &ContainerId) {
         self.health.killed.remove(id);
+        self.health.replaced.remove(id);
     }
 
     /// The Pod ends: nothing is killed for its liveness any more, and readiness goes on being told.

@@ -79,7 +79,10 @@ fn noted(input: &StatusInput<'_>, note: &Note) -> PodCondition {
 
 fn condition(input: &StatusInput<'_>, type_: &str, verdict: Verdict) -> PodCondition {
     let status = if verdict.holds { "True" } else { "False" };
-    let before = input.pod.status.iter().flat_map(|s| s.conditions.iter().flatten()).find(|c| c.type_ == type_);
+    // What was told last comes first. The other follows behind by what is under way: a status made of that would differ from
+    // the one told, and be told, for ever.
+    let statuses = input.told.into_iter().chain(&input.pod.status);
+    let before = statuses.flat_map(|s| s.conditions.iter().flatten()).find(|c| c.type_ == type_);
     let kept = before.filter(|c| c.status == status).and_then(|c| c.last_transition_time.clone());
     PodCondition {
         type_: type_.to_owned(),

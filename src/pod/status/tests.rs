@@ -64,6 +64,7 @@ struct Case {
     health: Health,
     ended: Option<Trouble>,
     terminal: bool,
+    told: Option<PodStatus>,
 }
 
 impl Case {
@@ -79,12 +80,13 @@ impl Case {
         };
         let observed = Observed::new(vec![sandbox], attempts);
         let (waiting, messages) = (BTreeMap::new(), BTreeMap::new());
-        Self { pod, observed, waiting, messages, health: Health::default(), ended: None, terminal: false }
+        Self { pod, observed, waiting, messages, health: Health::default(), ended: None, terminal: false, told: None }
     }
 
     fn status(&self) -> PodStatus {
         pod_status(&StatusInput {
             pod: &self.pod,
+            told: self.told.as_ref(),
             observed: &self.observed,
             ready_to_start: true,
             address: Some(IpAddr::from([10, 0, 0, 2])),
@@ -262,6 +264,22 @@ fn a_sidecar_counts_for_readiness_and_initialises_by_having_started() {
     assert_eq!((condition(&status, "Initialized").status.as_str(), phase_of(&case).as_str()), ("True", "Running"));
     let text = "containers with unready status: [s]";
     assert_eq!(condition(&status, "ContainersReady").message.as_deref(), Some(text));
+}
+
+#[test]
+fn a_status_is_the_same_until_the_api_server_shows_it() {
+    let mut case = Case::new(pod("Always", &[], &["a"]), vec![attempt("a", 0, ContainerState::Running, 0)]);
+    let dated = |status: &PodStatus, second| {
+        let mut status = status.clone();
+        status.conditions.as_mut().unwrap().iter_mut().for_each(|c| c.last_transition_time = Some(Time(at(second))));
+        status
+    };
+    let told = dated(&case.status(), 5);
+    // It still shows the one before, or the one before that.
+    for shown in [None, Some(dated(&told, 4)), Some(told.clone())] {
+        (case.pod.status, case.told) = (shown, Some(told.clone()));
+        assert_eq!(case.status(), told);
+    }
 }
 
 #[test]

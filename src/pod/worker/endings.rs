@@ -209,6 +209,14 @@ impl Worker {
         self.begin_endings(std::slice::from_ref(id), Instant::now() + grace);
     }
 
+    /// Ends a container for one of another image to take its place.
+    pub(super) fn give_way(&mut self, id: &ContainerId) {
+        let name = self.name_of(id);
+        self.tell(Some(&name), "Killing", format!("Container {name} definition changed, will be restarted"));
+        self.probes.replace(id);
+        self.begin_endings(std::slice::from_ref(id), Instant::now() + plan::grace(&self.pod));
+    }
+
     /// A container has ended, or would not.
     pub(super) async fn note_ending(&mut self, (id, ended): (ContainerId, Result<(), RuntimeError>)) {
         crate::failpoint::hit("stop");

@@ -9,6 +9,7 @@ use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::time::Instant;
 
 use super::resize::Book;
+use super::start::find;
 use crate::pod::backoff::Backoff;
 use crate::pod::inputs::following::Following;
 use crate::pod::resize::Note;
@@ -86,6 +87,19 @@ pub(super) struct Memory {
 }
 
 impl Memory {
+    /// What was held back for an image that the spec does not name any more may be tried at once.
+    pub(super) fn forgive(&mut self, before: &Pod, now: &Pod) {
+        let image = |pod: &Pod, name: &str| find(pod, name).and_then(|container| container.image.clone());
+        let mut held: Vec<String> = self.crashes.keys().chain(self.pulls.keys()).cloned().collect();
+        held.retain(|name| image(before, name) != image(now, name));
+        for name in held {
+            self.crashes.remove(&name);
+            self.pulls.remove(&name);
+            self.holds.remove(&name);
+            self.waiting.remove(&name);
+        }
+    }
+
     /// From what the API server knows: start time, address, and how often containers were started.
     pub(super) fn new(pod: &Pod, now: Timestamp) -> Self {
         let status = pod.status.as_ref();

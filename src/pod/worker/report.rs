@@ -28,6 +28,7 @@ impl Worker {
         notes.extend(self.memory.disruption.clone());
         pod_status(&StatusInput {
             pod: &self.pod,
+            told: self.memory.sent.as_ref(),
             observed: shown.as_ref().map_or(&self.observed, |shown| &shown.observed),
             ready_to_start: ready_to_start && !self.memory.released,
             address: self.memory.address,

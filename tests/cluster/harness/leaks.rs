@@ -1,5 +1,6 @@
 //! What a node has on the host, counted: the same before and after, or something was forgotten.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
@@ -82,7 +83,10 @@ fn ports(bridge: &str) -> Vec<String> {
 fn guards(bridge: &str) -> Vec<String> {
     let listed = Command::new("nft").args(["list", "table", "bridge", &format!("lambdalet_{bridge}")]).output();
     let listed = listed.map(|listed| String::from_utf8_lossy(&listed.stdout).into_owned()).unwrap_or_default();
-    lines(&listed).into_iter().filter(|line| line.trim().starts_with("chain lt")).collect()
+    let is_tap =
+        |word: &&str| word.strip_prefix("lt").is_some_and(|id| id.len() == 12 && u64::from_str_radix(id, 16).is_ok());
+    let words = listed.split(|letter: char| !letter.is_ascii_alphanumeric());
+    words.filter(is_tap).map(str::to_owned).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 fn held(directory: &Path) -> Vec<String> {

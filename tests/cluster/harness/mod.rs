@@ -30,6 +30,8 @@ use self::wait::{SOON, poll, show, watch_until};
 
 /// The image most Pods of these tests run: small, present, pulled by nobody.
 pub(crate) const BUSYBOX: &str = "busybox:1.36";
+/// One with bash, Perl and Python.
+pub(crate) const DEBIAN: &str = "lambdalet.test/debian:12";
 
 /// The node that most tests share.
 static SHARED: Shared = Shared::new("shared");
