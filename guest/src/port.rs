@@ -48,10 +48,9 @@ const HANG_UP: Duration = Duration::from_millis(200);
 
 /// Who is on the other side. The kernel tells that beside the bytes, and may do so long after the first bytes of a node that
 /// has just come: so it is no hang-up that nobody is there, before somebody was.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 enum Peer {
     /// Nobody, or somebody of whom the kernel has not told yet.
-    #[default]
     Away,
     Here,
     /// Nobody any more; at that time it counts.

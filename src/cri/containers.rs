@@ -32,7 +32,7 @@ impl Core {
         let found = self.runtime.pod_sandbox_status(&sandbox).await?;
         let made = self.translated(&config, &(&found).into(), found.pod).await?;
         let key = Key { uid: made.pod.uid.clone(), container: made.name.clone(), attempt: made.attempt };
-        let _turn = self.turns.at(&key).await;
+        let _turn = self.turns.turn(&key).await;
         let record = self.record(request, config, &key, sandbox.as_str());
         if self.containers.of(&key).is_some_and(|known| *known != record) && self.has_container(&key).await? {
             let text =
@@ -159,7 +159,7 @@ impl Core {
         let id = self.named_container(&asked)?;
         let key = self.containers.key_of(id.as_str());
         let _turn = match &key {
-            Some(key) => Some(self.turns.at(key).await),
+            Some(key) => Some(self.turns.turn(key).await),
             None => None,
         };
         // What it wrote last is read before the driver forgets it.

@@ -14,10 +14,10 @@ use super::logs::Logs;
 use super::network::Network;
 use super::shelf::{Key, Shelf};
 use super::tickets::Desk;
-use super::turns::Turns;
 use super::view::{Seen, View};
 use super::{tell, translate};
 use crate::runtime::Runtime;
+use crate::runtime::turns::Turns;
 use crate::runtime::types::{CgroupDriver, ContainerId, ContainerState, ContainerStatus, SandboxStatus};
 use crate::shutdown::Tasks;
 use crate::telemetry::chain;
@@ -45,7 +45,7 @@ pub(super) struct Core {
     /// Where the streaming server listens.
     pub(super) streams: SocketAddr,
     pub(super) events: Events,
-    pub(super) turns: Turns,
+    pub(super) turns: Turns<Key>,
     pub(super) view: View,
     pub(super) tasks: Tasks,
     pub(super) adopted: OnceCell<()>,

@@ -32,7 +32,6 @@ mod streams;
 mod tell;
 mod tickets;
 mod translate;
-mod turns;
 mod view;
 
 use std::fs::File;
@@ -59,6 +58,7 @@ pub use network::Plug;
 use self::core::Core;
 use crate::kubelet_api::streaming::plain;
 use crate::runtime::Runtime;
+use crate::runtime::turns::Turns;
 use crate::shutdown::Tasks;
 use events::Events;
 use logs::Logs;
@@ -66,7 +66,6 @@ use network::Network;
 use service::Service;
 use shelf::Shelf;
 use socket::Socket;
-use turns::Turns;
 use view::View;
 
 /// Bytes of a request: a kubelet sends and takes as much.

@@ -30,7 +30,7 @@ impl Core {
         let (pod, attempt) = translate::pod(&config)?;
         let handler = self.handler(&request.runtime_handler)?;
         let key = Key { uid: pod.uid.clone(), container: String::new(), attempt };
-        let _turn = self.turns.at_sandboxes(&pod.uid).await;
+        let _turn = self.turns.turn(&Key::of_sandboxes(&pod.uid)).await;
         if self.sandboxes.of(&key).is_some_and(|known| *known != request) && self.has_sandbox(&key).await? {
             let text = format!("sandbox {attempt} of {pod} ({}) is there, made from another config", pod.uid);
             return Err(status(Code::AlreadyExists, &text));
@@ -101,7 +101,7 @@ impl Core {
     pub(super) async fn stop_pod_sandbox(self: Arc<Self>, asked: String) -> Result<(), Status> {
         self.adopted().await?;
         let Some(sandbox) = self.find_sandbox(&asked).await? else { return Ok(()) };
-        let _turn = self.turns.at_sandboxes(&sandbox.pod.uid).await;
+        let _turn = self.turns.turn(&Key::of_sandboxes(&sandbox.pod.uid)).await;
         self.runtime.stop_pod_sandbox(&sandbox.id).await?;
         self.settle(&(&sandbox).into()).await
     }
@@ -112,10 +112,10 @@ impl Core {
         let Some(sandbox) = self.find_sandbox(&asked).await? else {
             // One that went by itself has left its record.
             let Some(key) = self.sandboxes.key_of(&self.sandboxes.id(&asked)) else { return Ok(()) };
-            let _turn = self.turns.at_sandboxes(&key.uid).await;
+            let _turn = self.turns.turn(&Key::of_sandboxes(&key.uid)).await;
             return self.settle(&key).await;
         };
-        let _turn = self.turns.at_sandboxes(&sandbox.pod.uid).await;
+        let _turn = self.turns.turn(&Key::of_sandboxes(&sandbox.pod.uid)).await;
         let members = self.runtime.list_containers(Some(&sandbox.pod.uid)).await?;
         let members: Vec<_> = members.into_iter().filter(|member| member.sandbox == sandbox.id).collect();
         if members.iter().any(|member| member.state == ContainerState::Running) {

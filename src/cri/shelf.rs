@@ -43,6 +43,11 @@ pub(super) struct Key {
 }
 
 impl Key {
+    /// What a Pod's sandboxes take turns at: they share its address.
+    pub(super) fn of_sandboxes(uid: &str) -> Self {
+        Self { uid: uid.to_owned(), container: String::new(), attempt: 0 }
+    }
+
     fn directory(&self) -> String {
         let Self { uid, container, attempt } = self;
         let hash = Sha256::digest(format!("{uid}\0{container}\0{attempt}"));

@@ -24,6 +24,7 @@ mod registry;
 pub mod session;
 pub mod stats;
 pub mod traced;
+pub(crate) mod turns;
 pub mod types;
 pub mod usage;
 pub mod verb;

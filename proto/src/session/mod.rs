@@ -14,8 +14,8 @@
 //!
 //! Every [`frame`] carries the id of its session and a checksum. What is no frame is skipped until one begins. The padding
 //! before the two that open is as long as the longest frame: it ends whatever the other side still waits for, so a frame
-//! that was cut off never swallows them. A node says OPEN again until it is answered. Frames are numbered, so bytes that were lost in between end the session instead of
-//! shortening its stream.
+//! that was cut off never swallows them. A node says OPEN again until it is answered. Frames are numbered, so bytes that were
+//! lost in between end the session instead of shortening its stream.
 //!
 //! The [`link`] makes an ordinary byte stream of it, for HTTP/2.
 

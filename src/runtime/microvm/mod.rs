@@ -42,13 +42,13 @@ use tokio::sync::broadcast;
 
 use self::checkpoint::{Phase, SandboxRecord};
 use self::image::Blocks;
-use self::image::turns::Turns;
 use self::logs::LogLimits;
 use self::sandbox::{Sandbox, locked};
 use self::vm::Vms;
 use self::volumes::Places;
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope};
+use super::turns::Turns;
 use super::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions,
     RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
@@ -83,7 +83,7 @@ struct Inner {
     images: Arc<dyn Blocks>,
     sandboxes: Mutex<HashMap<String, Arc<Sandbox>>>,
     /// One run of a sandbox of one Pod and attempt at a time.
-    turns: Turns,
+    turns: Turns<String>,
     events: broadcast::Sender<RuntimeEvent>,
 }
 

@@ -30,7 +30,6 @@ use tokio::task::JoinSet;
 use self::guest::HostVm;
 use self::size::Size;
 use super::agent::spec::resources;
-use super::image::turns::Turns;
 use super::machine::template::Templates;
 use super::machine::{
     Asset, AssetDirs, MAX_IMAGE_SLOTS, Machine, MachineError, MachineManager, MachineSpec, TapLink, TapUse, Template,
@@ -39,6 +38,7 @@ use super::machine::{
 use super::vm::{Vm, Vms};
 use crate::network::NetworkError;
 use crate::network::tap::{Taps, mac_of};
+use crate::runtime::turns::Turns;
 use crate::runtime::types::{MachineFiles, NamespaceMode, Resources, SandboxConfig, SandboxNetwork};
 use crate::runtime::{Kind, Result, RuntimeError, blocking};
 use crate::telemetry::chain;
@@ -103,7 +103,7 @@ struct Inner {
     blank: OnceCell<PathBuf>,
     running: Mutex<HashMap<String, Arc<HostVm>>>,
     /// Whoever starts or ends a VM has its turn.
-    turns: Turns,
+    turns: Turns<String>,
 }
 
 // === impl HostOptions ===

@@ -30,7 +30,6 @@ pub(in crate::runtime) mod plain;
 mod registry;
 mod shelf;
 mod tree;
-pub(super) mod turns;
 mod unpack;
 
 use std::collections::{BTreeMap, HashMap};
@@ -48,10 +47,10 @@ use self::erofs::Mkfs;
 use self::layer::Blob;
 pub(super) use self::layer::digest_of;
 use self::shelf::{Scratch, Shelf, Stored};
-use self::turns::Turns;
 use crate::runtime::reference::parse;
 use crate::runtime::registry::{client, credentials, others_may_succeed, tries};
 use crate::runtime::stats::ImageFs;
+use crate::runtime::turns::Turns;
 use crate::runtime::types::{Image, ImageId, RegistryAuth};
 use crate::runtime::{ImageStore, Kind, Result, RuntimeError, blocking};
 
@@ -117,7 +116,7 @@ struct Inner {
     daemon: Option<Daemon>,
     shelf: Shelf,
     /// Whoever makes or removes an image has the turn for its id.
-    turns: Turns,
+    turns: Turns<String>,
     builds: Semaphore,
     index: Mutex<Index>,
 }
