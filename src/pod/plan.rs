@@ -20,9 +20,9 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
 pub use self::restart::{
-    Finish, finished, is_resetting, may_restart_all, restart_policy, restarts_on_failure, would_restart,
+    Finish, finished, is_outdated, is_resetting, may_restart_all, restart_policy, restarts_on_failure, would_restart,
 };
-use self::restart::{counts, is_outdated, present, restarts};
+use self::restart::{counts, present, restarts};
 use super::ephemeral;
 use super::observed::Observed;
 use super::probes::Health;
@@ -95,6 +95,8 @@ pub enum Step {
     Release,
     /// Listen for calls in the sandbox of a function Pod.
     Serve,
+    /// Replace the environments of a function Pod by others, of the images that it names now.
+    Renew,
     /// Take no more calls, let those under way end within that time, and end every environment.
     Drain(Duration),
 }
@@ -106,6 +108,8 @@ pub enum FunctionPhase<'a> {
     Idle,
     /// Its front listens in that sandbox.
     Serving(&'a SandboxId),
+    /// So it does, with environments of images that the Pod names no more.
+    Outdated(&'a SandboxId),
     /// Its front and its environments have ended for good.
     Drained,
 }
@@ -211,11 +215,14 @@ fn plan_run(view: &View<'_>) -> Step {
 /// A function Pod has nothing in its sandbox but the front; its environments are its pool's affair.
 fn plan_function(view: &View<'_>, phase: FunctionPhase<'_>) -> Step {
     let sandbox = view.observed.ready_sandbox().map(|sandbox| &sandbox.id);
-    if phase == FunctionPhase::Drained || sandbox.is_some_and(|id| phase == FunctionPhase::Serving(id)) {
-        return Step::Wait(None);
-    }
+    let step = match phase {
+        FunctionPhase::Drained => return Step::Wait(None),
+        FunctionPhase::Serving(id) if sandbox == Some(id) => return Step::Wait(None),
+        FunctionPhase::Outdated(id) if sandbox == Some(id) => Step::Renew,
+        FunctionPhase::Idle | FunctionPhase::Serving(_) | FunctionPhase::Outdated(_) => Step::Serve,
+    };
     let held = view.container_holds.values().copied().chain(view.pod_hold).filter(|until| *until > view.now).max();
-    held.map_or(Step::Serve, |until| Step::Wait(Some(until)))
+    held.map_or(step, |until| Step::Wait(Some(until)))
 }
 
 /// A sandbox before the present one without a container in it. One that holds an ended container is kept: its log may

@@ -215,7 +215,7 @@ impl Worker {
             floors: &self.memory.floors,
             container_holds: &self.memory.holds,
             pod_hold: self.memory.pod_hold,
-            function: self.function.as_ref().map(Function::phase),
+            function: self.function.as_ref().map(|function| function.phase(&self.pod)),
             held: self.seat.as_ref().is_some_and(Seat::is_held),
             health: self.probes.health(),
             ending: self.endings.ids(),
@@ -450,6 +450,7 @@ impl Worker {
             Step::RemoveSandbox(id) => self.remove_sandbox(&id).await,
             Step::Release => self.release().await,
             Step::Serve => self.serve().await,
+            Step::Renew => self.renew().await,
             Step::Drain(grace) => self.drain(grace).await,
         }
     }

@@ -128,6 +128,9 @@ pub enum Event {
     },
     /// The Pod's labels have changed.
     SettingsChanged(Settings),
+    /// What environments are made of has changed, such as their image: those there are end their calls and go, and new
+    /// ones take their place. What the old ones crashed of says nothing about these.
+    Outdated,
     /// The Pod is being deleted: no new call. Waiting and running ones may finish until the given moment, then
     /// everything is stopped.
     Drain {
@@ -249,6 +252,8 @@ pub enum Why {
     Surplus,
     /// The node needs its capacity.
     GivenBack,
+    /// It is made of what the Pod's spec names no more.
+    Outdated,
     /// It failed.
     Failed,
     /// The Pod is being deleted.

@@ -198,6 +198,7 @@ impl Pool {
             Event::CapacityFreed => self.denied = None,
             Event::GiveBack { replica } => self.drain_replica(replica, Why::GivenBack),
             Event::SettingsChanged(settings) => self.settings = settings,
+            Event::Outdated => self.begin_anew(),
             Event::Drain { until } => self.drain = Some(self.drain.map_or(until, |before| before.min(until))),
             Event::Tick => {}
         }
@@ -292,6 +293,13 @@ impl Pool {
         self.crashes = self.crashes.saturating_add(1);
         self.crash = Some(exit);
         self.backoff.crashed(started, now);
+    }
+
+    /// Every replica drains; [`Pool::grow`] makes others as there is room for them.
+    fn begin_anew(&mut self) {
+        let there: Vec<_> = self.replicas.keys().copied().collect();
+        there.into_iter().for_each(|id| self.drain_replica(id, Why::Outdated));
+        (self.backoff, self.crash) = (Backoff::default(), None);
     }
 
     fn environment_mut(&mut self, id: EnvironmentId) -> Option<&mut Environment> {

@@ -413,6 +413,15 @@ fn what_the_node_takes_back_ends_its_call_first() {
 }
 
 #[test]
+fn what_is_outdated_ends_its_calls_and_is_replaced_without_a_word_of_its_crashes() {
+    let mut hand = Hand::new(|settings| (settings.min, settings.max) = (1, 2)).with_idle(1);
+    hand.call(0, 1);
+    assert_eq!(hand.at(1, Event::Outdated), [start(1)], "the minimum is wanted anew, and there is room beside the old");
+    assert_eq!(hand.call(2, 2), [], "the old one takes no new call");
+    assert_eq!(hand.ended(3, 1).last(), Some(&stop(0, Why::Outdated)));
+}
+
+#[test]
 fn labels_that_change_take_effect_at_once_without_ending_calls() {
     let mut hand = Hand::new(|_| {}).with_idle(3);
     hand.call(0, 1);

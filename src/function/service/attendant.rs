@@ -55,7 +55,6 @@ pub(super) enum ReplicaOrder {
 pub(super) struct Desk {
     pub(super) service: Weak<Service>,
     pub(super) replicas: Arc<dyn Replicas>,
-    pub(super) protocol: Protocol,
 }
 
 impl Desk {
@@ -242,7 +241,8 @@ impl Desk {
             listens = listening(address, patience) => listens?,
             exit = &mut ended => return Err(exit),
         }
-        if warm_up && self.protocol == Protocol::Rie {
+        let takes_no_op = || self.service.upgrade().is_some_and(|service| service.protocol() == Protocol::Rie);
+        if warm_up && takes_no_op() {
             tokio::select! {
                 // Dropped, it closes its connection to an environment that is gone.
                 () = warm(address) => {}

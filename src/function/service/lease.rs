@@ -94,7 +94,7 @@ impl Service {
         let reuse = match outcome.leaves() {
             Leaves::Idle => true,
             // A plain server was told to stop by the closing of the connection; RIE cannot be told.
-            Leaves::Unknown => self.protocol == Protocol::Http,
+            Leaves::Unknown => self.protocol() == Protocol::Http,
             Leaves::Broken => false,
         };
         self.feed(Event::CallEnded { call, reuse });

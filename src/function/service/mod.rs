@@ -51,7 +51,6 @@ const NEWS: usize = 256;
 pub struct Service {
     inner: Mutex<Inner>,
     replicas: Arc<dyn Replicas>,
-    protocol: Protocol,
     next_call: AtomicU64,
     /// The next deadline has moved forward, or the service is gone.
     alarm: Arc<Notify>,
@@ -136,7 +135,6 @@ impl Service {
         let service = Arc::new(Self {
             inner: Mutex::new(inner),
             replicas,
-            protocol: settings.protocol,
             next_call: AtomicU64::new(0),
             alarm: Arc::new(Notify::new()),
             summary: watch::Sender::new(Summary::default()),
@@ -168,6 +166,16 @@ impl Service {
     /// The Pod's labels have changed.
     pub fn set(self: &Arc<Self>, settings: Settings) {
         self.feed(Event::SettingsChanged(settings));
+    }
+
+    /// Environments are made of something else from now on: those there are replaced as their calls end.
+    pub fn replace_all(self: &Arc<Self>) {
+        self.feed(Event::Outdated);
+    }
+
+    /// How environments are called.
+    fn protocol(&self) -> Protocol {
+        self.inner().pool.settings().protocol
     }
 
     /// What environments are made from has changed, perhaps: those prepared are looked at again.
@@ -328,7 +336,7 @@ impl Service {
     }
 
     fn desk(self: &Arc<Self>) -> Desk {
-        Desk { service: Arc::downgrade(self), replicas: Arc::clone(&self.replicas), protocol: self.protocol }
+        Desk { service: Arc::downgrade(self), replicas: Arc::clone(&self.replicas) }
     }
 
     fn attend(&self, orders: mpsc::Sender<Order>, work: impl Future<Output = ()> + Send + 'static) -> Place {

@@ -11,9 +11,10 @@ use super::{Crew, Errand, Part, part};
 use crate::function::pool_state::{EnvironmentId, Found, ReplicaId};
 use crate::function::protocol::Protocol;
 use crate::function::service::{Adopted, Replicas as _};
+use crate::pod::plan::is_outdated;
 use crate::pod::volumes::VolumeError;
 use crate::runtime::RuntimeError;
-use crate::runtime::types::{ContainerState, SandboxState, SandboxStatus};
+use crate::runtime::types::{ContainerState, ContainerStatus, SandboxState, SandboxStatus};
 use crate::telemetry::chain;
 
 /// Between two looks whether an adopted environment is idle.
@@ -61,18 +62,17 @@ impl Crew {
         Ok(found)
     }
 
-    /// Environments with a ready sandbox, in which every container that was started runs. Only idle ones are ever frozen.
+    /// Environments with a ready sandbox, in which every container runs, of the image that the Pod names now. Only idle ones are ever frozen.
     async fn whole(&self) -> Result<BTreeMap<EnvironmentId, (SandboxStatus, Found)>, AdoptError> {
-        let names: Vec<String> =
-            self.derived().spec.iter().flat_map(|spec| &spec.containers).map(|c| c.name.clone()).collect();
+        let spec = self.derived().spec.clone().unwrap_or_default();
+        let names: Vec<String> = spec.containers.iter().map(|container| container.name.clone()).collect();
         let mut whole = BTreeMap::new();
         for sandbox in self.shared.runtime.list_pod_sandboxes(None).await? {
             let Some(Part::Environment(id)) = part(&self.uid, &sandbox.pod.uid) else { continue };
             let containers = self.shared.runtime.list_containers(Some(&sandbox.pod.uid)).await?;
             let runs = |name: &String| {
-                containers
-                    .iter()
-                    .any(|c| c.name == *name && c.state == ContainerState::Running && c.sandbox == sandbox.id)
+                let here = |c: &&ContainerStatus| c.state == ContainerState::Running && c.sandbox == sandbox.id;
+                containers.iter().filter(here).any(|c| c.name == *name && !is_outdated(&spec, c))
             };
             if sandbox.state == SandboxState::Ready && names.iter().all(runs) {
                 let frozen = containers.iter().any(|container| container.frozen);

@@ -32,7 +32,7 @@ pub fn restarts_on_failure(spec: &PodSpec, container: &Container) -> bool {
 /// Whether the attempt is of another image than the spec names by now. Of what a container is, a kubelet looks at nothing
 /// else: it is all that the API lets be changed and that does not change what runs already. Init containers that end by
 /// themselves are left alone.
-pub(super) fn is_outdated(spec: &PodSpec, status: &ContainerStatus) -> bool {
+pub fn is_outdated(spec: &PodSpec, status: &ContainerStatus) -> bool {
     let mut lasting = spec.init_containers.iter().flatten().filter(|c| is_sidecar(c)).chain(&spec.containers);
     let named =
         lasting.find(|container| container.name == status.name).and_then(|container| container.image.as_deref());

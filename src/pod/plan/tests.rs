@@ -2,6 +2,7 @@
 
 mod chance;
 mod ephemeral;
+mod function;
 mod holds;
 mod images;
 mod rules;
@@ -169,7 +170,7 @@ impl World {
             Step::Prune(id) => self.observed.drop_container(id),
             Step::RemoveSandbox(id) => self.observed.drop_sandbox(id),
             Step::Release => self.released = true,
-            Step::Create { .. } | Step::Serve | Step::Drain(_) | Step::Resize => {
+            Step::Create { .. } | Step::Serve | Step::Renew | Step::Drain(_) | Step::Resize => {
                 panic!("{step:?} for a Pod that is no function")
             }
         }

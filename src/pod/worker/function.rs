@@ -40,6 +40,8 @@ const FAREWELL: Duration = Duration::from_secs(2);
 pub(super) struct Function {
     /// The image that decides how environments are called, once it is here.
     image: Option<ImageConfig>,
+    /// The images that environments are made of, all of which are here.
+    made_of: Vec<String>,
     complaints: Vec<Complaint>,
     settings: watch::Sender<Settings>,
     pool: Option<Pool>,
@@ -72,6 +74,7 @@ impl Function {
         let reading = labels::read(pod, None)?;
         Some(Self {
             image: None,
+            made_of: Vec::new(),
             complaints: Vec::new(),
             settings: watch::Sender::new(reading.settings),
             pool: None,
@@ -82,9 +85,10 @@ impl Function {
         })
     }
 
-    pub(super) fn phase(&self) -> FunctionPhase<'_> {
+    pub(super) fn phase(&self, pod: &Pod) -> FunctionPhase<'_> {
         match (&self.front, self.drained) {
             (_, true) => FunctionPhase::Drained,
+            (Some(front), false) if self.made_of != images(pod) => FunctionPhase::Outdated(&front.sandbox),
             (Some(front), false) => FunctionPhase::Serving(&front.sandbox),
             (None, false) => FunctionPhase::Idle,
         }
@@ -115,9 +119,8 @@ impl Worker {
         let in_guests = self.is_in_guests(&pod).await;
         let Some(function) = &mut self.function else { return };
         function.in_guests = in_guests;
-        function.image = Some(config_of(&image));
         function.front = None;
-        self.retune();
+        self.take_images(&pod, &image);
         if let Err(trouble) = self.open_pool(self.past).await {
             return self.hold_pod(&trouble.reason, trouble.message);
         }
@@ -125,6 +128,28 @@ impl Worker {
         match self.listen(&pod, &sandbox).await {
             Ok(()) => self.tell(None, "Serving", "The function's front takes calls".to_owned()),
             Err(message) => self.hold_pod("FailedFront", message),
+        }
+    }
+
+    /// Has environments of the images that the Pod names now take the place of those there are. Until all of them are here
+    /// everything stays as it is.
+    pub(super) async fn renew(&mut self) {
+        let pod = self.pod.clone();
+        if let Some(image) = self.function_images(&pod).await {
+            self.take_images(&pod, &image);
+        }
+    }
+
+    /// Environments are made of the Pod's images from now on, and called as the one that serves wants it.
+    fn take_images(&mut self, pod: &Pod, serving: &Image) {
+        let Some(function) = &mut self.function else { return };
+        function.image = Some(config_of(serving));
+        let before = std::mem::replace(&mut function.made_of, images(pod));
+        let renewed = before != function.made_of;
+        self.retune();
+        if let Some(pool) = self.function.as_ref().and_then(|function| function.pool.as_ref()).filter(|_| renewed) {
+            pool.service.replace_all();
+            self.tell(None, "Renewing", "Its images have changed: the function's environments are replaced".to_owned());
         }
     }
 
@@ -275,6 +300,13 @@ fn ports(pod: &Pod) -> Vec<u16> {
     if ports.is_empty() { vec![DEFAULT_PORT] } else { ports }
 }
 
+/// The images that the Pod's environments are to be made of.
+fn images(pod: &Pod) -> Vec<String> {
+    let spec = pod.spec.iter();
+    let containers = spec.flat_map(|spec| spec.init_containers.iter().flatten().chain(&spec.containers));
+    containers.filter_map(|container| container.image.clone()).collect()
+}
+
 fn labels_of(pod: &PodRef) -> FunctionLabels {
     let PodRef { uid, namespace, name } = pod.clone();
     FunctionLabels { namespace, pod: name, uid }
@@ -318,6 +350,7 @@ fn why_down(why: Why) -> &'static str {
         Why::Empty => "without environments",
         Why::Surplus => "more than its labels allow",
         Why::GivenBack => "the node needs its capacity",
+        Why::Outdated => "of an earlier image",
         Why::Failed => "failed",
         Why::Drained => "the Pod ends",
     }

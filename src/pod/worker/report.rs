@@ -115,8 +115,9 @@ impl Worker {
 
     /// Whether anything of the Pod runs.
     fn is_up(&self) -> bool {
-        let serves = self.function.as_ref().is_some_and(|f| matches!(f.phase(), FunctionPhase::Serving(_)));
-        serves || self.observed.running().next().is_some()
+        let serves = |phase| matches!(phase, FunctionPhase::Serving(_) | FunctionPhase::Outdated(_));
+        self.function.as_ref().is_some_and(|function| serves(function.phase(&self.pod)))
+            || self.observed.running().next().is_some()
     }
 
     /// Whether a status differs from the one sent by nothing but how busy a function is.

@@ -8,9 +8,10 @@ use k8s_openapi::api::core::v1::Service;
 use kube::api::{Patch, PatchParams};
 
 use super::*;
-use crate::harness::on_shared_node;
-use crate::harness::pods::busybox_with;
+use crate::harness::node::Options;
+use crate::harness::pods::{busybox_with, waits_for};
 use crate::harness::wait::watch_until;
+use crate::harness::{on_own_node, on_shared_node};
 
 /// Whether every replica of the Deployment, and nothing else, is ready and of its latest version.
 pub(super) fn complete(deployment: Option<&Deployment>) -> bool {
@@ -101,5 +102,65 @@ fn a_rolling_update_behind_a_service_loses_no_call() {
             if pods.items.is_empty() { Ok(()) } else { Err(format!("{} Pods", pods.items.len())) }
         })
         .await;
+    });
+}
+
+/// Another name of the image that plain servers are made of; gone with the test.
+struct Renamed(String);
+
+impl Renamed {
+    fn new(t: &Case) -> Self {
+        let name = format!("lambdalet.test/renamed-{}:1", t.namespace);
+        output("docker", &["tag", BUSYBOX, &name]);
+        Self(name)
+    }
+}
+
+impl Drop for Renamed {
+    fn drop(&mut self) {
+        output("docker", &["rmi", &self.0]);
+    }
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn environments_of_an_earlier_image_end_their_calls_and_give_way() {
+    on_shared_node(async |t| {
+        let keys = json!({"com.openfaas.scale.min": "1", "com.openfaas.scale.max": "2"});
+        let function = Function::server(t, "f", keys).await;
+        let first = function.id().await;
+        let held = function.hold("held");
+        function.begun(&["held"]).await;
+        let renamed = Renamed::new(t);
+        t.kubectl_text(&["set", "image", "pod/f", "main=lambdalet.test/no-such-image:1"]);
+        t.until("f", "without its new image", |p| waits_for(p, "main").is_some()).await;
+        assert_eq!(function.environments().len(), 1, "as long as there is no other, it serves");
+        t.kubectl_text(&["set", "image", "pod/f", &format!("main={}", renamed.0)]);
+        let second = function.id().await;
+        assert_ne!(second, first, "the old one takes no new call");
+        function.let_go("held");
+        assert_eq!(told(held.await), first, "and ends the one it had");
+        let one = function.has(1).await;
+        let (_, id) = one.first().unwrap();
+        assert_eq!(output("docker", &["inspect", "--format={{.Config.Image}}", id]).trim(), renamed.0);
+        let pod = t.until("f", "ready again", crate::harness::pods::is_ready).await;
+        assert_eq!(crate::harness::pods::restarts(&pod, "main"), 0, "nothing crashed");
+    });
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn an_image_set_while_the_node_was_away_is_served_from_when_it_is_back() {
+    on_own_node("renews-functions", Options::default(), async |t| {
+        let function = Function::server(t, "f", json!({"com.openfaas.scale.min": "1"})).await;
+        let first = function.id().await;
+        let renamed = Renamed::new(t);
+        t.node.kill9();
+        t.kubectl_text(&["set", "image", "pod/f", &format!("main={}", renamed.0)]);
+        t.node.spawn(&[]);
+        t.node.adopted(&t.client).await;
+        function.listens().await;
+        assert_ne!(function.id().await, first);
+        function.has(1).await;
     });
 }

@@ -67,7 +67,7 @@ struct Environment {
 struct Replica {
     phase: Phase,
     started: Instant,
-    given_back: bool,
+    sent_away: bool,
     failed: bool,
 }
 
@@ -134,7 +134,7 @@ impl World {
         let numbered: Vec<_> = (3..).zip(found.iter().copied()).collect();
         self.pool.adopt(replica, &numbered, now);
         let phase = Phase::Ready;
-        self.replicas.insert(replica, Replica { phase, started: now, given_back: false, failed: false });
+        self.replicas.insert(replica, Replica { phase, started: now, sent_away: false, failed: false });
         for (ordinal, found) in numbered {
             let id = EnvironmentId { replica, ordinal };
             let (state, ready) = match found {

@@ -56,10 +56,14 @@ impl World {
             Event::CapacityFreed => self.denied = None,
             Event::GiveBack { replica } => {
                 if let Some(known) = self.replicas.get_mut(replica) {
-                    known.given_back = true;
+                    known.sent_away = true;
                 }
             }
             Event::SettingsChanged(settings) => self.settings = *settings,
+            Event::Outdated => {
+                self.replicas.values_mut().for_each(|replica| replica.sent_away = true);
+                (self.crashes, self.last_crash, self.hold) = (0, None, None);
+            }
             Event::Drain { until } => self.drain = Some(self.drain.map_or(*until, |before| before.min(*until))),
             Event::Tick => {}
         }

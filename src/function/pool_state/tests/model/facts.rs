@@ -20,7 +20,7 @@ impl World {
 
     pub(super) fn drains(&self, id: ReplicaId) -> bool {
         let draining = |replica: &pool::Replica| matches!(replica.phase, pool::Phase::Draining(_));
-        self.replicas[&id].given_back || self.pool.replicas.get(&id).is_some_and(draining)
+        self.replicas[&id].sent_away || self.pool.replicas.get(&id).is_some_and(draining)
     }
 
     /// Whether a replica stays: neither draining nor stopping, nor about to be by an action that is yet to be read.

@@ -29,6 +29,7 @@ pub(super) enum Move {
     CapacityFreed,
     GiveBack(Index),
     Change(Settings),
+    Outdated,
     Drain(u64),
     /// News of what never was, or is long gone.
     Late(u8, u64, u32),
@@ -115,6 +116,7 @@ impl World {
             Move::CapacityFreed => Event::CapacityFreed,
             Move::GiveBack(at) => Event::GiveBack { replica: replica(at, self.replicas_in(&[P::Starting, P::Ready]))? },
             Move::Change(settings) => Event::SettingsChanged(settings),
+            Move::Outdated => Event::Outdated,
             Move::Drain(millis) => Event::Drain { until: self.now + Duration::from_millis(millis) },
             Move::Late(kind, id, ordinal) => self.late(kind, id, ordinal)?,
         })
@@ -193,6 +195,7 @@ pub(super) fn moves() -> impl Strategy<Value = Move> {
         1 => Just(Move::CapacityFreed),
         1 => at().prop_map(Move::GiveBack),
         1 => settings().prop_map(Move::Change),
+        1 => Just(Move::Outdated),
         1 => (0_u8..6, 0_u64..12, 0_u32..4).prop_map(|(kind, id, ordinal)| Move::Late(kind, id, ordinal)),
     ]
 }

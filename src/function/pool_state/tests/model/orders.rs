@@ -58,7 +58,7 @@ impl World {
         self.used_ids.insert(EnvironmentId { replica: id, ordinal: 0 });
         let wanted = self.wanted() > 0 || self.owed > 0 || self.kept() < self.min();
         assert!(wanted, "a replica starts although nobody wants it");
-        let replica = Replica { phase: Phase::Starting, started: self.now, given_back: false, failed: false };
+        let replica = Replica { phase: Phase::Starting, started: self.now, sent_away: false, failed: false };
         self.replicas.insert(id, replica);
         assert!(
             self.coming() <= self.wanted().max(self.owed) || self.kept() <= self.min(),
@@ -98,7 +98,7 @@ impl World {
         let idle = self.idle();
         match why {
             Why::Failed => assert!(self.replicas[&id].failed),
-            Why::GivenBack => assert!(self.replicas[&id].given_back),
+            Why::GivenBack | Why::Outdated => assert!(self.replicas[&id].sent_away),
             Why::Drained => assert!(over || (self.drain.is_some() && self.queue.is_empty())),
             Why::Surplus => {}
             Why::Empty => assert!(self.has_nothing(id) && self.queue.is_empty()),
