@@ -2,9 +2,11 @@
 //!
 //! What a program runs once, at its start or when many Pods come at once, stays mapped for as long as it lives, and with
 //! each page that is run the kernel maps the fifteen around it (`fault_around_bytes`). After an hour nine tenths of the
-//! program are resident, of which a node at rest runs a small part. So the mapping is let go of now and then: what is still
-//! run is mapped again from the page cache, some hundred faults of a microsecond each.
+//! program are resident, of which a node at rest runs a small part. So the mapping is let go of now and then, with that of
+//! the tables and constants before it and of the libraries: what is still used is mapped again from the page cache, some
+//! hundred faults of a microsecond each.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::time::Duration;
@@ -26,18 +28,17 @@ pub async fn let_go_of_code() {
     }
 }
 
-/// Takes the program's code out of this process' memory; what is run next is mapped again. Says how many bytes are mapped
-/// as code.
+/// Takes the code of the program and its libraries out of this process' memory, with the constants that lie before it;
+/// what is used next is mapped again. Says how many bytes that are.
 ///
 /// # Errors
 /// `/proc/self/maps` cannot be read, or the kernel refuses.
 pub fn unmap_code() -> io::Result<usize> {
-    let program = fs::read_link("/proc/self/exe")?;
     let maps = fs::read_to_string("/proc/self/maps")?;
     let mut all = 0;
-    for (start, end) in maps.lines().filter_map(|line| code(line, &program.to_string_lossy())) {
+    for (start, end) in unwritten(&maps) {
         let at = std::ptr::with_exposed_provenance_mut(start);
-        // SAFETY: the range is a private mapping of this program's file that may be read and run and never was written: its
+        // SAFETY: the range is a private mapping of a file that may be read and perhaps run, and never was written: its
         // pages are the file's, and the file of a running program cannot be written to. Whoever comes to a page that was
         // let go of finds the same bytes.
         #[allow(unsafe_code)]
@@ -47,16 +48,36 @@ pub fn unmap_code() -> io::Result<usize> {
     Ok(all)
 }
 
-/// The range of a line of `/proc/self/maps` (proc(5)), if it is code of that program. What is only read is left alone: the
-/// loader has written to some of it before, and that would be lost.
-fn code(line: &str, program: &str) -> Option<(usize, usize)> {
-    let (range, rest) = line.split_once(' ')?;
-    if !rest.starts_with("r-xp ") || !rest.ends_with(program) {
-        return None;
-    }
-    let (start, end) = range.split_once('-')?;
-    let read = |text| usize::from_str_radix(text, 16).ok();
-    Some((read(start)?, read(end)?))
+/// One line of `/proc/self/maps` (proc(5)).
+struct Mapping<'a> {
+    range: (usize, usize),
+    access: &'a str,
+    offset: usize,
+    file: &'a str,
+}
+
+/// The ranges of programs and libraries that nobody has written to: their code, and what lies before it. What comes after
+/// is left alone, also where it can only be read: the loader has written to some of it before, and that would be lost.
+fn unwritten(maps: &str) -> Vec<(usize, usize)> {
+    let mappings: Vec<_> = maps.lines().filter_map(mapping).collect();
+    let programs: HashSet<&str> = mappings.iter().filter(|m| m.access == "r-xp").map(|m| m.file).collect();
+    let is_unwritten = |m: &&Mapping<'_>| match m.access {
+        "r-xp" => true,
+        "r--p" => m.offset == 0 && programs.contains(m.file),
+        _ => false,
+    };
+    mappings.iter().filter(is_unwritten).map(|m| m.range).collect()
+}
+
+/// A mapping of a file.
+fn mapping(line: &str) -> Option<Mapping<'_>> {
+    let mut words = line.split_ascii_whitespace();
+    let (start, end) = words.next()?.split_once('-')?;
+    let number = |text| usize::from_str_radix(text, 16).ok();
+    let range = (number(start)?, number(end)?);
+    let (access, offset) = (words.next()?, number(words.next()?)?);
+    let file = words.nth(2).filter(|name| name.starts_with('/'))?;
+    Some(Mapping { range, access, offset, file })
 }
 
 #[cfg(test)]
@@ -64,13 +85,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_code_of_the_program_is_let_go_of() {
-        let code = |line: &str| code(line, "/usr/bin/lambdalet");
-        let line = "55d0c0a00000-55d0c1e00000 r-xp 00990000 fe:00 1234                       /usr/bin/lambdalet";
-        assert_eq!(code(line), Some((0x55d0_c0a0_0000, 0x55d0_c1e0_0000)));
-        for other in [line.replace("r-xp", "r--p"), line.replace("r-xp", "rwxp"), line.replace("lambdalet", "other")] {
-            assert_eq!(code(&other), None, "{other}");
-        }
-        assert_eq!(code("nonsense"), None);
+    fn only_what_was_never_written_is_let_go_of() {
+        let maps = "\
+            10000-20000 r--p 00000000 fe:00 1234                       /usr/bin/lambdalet\n\
+            20000-30000 r-xp 00010000 fe:00 1234                       /usr/bin/lambdalet\n\
+            30000-40000 r--p 00020000 fe:00 1234                       /usr/bin/lambdalet\n\
+            40000-50000 rw-p 00030000 fe:00 1234                       /usr/bin/lambdalet\n\
+            50000-60000 rw-p 00000000 00:00 0                          [heap]\n\
+            60000-70000 r-xp 00000000 00:00 0\n\
+            70000-80000 r--p 00000000 fe:00 1235                       /usr/share/data\n\
+            80000-90000 rwxp 00000000 fe:00 1236                       /usr/lib/odd.so\n\
+            90000-a0000 r-xp 00000000 00:00 0                          [vdso]\n\
+            nonsense\n";
+        assert_eq!(unwritten(maps), [(0x10000, 0x20000), (0x20000, 0x30000)]);
     }
 }
