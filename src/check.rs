@@ -97,7 +97,10 @@ pub async fn examine(settings: &Settings, kubeconfig: Option<&Path>) -> Report {
     findings.push(host::root_dir(&settings.pods.root_dir));
     findings.push(host::port(&settings.serving).await);
     findings.push(host::client_ca(settings.serving.client_ca_file.as_deref()));
-    findings.extend(host::network().await);
+    match &settings.pods.cni {
+        None => findings.extend(host::network(&settings.pods.pod_cidrs).await),
+        Some(told) => findings.push(host::plugins(told).await),
+    }
     match settings.runtime.kind {
         RuntimeKind::Docker => findings.extend(docker::examine(&settings.runtime.docker_endpoint).await),
         RuntimeKind::Microvm => findings.push(docker::beside_microvms(&settings.runtime.docker_endpoint)),

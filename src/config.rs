@@ -31,6 +31,9 @@ use values::{NodeTaint, Reserved, Threshold};
 /// flannel and kind (10.244.0.0/16), k3s (10.42.0.0/15), podman (10.88.0.0/16), AKS (10.224.0.0/12).
 pub const DEFAULT_POD_CIDR: &str = "10.187.0.0/16";
 
+/// Where CNI plugins are by default, as kubelet and containerd have it.
+pub const DEFAULT_CNI_BIN_DIR: &str = "/opt/cni/bin";
+
 /// Everything this node was told.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
@@ -228,8 +231,11 @@ pub struct PodSettings {
     pub cluster_domain: String,
     /// The host's resolver file, whose content Pods with `dnsPolicy: Default` get; empty gives them none.
     pub resolv_conf: PathBuf,
-    /// Range Pod addresses come from, if told; else `spec.podCIDR`, else [`DEFAULT_POD_CIDR`].
-    pub pod_cidr: Option<IpNet>,
+    /// Ranges Pod addresses come from, if told, at most one of each family and the first one first; else
+    /// `spec.podCIDRs`, else [`DEFAULT_POD_CIDR`].
+    pub pod_cidrs: Vec<IpNet>,
+    /// The plugins that make the Pods' network; without them it is the node's own.
+    pub cni: Option<CniSettings>,
     /// Longest wait between two starts of a container that keeps ending.
     pub max_restart_backoff: Duration,
     /// Most processes and threads of one Pod; `None` is no limit.
@@ -255,7 +261,8 @@ impl Default for PodSettings {
             cluster_dns: Vec::new(),
             cluster_domain: "cluster.local".to_owned(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
-            pod_cidr: None,
+            pod_cidrs: Vec::new(),
+            cni: None,
             max_restart_backoff: Duration::from_secs(300),
             pids_limit: None,
             cpu_cfs_quota: true,
@@ -266,6 +273,15 @@ impl Default for PodSettings {
             allowed_unsafe_sysctls: Vec::new(),
         }
     }
+}
+
+/// Who makes the Pods' network, if it is not this node: plugins of the Container Network Interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CniSettings {
+    /// The directory of the network's configuration; the first file by name counts.
+    pub conf_dir: PathBuf,
+    /// The directories of plugins; the first that has one counts.
+    pub bin_dirs: Vec<PathBuf>,
 }
 
 /// How images are fetched.

@@ -1,7 +1,20 @@
 //! Named places at which a test may kill the process, to show that a restart finds and cleans up what was half done.
 
 /// Steps of a Pod's life, in order, at which [`hit`] is called.
-pub const NAMES: [&str; 9] = ["address", "mount", "sandbox", "plug", "create", "start", "stop", "status", "remove"];
+pub const NAMES: [&str; 12] = [
+    "address",
+    "mount",
+    "sandbox",
+    "plug",
+    "cni-record",
+    "cni",
+    "create",
+    "start",
+    "stop",
+    "cni-del",
+    "status",
+    "remove",
+];
 
 /// Ends the process as `kill -9` would if `LAMBDALET_FAILPOINT` names this place. Does nothing in a release build.
 pub fn hit(name: &'static str) {

@@ -69,3 +69,4 @@ pub mod retry;
 pub mod runtime;
 pub mod shutdown;
 pub mod telemetry;
+mod turns;

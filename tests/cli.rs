@@ -15,7 +15,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair,
 use tempfile::TempDir;
 
 /// Flags that scripts written for a kubelet rely on, and our own.
-const RUN_FLAGS: [&str; 47] = [
+const RUN_FLAGS: [&str; 49] = [
     "kubeconfig",
     "bootstrap-kubeconfig",
     "cert-dir",
@@ -44,6 +44,8 @@ const RUN_FLAGS: [&str; 47] = [
     "cluster-dns",
     "cluster-domain",
     "pod-cidr",
+    "cni-conf-dir",
+    "cni-bin-dir",
     "runtime",
     "docker-endpoint",
     "sandbox-image",
@@ -200,6 +202,8 @@ fn values_of_flags_are_refused_by_name() {
         ("--node-ip", "127.0.0.1", "127.0.0.1"),
         ("--node-ip", "10.0.0.1,10.0.0.2", "one family"),
         ("--pod-cidr", "10.0.0.0", "--pod-cidr"),
+        ("--pod-cidr", "10.1.0.0/16,10.2.0.0/16", "both are of one family"),
+        ("--cni-bin-dir", "/plugins", "--cni-conf-dir"),
         ("--cluster-dns", "dns.local", "--cluster-dns"),
         ("--insecure-registries", "http://a", "without http://"),
         ("--node-status-update-frequency", "10", "10s"),
@@ -212,6 +216,17 @@ fn values_of_flags_are_refused_by_name() {
     ] {
         let stderr = refused(&["run", flag, value]);
         assert!(stderr.contains(expected), "{flag} {value}: {stderr}");
+    }
+}
+
+#[test]
+fn what_cannot_be_had_beside_cni_plugins_is_said() {
+    for (more, expected) in [
+        (["--runtime", "microvm"], "CNI plugins make the network of Pods on Docker only, and --runtime is microvm"),
+        (["--function-server-addr", "50051"], "need the node's own network"),
+    ] {
+        let stderr = refused(&[&["run", "--cni-conf-dir", "/etc/cni/net.d"], &more[..]].concat());
+        assert!(stderr.contains(expected), "{more:?}: {stderr}");
     }
 }
 

@@ -21,6 +21,7 @@ const HEIGHTS: [&[&str]; 4] = [
         "retry",
         "shutdown",
         "telemetry",
+        "turns",
     ],
     &["network", "runtime"],
     &["check", "controller", "cri", "function", "function_server", "kubelet_api", "node", "pod", "standalone"],

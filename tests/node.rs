@@ -101,9 +101,16 @@ fn existing() -> serde_json::Value {
     json!({
         "apiVersion": "v1", "kind": "Node",
         "metadata": { "name": NODE, "uid": "old", "resourceVersion": "0", "labels": { "mine": "yes", "kubernetes.io/os": "bsd" } },
-        "spec": { "podCIDR": "10.9.0.0/24", "podCIDRs": ["10.9.0.0/24"], "unschedulable": true },
+        "spec": { "podCIDR": "10.9.0.0/24", "podCIDRs": ["10.9.0.0/24", "fd09::/64"], "unschedulable": true },
         "status": { "capacity": { "example.com/gpu": "1" } },
     })
+}
+
+/// The ranges of Pod addresses, where the operator told that one or none.
+async fn ranges(world: &World, told: Option<ipnet::IpNet>) -> String {
+    let told: Vec<_> = told.into_iter().collect();
+    let ranges = world.handle.pod_ranges(&told).await;
+    ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 #[tokio::test]
@@ -114,9 +121,9 @@ async fn a_new_node_is_registered_with_everything_it_has() {
     let world = start(api, NodeSettings { taints, ..settings() });
     assert_eq!(world.handle.facts.borrow().name, NODE, "facts are there before the API server was asked");
     world.until_registered().await;
-    assert_eq!(world.handle.pod_range(None).await.to_string(), "10.8.0.0/24");
+    assert_eq!(ranges(&world, None).await, "10.8.0.0/24");
     let told = "10.7.0.0/16".parse().unwrap();
-    assert_eq!(world.handle.pod_range(Some(told)).await, told);
+    assert_eq!(ranges(&world, Some(told)).await, told.to_string());
     let state = world.api.state();
     let node = state.node.as_ref().unwrap();
     assert_eq!(node["metadata"]["labels"]["kubernetes.io/hostname"], NODE);
@@ -159,7 +166,7 @@ async fn an_existing_node_is_adopted_and_keeps_what_is_not_ours() {
     let taints = vec!["dedicated=x:NoSchedule".parse().unwrap()];
     let world = start(api, NodeSettings { taints, ..settings() });
     world.until_ready("True").await;
-    assert_eq!(world.handle.pod_range(None).await.to_string(), "10.9.0.0/24");
+    assert_eq!(ranges(&world, None).await, "10.9.0.0/24,fd09::/64");
     let registration = world.handle.registration.borrow().clone().unwrap();
     assert!(registration.unschedulable && registration.uid == "old");
     let state = world.api.state();
@@ -403,7 +410,7 @@ async fn with_drain_on_exit_a_node_without_pods_ends_as_not_ready_too() {
 #[tokio::test]
 async fn without_a_range_from_anybody_the_default_holds() {
     let world = start(Api::new(), settings());
-    assert_eq!(world.handle.pod_range(None).await.to_string(), DEFAULT_POD_CIDR);
+    assert_eq!(ranges(&world, None).await, DEFAULT_POD_CIDR);
 }
 
 async fn real_node_that_is_ready(nodes: &kube::Api<Node>, name: &str, status: &str) -> Node {
@@ -468,7 +475,7 @@ async fn a_real_api_server_takes_the_node_its_status_and_its_lease() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     };
     println!("registered again after {:?}", begin.elapsed());
-    println!("podCIDR: {:?}", world.handle.pod_range(None).await);
+    println!("podCIDR: {:?}", ranges(&world, None).await);
     let leases: kube::Api<Lease> = kube::Api::namespaced(admin.client.clone(), "kube-node-lease");
     let begin = Instant::now();
     loop {

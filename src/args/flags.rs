@@ -14,7 +14,7 @@ use crate::config::file::ConfigFile;
 use crate::config::sysctls::SysctlPattern;
 use crate::config::tls::{CipherSuite, TlsVersion};
 use crate::config::values::{GoDuration, NodeLabel, NodeName, NodeTaint, RegistryHost, Reserved};
-use crate::config::{RuntimeKind, Settings};
+use crate::config::{CniSettings, DEFAULT_CNI_BIN_DIR, RuntimeKind, Settings};
 use crate::quantity::Quantity;
 use crate::telemetry::LogFormat;
 pub(super) use microvm::MicrovmArgs;
@@ -67,6 +67,8 @@ impl RunArgs {
         runtime.apply(&mut settings);
         microvm.apply(&mut settings)?;
         settings.function_server = function_server.resolve()?;
+        check_ranges(&settings.pods.pod_cidrs)?;
+        check_plugins(&settings)?;
         if let Some(memory) = settings.function_server.as_ref().and_then(|server| server.memory) {
             settings.node.kube_reserved.add("memory", Quantity::from_units(memory.try_into().unwrap_or(i64::MAX)));
         }
@@ -286,14 +288,29 @@ struct PodArgs {
     /// Kernel parameters that Pods may set beside the safe ones, such as net.core.somaxconn or kernel.msg*
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     allowed_unsafe_sysctls: Vec<SysctlPattern>,
-    /// Range of Pod addresses [default: the Node's spec.podCIDR, else 10.187.0.0/16]
-    #[arg(long, value_name = "CIDR")]
-    pod_cidr: Option<IpNet>,
+    /// Range of Pod addresses, or one of each family [default: the Node's spec.podCIDRs, else 10.187.0.0/16]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    pod_cidr: Vec<IpNet>,
+    /// Directory of CNI configurations, of which the first by name makes the Pods' network [default: none, the node's own]
+    #[arg(long, value_name = "DIR")]
+    cni_conf_dir: Option<PathBuf>,
+    /// Directories of CNI plugins [default: /opt/cni/bin]
+    #[arg(long, value_name = "DIR", value_delimiter = ',', requires = "cni_conf_dir")]
+    cni_bin_dir: Vec<PathBuf>,
 }
 
 impl PodArgs {
     fn apply(self, settings: &mut Settings) {
-        let Self { root_dir, cluster_dns, cluster_domain, pod_manifest_path, allowed_unsafe_sysctls, pod_cidr } = self;
+        let Self {
+            root_dir,
+            cluster_dns,
+            cluster_domain,
+            pod_manifest_path,
+            allowed_unsafe_sysctls,
+            pod_cidr,
+            cni_conf_dir,
+            cni_bin_dir,
+        } = self;
         let pods = &mut settings.pods;
         if !allowed_unsafe_sysctls.is_empty() {
             pods.allowed_unsafe_sysctls = allowed_unsafe_sysctls;
@@ -304,8 +321,45 @@ impl PodArgs {
         }
         set(&mut pods.cluster_domain, cluster_domain);
         set(&mut pods.static_pod_path, pod_manifest_path.map(Some));
-        set(&mut pods.pod_cidr, pod_cidr.map(Some));
+        if !pod_cidr.is_empty() {
+            pods.pod_cidrs = pod_cidr;
+        }
+        pods.cni = cni_conf_dir.map(|conf_dir| CniSettings {
+            conf_dir,
+            bin_dirs: if cni_bin_dir.is_empty() { vec![DEFAULT_CNI_BIN_DIR.into()] } else { cni_bin_dir },
+        });
     }
+}
+
+/// At most one range of each family.
+fn check_ranges(ranges: &[IpNet]) -> anyhow::Result<()> {
+    match ranges {
+        [] | [_] => Ok(()),
+        [first, second] => {
+            let differ = first.addr().is_ipv4() != second.addr().is_ipv4();
+            anyhow::ensure!(differ, "--pod-cidr {first},{second}: both are of one family");
+            Ok(())
+        }
+        _ => anyhow::bail!("--pod-cidr takes one range, or one IPv4 and one IPv6 range"),
+    }
+}
+
+/// What cannot be had where CNI plugins make the network.
+fn check_plugins(settings: &Settings) -> anyhow::Result<()> {
+    if settings.pods.cni.is_none() {
+        return Ok(());
+    }
+    let runtime = settings.runtime.kind;
+    anyhow::ensure!(
+        runtime == RuntimeKind::Docker,
+        "--cni-conf-dir: CNI plugins make the network of Pods on Docker only, and --runtime is {}",
+        runtime.name()
+    );
+    anyhow::ensure!(
+        settings.function_server.is_none(),
+        "--cni-conf-dir: the replicas of --function-server-addr need the node's own network"
+    );
+    Ok(())
 }
 
 /// What runs Pods.

@@ -4,6 +4,7 @@ pub(super) mod cri;
 mod drivers;
 mod function_server;
 mod machines;
+mod network;
 mod standalone;
 
 use std::net::SocketAddr;
@@ -21,14 +22,14 @@ use super::flags::Plan;
 use super::identity;
 use crate::apiserver::ApiServer;
 use crate::apiserver::reload::Reload;
-use crate::config::{RuntimeKind, Settings, configuration};
+use crate::config::{Settings, configuration};
 use crate::events::{self, Events};
 use crate::function_server::Supply;
 use crate::kubelet_api::{self, KubeletApi};
 use crate::memory;
 use crate::metrics::Metrics;
 use crate::network::bridge::Bridge;
-use crate::network::ipam::{DEFAULT_COOL_DOWN, Ipam};
+use crate::network::cni::Cni;
 use crate::network::uplink::Uplink;
 use crate::node::{self, NodeHandle, health, owner};
 use crate::pod::addresses::Addresses;
@@ -76,6 +77,8 @@ struct Parts {
     metrics: Metrics,
     runtime: Arc<dyn Runtime>,
     drivers: Drivers,
+    /// What makes the Pods' network, if it is not this node.
+    plugins: Option<Cni>,
     directory: Arc<Directory>,
     node: NodeHandle,
     keepers: Keepers,
@@ -138,13 +141,14 @@ async fn start_rooms(
     tasks: &Tasks,
 ) -> anyhow::Result<()> {
     let metrics = Metrics::new();
-    let (uplink, bridge) = Uplink::new();
+    let plugins = network::plugins(&settings);
+    let (uplink, bridge) = Uplink::by_plugins(plugins.clone());
     let keepers = Keepers::default();
     let Made { runtime, drivers } = drivers::make(&settings, (&owner, &keepers), uplink, &metrics).await;
     let mut settings = settings;
     settings.node.runtime_handlers.clone_from(&drivers.offered);
     let settings = Arc::new(settings);
-    let health = health::spawn(Arc::clone(&runtime), health::INTERVAL, tasks);
+    let health = health::spawn((Arc::clone(&runtime), plugins.clone()), health::INTERVAL, tasks);
     let events = events(&settings, &api, &metrics, tasks);
     let shutting_down = watch::Sender::new(false);
     let params = node::Params {
@@ -165,6 +169,7 @@ async fn start_rooms(
         metrics,
         runtime,
         drivers,
+        plugins,
         directory,
         node,
         keepers,
@@ -259,25 +264,15 @@ async fn end_execs(keepers: &Keepers) {
 async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Result<()> {
     let Parts { settings, api, tasks, .. } = &parts;
     let draining = tasks.draining();
-    let range = tokio::select! {
-        // Cancel-safe: nothing was made yet.
-        range = parts.node.pod_range(settings.pods.pod_cidr) => range,
-        () = draining.cancelled() => return Ok(()),
-    };
-    let root = &settings.pods.root_dir;
-    let ipam =
-        Ipam::open(&root.join("addresses"), range, DEFAULT_COOL_DOWN).context("failed to open the Pod addresses")?;
-    if settings.runtime.kind != RuntimeKind::Fake {
-        let name = owner::bridge_name(&parts.owner);
-        let made = Bridge::ensure(&name, ipam.gateway(), ipam.range()).await;
-        let made = made.context("failed to set up the Pod network")?;
-        info!(bridge = name, %range, "the Pod network is up");
-        bridge.send_replace(Some(made));
-    }
+    let Some((addresses, own)) = network::open(&parts, &bridge).await? else { return Ok(()) };
     let (drain, drained) = watch::channel(false);
-    let network = (Arc::new(ipam), bridge.borrow().clone());
-    let replicas = function_server::open(&parts, &network.0, network.1.clone()).await;
-    let shared = Arc::new(shared(&parts, network, drained).await?);
+    // Of Pods whose containers were removed behind this node's back, while it was away.
+    remove_empty_cgroups(&owner::cgroup_root(&parts.owner));
+    let replicas = match own {
+        Some((ipams, bridge)) => function_server::open(&parts, ipams, bridge).await,
+        None => None,
+    };
+    let shared = Arc::new(shared(&parts, addresses, drained).await?);
     let images = collect_garbage(&parts, &shared);
     evict(&parts, &shared, images)?;
     await_shutdown(&parts, &shared);
@@ -291,15 +286,15 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
         }
         take_down(&shared, &bridge).await;
     } else {
-        leave_cgroup(&shared.host.cgroup_root);
+        remove_empty_cgroups(&shared.host.cgroup_root);
     }
     Ok(())
 }
 
-/// Removes the owner's cgroup, if nothing is in it.
-fn leave_cgroup(root: &str) {
+/// Removes the cgroups of Pods that nothing is in, and the owner's if nothing is left in that.
+fn remove_empty_cgroups(root: &str) {
     if let Err(error) = docker::remove_empty_cgroup_root(root) {
-        warn!(error = crate::telemetry::chain(&error), "failed to remove the sandboxes' empty cgroup");
+        warn!(error = crate::telemetry::chain(&error), "failed to remove the empty cgroups of sandboxes");
     }
 }
 
@@ -386,11 +381,7 @@ async fn take_down(shared: &pod::Shared, bridge: &watch::Sender<Option<Bridge>>)
 }
 
 /// What every Pod's worker uses, and the tasks behind it.
-async fn shared(
-    parts: &Parts,
-    (ipam, bridge): (Arc<Ipam>, Option<Bridge>),
-    draining: watch::Receiver<bool>,
-) -> anyhow::Result<pod::Shared> {
+async fn shared(parts: &Parts, addresses: Addresses, draining: watch::Receiver<bool>) -> anyhow::Result<pod::Shared> {
     let Parts { settings, api, tasks, .. } = parts;
     let client = api.client.clone();
     let counters = PublishCounters::registered(&parts.metrics);
@@ -420,7 +411,7 @@ async fn shared(
         volumes,
         inputs,
         dns: dns_settings(settings),
-        addresses: Addresses::new(ipam).on(bridge),
+        addresses,
         admission: Admission::allowing(settings.pods.allowed_unsafe_sysctls.clone()),
         capacity,
         evictions: Orders::default(),

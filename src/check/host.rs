@@ -4,10 +4,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use nix::unistd::{AccessFlags, access};
 
 use super::Finding;
-use crate::config::ServingSettings;
+use crate::config::{CniSettings, ServingSettings};
+use crate::network::cni::{Cni, CniError, CniOptions};
+use crate::telemetry::chain;
 
 /// Bits of the capability sets, from `capabilities(7)`.
 const CAP_NET_ADMIN: u32 = 12;
@@ -122,7 +125,7 @@ pub(super) fn cluster_dns(servers: &[IpAddr]) -> Finding {
 }
 
 /// Bridge, forwarding and packet filter.
-pub(super) async fn network() -> Vec<Finding> {
+pub(super) async fn network(ranges: &[IpNet]) -> Vec<Finding> {
     let mut findings = vec![bridge()];
     findings.push(match std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward") {
         Ok(text) if text.trim() == "1" => Finding::ok("forwarding", "net.ipv4.ip_forward is on"),
@@ -141,7 +144,47 @@ pub(super) async fn network() -> Vec<Finding> {
             "install iptables (its nf_tables variant will do)",
         ),
     });
+    if ranges.iter().any(|range| range.addr().is_ipv6()) {
+        findings.push(match tool_version("ip6tables").await {
+            Some(version) => Finding::ok("packet filter", version),
+            None => Finding::fail(
+                "packet filter",
+                "there is no ip6tables command, and --pod-cidr has an IPv6 range",
+                "install iptables with its IPv6 part, or pass IPv4 ranges only",
+            ),
+        });
+    }
     findings
+}
+
+/// Whether CNI plugins can make the network.
+pub(super) async fn plugins(told: &CniSettings) -> Finding {
+    let CniSettings { conf_dir, bin_dirs } = told.clone();
+    let shown = conf_dir.display().to_string();
+    // Nothing is plugged in, so nothing is kept.
+    let root = std::env::temp_dir();
+    let error = match Cni::new(CniOptions { conf_dir, bin_dirs, root, patience: TOOL_PATIENCE }).ready().await {
+        Ok(()) => return Finding::ok("CNI", format!("the configuration in {shown} can be used")),
+        Err(error) => error,
+    };
+    let remedy = match &error {
+        CniError::Unconfigured { .. } => {
+            "have the cluster's network installed (most come as a DaemonSet), or do without \
+                                          --cni-conf-dir for the node's own"
+                .to_owned()
+        }
+        CniError::Missing { .. } | CniError::NotExecutable { .. } => {
+            "install it (Debian: containernetworking-plugins, in /usr/lib/cni), or pass another --cni-bin-dir"
+                .to_owned()
+        }
+        _ => format!("mend the first file in {shown}, or what it names"),
+    };
+    let found = format!("{}: the node stays NotReady, and its Pods get no network", chain(&error));
+    match error {
+        // As a rule a Pod of the node itself brings it later.
+        CniError::Unconfigured { .. } => Finding::warn("CNI", found, remedy),
+        _ => Finding::fail("CNI", found, remedy),
+    }
 }
 
 fn bridge() -> Finding {

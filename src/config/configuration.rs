@@ -83,11 +83,12 @@ fn by_priority(periods: &BTreeMap<i32, Duration>) -> Option<Vec<Value>> {
 }
 
 fn pods(pods: &PodSettings) -> Value {
+    let ranges: Vec<String> = pods.pod_cidrs.iter().map(ToString::to_string).collect();
     let sysctls: Vec<_> = pods.allowed_unsafe_sysctls.iter().map(|pattern| pattern.as_str()).collect();
     json!({
         "clusterDNS": (!pods.cluster_dns.is_empty()).then_some(&pods.cluster_dns),
         "clusterDomain": pods.cluster_domain,
-        "podCIDR": pods.pod_cidr.map(|range| range.to_string()),
+        "podCIDR": (!ranges.is_empty()).then(|| ranges.join(",")),
         "resolvConf": pods.resolv_conf,
         "crashLoopBackOff": {"maxContainerRestartPeriod": duration(pods.max_restart_backoff)},
         "cpuCFSQuota": pods.cpu_cfs_quota,
@@ -151,7 +152,7 @@ mod tests {
         settings.node.lease_duration = Duration::from_secs(20);
         settings.node.eviction_hard = BTreeMap::from([("pid.available".to_owned(), Threshold::Percent(2.5))]);
         settings.pods.cluster_dns = vec!["10.96.0.10".parse().unwrap()];
-        settings.pods.pod_cidr = Some("10.1.0.0/24".parse().unwrap());
+        settings.pods.pod_cidrs = ["10.1.0.0/24", "fd01::/64"].map(|range| range.parse().unwrap()).to_vec();
         settings.pods.pids_limit = Some(100);
         settings.pods.allowed_unsafe_sysctls = vec!["net.core.*".parse().unwrap()];
         settings.node.shutdown_grace.by_priority = BTreeMap::from([(7, Duration::from_secs(9))]);

@@ -396,10 +396,12 @@ impl Overlay {
         set(&mut pods.cluster_domain, fields.cluster_domain.clone());
         set(&mut pods.resolv_conf, fields.resolv_conf.clone());
         if let Some(text) = fields.pod_cidr.as_deref().filter(|text| !text.is_empty()) {
-            let range = text.parse::<IpNet>().map_err(|_| {
-                ValueError::new(format!("{text:?} is not an address range such as {}", super::DEFAULT_POD_CIDR))
-            });
-            pods.pod_cidr = Some(self.check("podCIDR", range)?);
+            let range = |text: &str| {
+                text.trim().parse::<IpNet>().map_err(|_| {
+                    ValueError::new(format!("{text:?} is not an address range such as {}", super::DEFAULT_POD_CIDR))
+                })
+            };
+            pods.pod_cidrs = self.check("podCIDR", text.split(',').map(range).collect())?;
         }
         let backoff = fields.crash_loop_back_off.clone().unwrap_or_default().max_container_restart_period;
         if let Some(GoDuration(longest)) = backoff {
@@ -580,7 +582,7 @@ mod tests {
         let pods = settings.pods;
         assert_eq!(pods.cluster_dns, ["10.96.0.10".parse::<IpAddr>().unwrap()]);
         assert_eq!(
-            (pods.cluster_domain.as_str(), pods.pod_cidr.unwrap().to_string()),
+            (pods.cluster_domain.as_str(), pods.pod_cidrs[0].to_string()),
             ("c.example", "10.1.0.0/24".to_owned())
         );
         assert_eq!((pods.resolv_conf, pods.max_restart_backoff), (PathBuf::from("/r"), Duration::from_secs(60)));

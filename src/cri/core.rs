@@ -17,10 +17,10 @@ use super::tickets::Desk;
 use super::view::{Seen, View};
 use super::{tell, translate};
 use crate::runtime::Runtime;
-use crate::runtime::turns::Turns;
 use crate::runtime::types::{CgroupDriver, ContainerId, ContainerState, ContainerStatus, SandboxStatus};
 use crate::shutdown::Tasks;
 use crate::telemetry::chain;
+use crate::turns::Turns;
 
 /// What the runtime is called and what it is given.
 #[derive(Clone, Debug)]

@@ -125,7 +125,7 @@ impl Network {
         let ipam = self.ipam();
         let ready: Vec<_> = sandboxes.iter().filter(|sandbox| sandbox.state == SandboxState::Ready).collect();
         for sandbox in &ready {
-            if let Some(address) = sandbox.address
+            if let Some(address) = sandbox.address()
                 && let Err(error) = ipam.adopt(&sandbox.pod.uid, address)
             {
                 warn!(pod = %sandbox.pod, error = chain(&error), "a sandbox has an address that is not its own");
@@ -141,7 +141,7 @@ impl Network {
     /// Makes exactly these ports of the host lead to the Pod.
     pub(super) async fn open_ports(&self, uid: &str, address: IpAddr, ports: Vec<HostPort>) -> Result<(), CriError> {
         match self.bridge() {
-            Some(bridge) if !ports.is_empty() => Ok(bridge.open_ports(uid, address, ports).await?),
+            Some(bridge) if !ports.is_empty() => Ok(bridge.open_ports(uid, &[address], ports).await?),
             _ => Ok(()),
         }
     }

@@ -59,7 +59,8 @@ pub(super) fn sandbox(status: &SandboxStatus, kept: OfSandbox<'_>) -> v1::PodSan
 pub(super) fn sandbox_status(status: &SandboxStatus, kept: OfSandbox<'_>) -> v1::PodSandboxStatus {
     let v1::PodSandbox { id, metadata, state, created_at, labels, annotations, runtime_handler } =
         sandbox(status, kept);
-    let address = status.address.filter(|_| status.state == SandboxState::Ready);
+    let ready = status.state == SandboxState::Ready;
+    let mut addresses = status.addresses.iter().filter(|_| ready).map(ToString::to_string);
     let linux = kept.and_then(|kept| kept.config.as_ref()?.linux.as_ref()?.security_context.as_ref());
     let options = linux.and_then(|context| context.namespace_options.clone());
     v1::PodSandboxStatus {
@@ -68,8 +69,8 @@ pub(super) fn sandbox_status(status: &SandboxStatus, kept: OfSandbox<'_>) -> v1:
         state,
         created_at,
         network: Some(v1::PodSandboxNetworkStatus {
-            ip: address.map(|address| address.to_string()).unwrap_or_default(),
-            additional_ips: Vec::new(),
+            ip: addresses.next().unwrap_or_default(),
+            additional_ips: addresses.map(|ip| v1::PodIp { ip }).collect(),
         }),
         linux: Some(v1::LinuxPodSandboxStatus { namespaces: Some(v1::Namespace { options }) }),
         labels,

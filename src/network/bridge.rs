@@ -51,12 +51,28 @@ pub struct Bridge {
 #[derive(Debug)]
 pub(super) struct Settings {
     pub(super) name: String,
-    gateway: IpAddr,
-    pub(super) range: IpNet,
+    /// One of each family, at least one; the first is that of taps.
+    pub(super) nets: Vec<Net>,
     mtu: u32,
-    routes: Routes,
     /// The Pods that ports of the host lead to.
     pub(super) with_ports: Mutex<BTreeSet<String>>,
+}
+
+/// The bridge's part of one address family.
+#[derive(Debug)]
+pub(super) struct Net {
+    gateway: IpAddr,
+    pub(super) range: IpNet,
+    routes: Routes,
+}
+
+impl Settings {
+    /// The part that is of the family of `address`.
+    fn net(&self, address: IpAddr) -> Result<&Net, NetworkError> {
+        let same = |net: &&Net| net.gateway.is_ipv4() == address.is_ipv4();
+        let none = || kernel(&format!("find the range of {address} on {}", self.name), io::ErrorKind::NotFound.into());
+        self.nets.iter().find(same).ok_or_else(none)
+    }
 }
 
 // === impl Bridge ===
@@ -71,12 +87,20 @@ impl Bridge {
     /// [`NetworkError::NotABridge`] if the name is taken, [`NetworkError::Command`] without `iptables`, or the kernel's
     /// refusal.
     pub async fn ensure(name: &str, gateway: IpAddr, range: IpNet) -> Result<Self, NetworkError> {
+        Self::ensure_all(name, vec![(gateway, range)]).await
+    }
+
+    /// The same with a gateway and range of each family; the first is that of taps.
+    ///
+    /// # Errors
+    /// As [`Bridge::ensure`].
+    pub async fn ensure_all(name: &str, ranges: Vec<(IpAddr, IpNet)>) -> Result<Self, NetworkError> {
         let named = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if name.is_empty() || name.len() > 15 || name.starts_with(['.', '-']) || !name.chars().all(named) {
             return Err(NetworkError::BadName { name: name.to_owned() });
         }
         let name = name.to_owned();
-        let settings = on_thread(move || ensure(name, gateway, range)).await?;
+        let settings = on_thread(move || ensure(name, &ranges)).await?;
         Ok(Self { settings: Arc::new(settings), permits: Arc::new(Semaphore::new(AT_ONCE)) })
     }
 
@@ -88,13 +112,15 @@ impl Bridge {
     pub async fn remove(self) -> Result<(), NetworkError> {
         let settings = Arc::clone(&self.settings);
         on_thread(move || {
-            firewall::remove(&settings.name, settings.range)?;
             if guard::is_there() {
                 guard::remove(&settings.name)?;
             }
             let mut host = open_netlink()?;
-            let unroute = |source| kernel(&format!("remove the route to {}", settings.range), source);
-            settings.routes.remove(&mut host).map_err(unroute)?;
+            for net in &settings.nets {
+                firewall::remove(&settings.name, net.range)?;
+                let unroute = |source| kernel(&format!("remove the route to {}", net.range), source);
+                net.routes.remove(&mut host).map_err(unroute)?;
+            }
             delete_by_name(&mut host, &settings.name)
         })
         .await
@@ -130,9 +156,9 @@ impl Bridge {
 
 #[async_trait]
 impl Cable for Bridge {
-    async fn plug(&self, pid: i32, sandbox: &str, address: IpAddr) -> Result<(), NetworkError> {
-        let port = port_name(sandbox);
-        self.work(move |settings| plug(settings, &port, pid, address)).await
+    async fn plug(&self, pid: i32, sandbox: &str, addresses: &[IpAddr]) -> Result<(), NetworkError> {
+        let (port, addresses) = (port_name(sandbox), addresses.to_vec());
+        self.work(move |settings| plug(settings, &port, pid, &addresses)).await
     }
 
     async fn unplug(&self, sandbox: &str) -> Result<(), NetworkError> {
@@ -141,7 +167,7 @@ impl Cable for Bridge {
             let mut host = open_netlink()?;
             // The route first: a packet on its way to a port that is gone would be answered by nobody.
             let refuse = |source| kernel(&format!("refuse the address behind {port}"), source);
-            settings.routes.prune(&mut host, Some(&port)).map_err(refuse)?;
+            settings.nets.iter().try_for_each(|net| net.routes.prune(&mut host, Some(&port))).map_err(refuse)?;
             delete_by_name(&mut host, &port)
         })
         .await
@@ -176,7 +202,7 @@ pub fn mac_of(address: IpAddr) -> Mac {
 
 // === On the host ===
 
-fn ensure(name: String, gateway: IpAddr, range: IpNet) -> Result<Settings, NetworkError> {
+fn ensure(name: String, ranges: &[(IpAddr, IpNet)]) -> Result<Settings, NetworkError> {
     let mut host = open_netlink()?;
     let tried = |action: &str| {
         let action = format!("{action} bridge {name}");
@@ -195,21 +221,31 @@ fn ensure(name: String, gateway: IpAddr, range: IpNet) -> Result<Settings, Netwo
     }
     // A bridge without an address of its own takes one from its ports and changes it as they come and go, which every
     // Pod would have to notice.
-    host.configure(bridge.index, mac_of(gateway), mtu).map_err(tried("configure"))?;
-    host.set_only_address(bridge.index, gateway, range.prefix_len()).map_err(tried("set the address of"))?;
-    let forwarding = match gateway {
-        IpAddr::V4(_) => "net/ipv4/ip_forward",
-        IpAddr::V6(_) => "net/ipv6/conf/all/forwarding",
-    };
-    set_sysctl(forwarding, "1")?;
-    if gateway.is_ipv4() {
-        // Two Pods talk by way of the gateway on purpose; it must not advise them to do otherwise.
-        set_sysctl(&format!("net/ipv4/conf/{name}/send_redirects"), "0")?;
+    if let Some((gateway, _)) = ranges.first() {
+        host.configure(bridge.index, mac_of(*gateway), mtu).map_err(tried("configure"))?;
     }
-    let with_ports = Mutex::new(firewall::ensure(&name, range)?);
-    let routes = Routes::new(&name, gateway, range);
-    routes.ensure(&mut host).map_err(tried("route the range of"))?;
-    Ok(Settings { name, gateway, range, mtu, routes, with_ports })
+    let (mut nets, mut with_ports) = (Vec::new(), BTreeSet::new());
+    for &(gateway, range) in ranges {
+        host.set_only_address(bridge.index, gateway, range.prefix_len()).map_err(tried("set the address of"))?;
+        forward(&name, gateway)?;
+        with_ports.append(&mut firewall::ensure(&name, range)?);
+        let routes = Routes::new(&name, gateway, range);
+        routes.ensure(&mut host).map_err(tried("route the range of"))?;
+        nets.push(Net { gateway, range, routes });
+    }
+    Ok(Settings { name, nets, mtu, with_ports: Mutex::new(with_ports) })
+}
+
+/// Lets the host route packets of the gateway's family.
+fn forward(bridge: &str, gateway: IpAddr) -> Result<(), NetworkError> {
+    match gateway {
+        IpAddr::V6(_) => set_sysctl("net/ipv6/conf/all/forwarding", "1"),
+        IpAddr::V4(_) => {
+            set_sysctl("net/ipv4/ip_forward", "1")?;
+            // Two Pods talk by way of the gateway on purpose; it must not advise them to do otherwise.
+            set_sysctl(&format!("net/ipv4/conf/{bridge}/send_redirects"), "0")
+        }
+    }
 }
 
 fn delete_by_name(host: &mut Netlink, name: &str) -> Result<(), NetworkError> {
@@ -223,7 +259,9 @@ fn delete_by_name(host: &mut Netlink, name: &str) -> Result<(), NetworkError> {
 // === Into the sandbox ===
 
 /// Runs on a thread of its own, which ends in the sandbox's namespace.
-fn plug(settings: &Settings, port: &str, pid: i32, address: IpAddr) -> Result<(), NetworkError> {
+fn plug(settings: &Settings, port: &str, pid: i32, addresses: &[IpAddr]) -> Result<(), NetworkError> {
+    let none = || kernel(&format!("plug {port} without an address"), io::ErrorKind::InvalidInput.into());
+    let first = *addresses.first().ok_or_else(none)?;
     let path = format!("/proc/{pid}/ns/net");
     let outside = |source| NetworkError::Namespace { pid, source };
     // Held open from here on: the process may end and its number be reused, the namespace stays the one we looked at.
@@ -242,16 +280,22 @@ fn plug(settings: &Settings, port: &str, pid: i32, address: IpAddr) -> Result<()
         name: port,
         bridge: bridge.index,
         peer_name: INTERFACE,
-        peer_mac: mac_of(address),
+        peer_mac: mac_of(first),
         namespace: namespace.as_fd(),
         mtu: settings.mtu,
     };
-    connect(&mut host, &mut inside, &pair, address).map_err(|source| kernel(&format!("plug {port}"), source))?;
-    configure(&mut inside, settings, address)
-        .map_err(|source| kernel(&format!("give {address} to {INTERFACE} behind {port}"), source))?;
+    connect(&mut host, &mut inside, &pair, addresses).map_err(|source| kernel(&format!("plug {port}"), source))?;
+    for &address in addresses {
+        configure(&mut inside, settings.net(address)?, address)
+            .map_err(|source| kernel(&format!("give {address} to {INTERFACE} behind {port}"), source))?;
+    }
     settle(&mut host, &mut inside, port).map_err(|source| kernel(&format!("see {port} working"), source))?;
-    // The last step: until packets pass the address refuses.
-    settings.routes.open(&mut host, address).map_err(|source| kernel(&format!("lead {address} to {port}"), source))
+    // The last step: until packets pass the addresses refuse.
+    for &address in addresses {
+        let lead = |source| kernel(&format!("lead {address} to {port}"), source);
+        settings.net(address)?.routes.open(&mut host, address).map_err(lead)?;
+    }
+    Ok(())
 }
 
 /// Waits until packets pass. The kernel takes note of a new carrier a little later and drops what is sent before; the
@@ -269,14 +313,14 @@ fn settle(host: &mut Netlink, inside: &mut Netlink, port: &str) -> io::Result<()
 }
 
 /// Makes the pair be there, with both its ends where they belong.
-fn connect(host: &mut Netlink, inside: &mut Netlink, pair: &Pair<'_>, address: IpAddr) -> io::Result<()> {
+fn connect(host: &mut Netlink, inside: &mut Netlink, pair: &Pair<'_>, addresses: &[IpAddr]) -> io::Result<()> {
     let (outer, inner) = (host.link(pair.name)?, inside.link(INTERFACE)?);
     if let (Some(outer), Some(inner)) = (&outer, &inner) {
         // Each end tells the other's index; with the hardware address that is enough to know them as one pair.
         let joined = outer.peer == Some(inner.index) && inner.peer == Some(outer.index);
         if joined && inner.mac == pair.peer_mac {
             host.enslave(outer.index, pair.bridge)?;
-            return finish_port(host, outer.index, address);
+            return finish_port(host, outer.index, addresses);
         }
     }
     if let Some(outer) = outer {
@@ -287,25 +331,26 @@ fn connect(host: &mut Netlink, inside: &mut Netlink, pair: &Pair<'_>, address: I
     }
     host.add_pair(pair)?;
     let outer = host.link(pair.name)?.ok_or(io::ErrorKind::NotFound)?;
-    finish_port(host, outer.index, address)
+    finish_port(host, outer.index, addresses)
 }
 
-/// What a port has besides its place on the bridge; the alias is how its route is known for its own.
-fn finish_port(host: &mut Netlink, port: u32, address: IpAddr) -> io::Result<()> {
-    host.set_alias(port, &address.to_string())?;
+/// What a port has besides its place on the bridge; the alias is how its routes are known for its own.
+fn finish_port(host: &mut Netlink, port: u32, addresses: &[IpAddr]) -> io::Result<()> {
+    let addresses: Vec<String> = addresses.iter().map(IpAddr::to_string).collect();
+    host.set_alias(port, &addresses.join(","))?;
     host.set_hairpin(port)
 }
 
 /// Interfaces, address and routes as seen from inside; each step replaces what is there.
-fn configure(inside: &mut Netlink, settings: &Settings, address: IpAddr) -> io::Result<()> {
+fn configure(inside: &mut Netlink, net: &Net, address: IpAddr) -> io::Result<()> {
     if let Some(loopback) = inside.link("lo")? {
         inside.set_up(loopback.index)?;
     }
     let interface = inside.link(INTERFACE)?.ok_or(io::ErrorKind::NotFound)?.index;
-    inside.add_address(interface, address, settings.range.prefix_len())?;
+    inside.add_address(interface, address, net.range.prefix_len())?;
     inside.set_up(interface)?;
-    inside.add_link_route(interface, settings.gateway.into(), None)?;
-    inside.add_default_route(interface, settings.gateway)?;
+    inside.add_link_route(interface, net.gateway.into(), None)?;
+    inside.add_default_route(interface, net.gateway)?;
     let family = if address.is_ipv4() { "ipv4" } else { "ipv6" };
     for key in ["all", INTERFACE] {
         // See the module: neighbours are reached through the gateway, whatever another router may advise.
@@ -320,7 +365,7 @@ fn configure(inside: &mut Netlink, settings: &Settings, address: IpAddr) -> io::
 
 /// Runs blocking work on a thread that ends with it, so that whatever namespace it has entered is left for good. The
 /// work goes on to its end if the caller stops waiting.
-async fn on_thread<T: Send + 'static>(
+pub(super) async fn on_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, NetworkError> + Send + 'static,
 ) -> Result<T, NetworkError> {
     let (answer, answered) = oneshot::channel();
@@ -340,9 +385,9 @@ fn kernel(action: &str, source: io::Error) -> NetworkError {
     NetworkError::Kernel { action: action.to_owned(), source }
 }
 
-fn ended() -> NetworkError {
+pub(super) fn ended() -> NetworkError {
     kernel("finish network work", io::Error::other("its thread ended early"))
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

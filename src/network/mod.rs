@@ -5,6 +5,7 @@
 //! ```text
 //! pod::worker --allocate/release--> Ipam (one file per address)
 //! driver      --plug/unplug-------> Cable = Bridge --netlink--> veth pair: lv<hash> on the bridge, eth0 in the sandbox
+//!             --attach/unplug-----> Cable = Cni ----plugins---> whatever they make; the addresses are theirs, too ([`cni`])
 //!             --make_tap/lead-----> Taps  = Bridge -----------> tap: lt<hash> on the bridge, guarded by nft
 //! ```
 //!
@@ -16,6 +17,7 @@
 //! (`routes`).
 
 pub mod bridge;
+pub mod cni;
 mod firewall;
 mod guard;
 pub mod inside;
@@ -33,17 +35,38 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use ipnet::IpNet;
 
+use self::cni::{Attachment, CniError};
+
 /// Joins a sandbox to the node's Pod network.
 #[async_trait]
 pub trait Cable: Send + Sync {
-    /// Gives the network namespace of process `pid` the interface `eth0` with `address`, and leads packets there that
-    /// were refused before. Plugging a plugged sandbox is Ok; an interface that a dead process of the same sandbox left
+    /// Gives the network namespace of process `pid` the interface `eth0` with these addresses (one of each family at
+    /// most), and leads packets there that were refused before. Plugging a plugged sandbox is Ok; an interface that a dead process of the same sandbox left
     /// behind is replaced.
     ///
     /// # Errors
     /// [`NetworkError::Namespace`] if the process is gone. Nothing is left behind on an error that `unplug` does not
     /// remove.
-    async fn plug(&self, pid: i32, sandbox: &str, address: IpAddr) -> Result<(), NetworkError>;
+    async fn plug(&self, pid: i32, sandbox: &str, addresses: &[IpAddr]) -> Result<(), NetworkError>;
+
+    /// Gives the network namespace of process `pid` an interface `eth0` with addresses that this network chooses, and says
+    /// which. A sandbox that was attached completely keeps what it has.
+    ///
+    /// # Errors
+    /// As [`Cable::plug`], and [`CniError::OtherNetwork`] of a network that is told its addresses.
+    async fn attach(&self, pid: i32, sandbox: &str, attachment: &Attachment) -> Result<Vec<IpAddr>, NetworkError> {
+        let _ = (pid, attachment);
+        self.attached(sandbox).await
+    }
+
+    /// The addresses of a sandbox that was attached, by an earlier process perhaps.
+    ///
+    /// # Errors
+    /// [`NetworkError::Cni`] if it was not, or not completely.
+    async fn attached(&self, sandbox: &str) -> Result<Vec<IpAddr>, NetworkError> {
+        let reason = "CNI plugins gave it an address, and the node uses none now";
+        Err(CniError::OtherNetwork { sandbox: sandbox.to_owned(), reason }.into())
+    }
 
     /// Takes the interface away, with both its ends; from then on its address refuses. Unplugging what is not plugged is
     /// Ok.
@@ -135,6 +158,9 @@ pub enum NetworkError {
         /// The interface.
         name: String,
     },
+    /// Plugins could not do it.
+    #[error(transparent)]
+    Cni(#[from] CniError),
     /// The name does not fit an interface.
     #[error("bridge name {name:?} is not 1 to 15 letters, digits, '-', '_' or '.'")]
     BadName {

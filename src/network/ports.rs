@@ -28,7 +28,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
             Self::Udp => "udp",
@@ -51,21 +51,27 @@ pub struct HostPort {
 }
 
 impl Bridge {
-    /// Makes exactly these ports of the host lead to the Pod `key` at `address`. Needs `iptables`.
+    /// Makes exactly these ports of the host lead to the Pod `key` at these addresses, one of each family at most. Needs
+    /// `iptables` (`ip6tables` for IPv6).
     ///
     /// # Errors
     /// As [`Bridge::ensure`]; some of the ports may be open then.
-    pub async fn open_ports(&self, key: &str, address: IpAddr, ports: Vec<HostPort>) -> Result<(), NetworkError> {
-        let key = key.to_owned();
+    pub async fn open_ports(&self, key: &str, addresses: &[IpAddr], ports: Vec<HostPort>) -> Result<(), NetworkError> {
+        let (key, addresses) = (key.to_owned(), addresses.to_vec());
         self.work(move |settings| {
-            if address.is_ipv4() {
+            if addresses.iter().any(IpAddr::is_ipv4) {
                 // Or packets with a loopback address are never sent out on the bridge.
                 set_sysctl(&format!("net/ipv4/conf/{}/route_localnet", settings.name), "1")?;
             }
             let tag = tag(&settings.name, &key);
-            let wanted = ports.iter().flat_map(|port| rules(&tag, address, port)).collect::<Vec<_>>();
             keys(settings).insert(key);
-            firewall::settle(settings.range, &tag, &wanted)
+            for net in &settings.nets {
+                let of_family = addresses.iter().filter(|address| address.is_ipv4() == net.range.addr().is_ipv4());
+                let wanted = of_family.flat_map(|address| ports.iter().map(move |port| (*address, port)));
+                let wanted = wanted.flat_map(|(address, port)| rules(&tag, address, port)).collect::<Vec<_>>();
+                firewall::settle(net.range, &tag, &wanted)?;
+            }
+            Ok(())
         })
         .await
     }
@@ -80,7 +86,8 @@ impl Bridge {
             return Ok(());
         }
         self.work(move |settings| {
-            firewall::settle(settings.range, &tag(&settings.name, &key), &[])?;
+            let tag = tag(&settings.name, &key);
+            settings.nets.iter().try_for_each(|net| firewall::settle(net.range, &tag, &[]))?;
             keys(settings).remove(&key);
             Ok(())
         })

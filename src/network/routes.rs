@@ -28,6 +28,11 @@ use super::netlink::Netlink;
 /// The interface that what nobody has is routed to.
 pub(super) const NOWHERE: &str = "lo";
 
+/// The addresses in a port's alias.
+fn addresses(alias: &str) -> Vec<IpAddr> {
+    alias.split(',').filter_map(|address| address.parse().ok()).collect()
+}
+
 /// The host's routes to one bridge's range.
 #[derive(Debug)]
 pub(super) struct Routes {
@@ -56,7 +61,7 @@ impl Routes {
         self.prune(host, None)
     }
 
-    /// Leads to the port that has `address` as its alias.
+    /// Leads to the port that has `address` in its alias.
     pub(super) fn open(&self, host: &mut Netlink, address: IpAddr) -> io::Result<()> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let bridge = host.link(&self.bridge)?.ok_or(io::ErrorKind::NotFound)?;
@@ -69,7 +74,7 @@ impl Routes {
         let Some(bridge) = host.link(&self.bridge)? else { return Ok(()) };
         let ports = host.links()?.into_iter().filter(|link| link.bridge == Some(bridge.index));
         let stay = ports.filter(|port| Some(port.name.as_str()) != leaving);
-        let plugged: HashSet<IpAddr> = stay.filter_map(|port| port.alias.parse().ok()).collect();
+        let plugged: HashSet<IpAddr> = stay.flat_map(|port| addresses(&port.alias)).collect();
         for route in host.link_routes(bridge.index, self.gateway)? {
             if route.prefix_len() == route.max_prefix_len() && !plugged.contains(&route.addr()) {
                 host.delete_link_route(bridge.index, route)?;

@@ -1,4 +1,4 @@
-//! The cable before there is a bridge: a driver is made first, the range of addresses is known only once the Node is
+//! The cable before there is a network: a driver is made first, the range of addresses is known only once the Node is
 //! registered.
 
 use std::net::IpAddr;
@@ -7,37 +7,68 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use super::bridge::Bridge;
+use super::cni::{Attachment, Cni};
 use super::tap::{Surroundings, Tap, Taps};
 use super::{Cable, NetworkError};
 
-/// A cable that waits for its bridge.
+/// A cable that waits for its bridge, or leads to the network that plugins make.
 #[derive(Debug)]
 pub struct Uplink {
     bridge: watch::Receiver<Option<Bridge>>,
+    plugins: Option<Cni>,
 }
 
 impl Uplink {
     /// The cable, and where to put the bridge once it is there.
     pub fn new() -> (Self, watch::Sender<Option<Bridge>>) {
         let (sender, bridge) = watch::channel(None);
-        (Self { bridge }, sender)
+        (Self { bridge, plugins: None }, sender)
+    }
+
+    /// The same where plugins make the network: there will never be a bridge.
+    pub fn by_plugins(plugins: Option<Cni>) -> (Self, watch::Sender<Option<Bridge>>) {
+        let (uplink, sender) = Self::new();
+        (Self { plugins, ..uplink }, sender)
     }
 
     async fn bridge(&self) -> Result<Bridge, NetworkError> {
+        if self.plugins.is_some() {
+            return Err(no_bridge("CNI plugins make the Pod network, and they plug no taps"));
+        }
         let mut bridge = self.bridge.clone();
         let found = bridge.wait_for(Option::is_some).await.ok().and_then(|bridge| bridge.clone());
-        found.ok_or_else(ending)
+        found.ok_or_else(|| no_bridge("the node is ending"))
     }
 }
 
 #[async_trait]
 impl Cable for Uplink {
-    async fn plug(&self, pid: i32, sandbox: &str, address: IpAddr) -> Result<(), NetworkError> {
-        self.bridge().await?.plug(pid, sandbox, address).await
+    async fn plug(&self, pid: i32, sandbox: &str, addresses: &[IpAddr]) -> Result<(), NetworkError> {
+        match &self.plugins {
+            Some(plugins) => plugins.plug(pid, sandbox, addresses).await,
+            None => self.bridge().await?.plug(pid, sandbox, addresses).await,
+        }
+    }
+
+    async fn attach(&self, pid: i32, sandbox: &str, attachment: &Attachment) -> Result<Vec<IpAddr>, NetworkError> {
+        match &self.plugins {
+            Some(plugins) => plugins.attach(pid, sandbox, attachment).await,
+            None => self.bridge().await?.attach(pid, sandbox, attachment).await,
+        }
+    }
+
+    async fn attached(&self, sandbox: &str) -> Result<Vec<IpAddr>, NetworkError> {
+        match &self.plugins {
+            Some(plugins) => plugins.attached(sandbox).await,
+            None => self.bridge().await?.attached(sandbox).await,
+        }
     }
 
     async fn unplug(&self, sandbox: &str) -> Result<(), NetworkError> {
-        self.bridge().await?.unplug(sandbox).await
+        match &self.plugins {
+            Some(plugins) => plugins.unplug(sandbox).await,
+            None => self.bridge().await?.unplug(sandbox).await,
+        }
     }
 }
 
@@ -56,15 +87,22 @@ impl Taps for Uplink {
     }
 
     async fn remove_tap(&self, sandbox: &str) -> Result<(), NetworkError> {
-        self.bridge().await?.remove_tap(sandbox).await
+        match &self.plugins {
+            // That of an earlier configuration went with its machine.
+            Some(_) => Ok(()),
+            None => self.bridge().await?.remove_tap(sandbox).await,
+        }
     }
 
     async fn remove_other_taps(&self, sandboxes: &[String]) -> Result<usize, NetworkError> {
-        self.bridge().await?.remove_other_taps(sandboxes).await
+        match &self.plugins {
+            Some(_) => Ok(0),
+            None => self.bridge().await?.remove_other_taps(sandboxes).await,
+        }
     }
 }
 
-fn ending() -> NetworkError {
-    let source = std::io::Error::other("the node is ending");
+fn no_bridge(why: &'static str) -> NetworkError {
+    let source = std::io::Error::other(why);
     NetworkError::Kernel { action: "find the Pod network's bridge".to_owned(), source }
 }

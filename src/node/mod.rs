@@ -133,22 +133,30 @@ pub struct NodeHandle {
 }
 
 impl NodeHandle {
-    /// The range of Pod addresses: `told` if there is one, else what `spec.podCIDR` says a few seconds after
-    /// registration, else [`DEFAULT_POD_CIDR`]. Waits for the API server as long as that takes.
-    pub async fn pod_range(&self, told: Option<IpNet>) -> IpNet {
-        if let Some(range) = told {
-            return range;
+    /// The ranges of Pod addresses, one of each family at most: `told` if there are any, else what `spec.podCIDRs` says a
+    /// few seconds after registration, else [`DEFAULT_POD_CIDR`]. Waits for the API server as long as that takes.
+    pub async fn pod_ranges(&self, told: &[IpNet]) -> Vec<IpNet> {
+        if !told.is_empty() {
+            return told.to_vec();
         }
+        match self.handed_out_ranges().await {
+            none if none.is_empty() => vec![default_pod_range()],
+            ranges => ranges,
+        }
+    }
+
+    /// What `spec.podCIDRs` says a few seconds after registration, the primary first; none if nobody hands ranges out.
+    /// Waits for the API server as long as that takes.
+    pub async fn handed_out_ranges(&self) -> Vec<IpNet> {
         let mut registration = self.registration.clone();
         // An error means that the node task ended, and with it the process.
         let _ = registration.wait_for(Option::is_some).await;
         let handed_out = |known: &Option<Registration>| known.as_ref().is_some_and(|node| !node.pod_cidrs.is_empty());
         let known = tokio::time::timeout(POD_CIDR_PATIENCE, registration.wait_for(handed_out)).await;
-        let range = match known {
-            Ok(Ok(known)) => known.as_ref().and_then(|node| node.pod_cidrs.first().copied()),
-            _ => None,
-        };
-        range.unwrap_or_else(default_pod_range)
+        match known {
+            Ok(Ok(known)) => known.as_ref().map(|node| node.pod_cidrs.clone()).unwrap_or_default(),
+            _ => Vec::new(),
+        }
     }
 }
 

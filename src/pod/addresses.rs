@@ -27,15 +27,32 @@ pub enum AddressError {
 
 /// Who has which address.
 pub struct Addresses {
-    ipam: Arc<Ipam>,
+    /// One of each family, the first one first; none where CNI plugins give the addresses, and take them back with the
+    /// sandbox.
+    ipams: Vec<Arc<Ipam>>,
     bridge: Option<Bridge>,
     adopted: OnceCell<()>,
 }
 
 impl Addresses {
-    /// The addresses of `ipam`.
+    /// The addresses of `ipam`, one for each Pod.
     pub fn new(ipam: Arc<Ipam>) -> Self {
-        Self { ipam, bridge: None, adopted: OnceCell::new() }
+        Self::of_each(vec![ipam])
+    }
+
+    /// One of each of these for each Pod, in this order; they are of different families.
+    pub fn of_each(ipams: Vec<Arc<Ipam>>) -> Self {
+        Self { ipams, bridge: None, adopted: OnceCell::new() }
+    }
+
+    /// Those that CNI plugins give: nothing is remembered here, and ports of the host are theirs too.
+    pub fn by_plugins() -> Self {
+        Self::of_each(Vec::new())
+    }
+
+    /// Whether CNI plugins give the addresses.
+    pub fn are_by_plugins(&self) -> bool {
+        self.ipams.is_empty()
     }
 
     /// The same on a network on which ports of the host can lead to Pods. Without one they lead nowhere.
@@ -47,10 +64,10 @@ impl Addresses {
     ///
     /// # Errors
     /// The packet filter refuses.
-    pub async fn open_ports(&self, pod_uid: &str, address: IpAddr, spec: &PodSpec) -> Result<(), NetworkError> {
+    pub async fn open_ports(&self, pod_uid: &str, addresses: &[IpAddr], spec: &PodSpec) -> Result<(), NetworkError> {
         let ports = host_ports(spec);
         match &self.bridge {
-            Some(bridge) if !ports.is_empty() => bridge.open_ports(pod_uid, address, ports).await,
+            Some(bridge) if !ports.is_empty() => bridge.open_ports(pod_uid, addresses, ports).await,
             _ => Ok(()),
         }
     }
@@ -66,24 +83,27 @@ impl Addresses {
         }
     }
 
-    /// The Pod's address; the same for every sandbox it ever has. Before the first one is given, those of the sandboxes
-    /// that are there are noted: their records may be lost or unreadable, and none may be given twice.
+    /// The Pod's addresses, one of each family that the node has; the same for every sandbox it ever has. Before the
+    /// first one is given, those of the sandboxes that are there are noted: their records may be lost or unreadable, and
+    /// none may be given twice.
     ///
     /// # Errors
     /// The runtime does not answer, no address is free, or a record could not be written.
-    pub async fn allot(&self, runtime: &dyn SandboxRuntime, pod_uid: &str) -> Result<IpAddr, AddressError> {
+    pub async fn allot(&self, runtime: &dyn SandboxRuntime, pod_uid: &str) -> Result<Vec<IpAddr>, AddressError> {
         self.adopted.get_or_try_init(|| self.adopt(runtime)).await?;
-        Ok(self.ipam.allocate(pod_uid)?)
+        Ok(self.ipams.iter().map(|ipam| ipam.allocate(pod_uid)).collect::<Result<_, _>>()?)
     }
 
     async fn adopt(&self, runtime: &dyn SandboxRuntime) -> Result<(), AddressError> {
         for sandbox in runtime.list_pod_sandboxes(None).await? {
-            let Some(address) = sandbox.address else { continue };
-            match self.ipam.adopt(&sandbox.pod.uid, address) {
-                Err(error @ NetworkError::Refused { .. }) => {
-                    tracing::warn!(pod = %sandbox.pod, error = chain(&error), "a sandbox has an address that is not its own");
+            for address in sandbox.addresses {
+                let same = |ipam: &&Arc<Ipam>| ipam.gateway().is_ipv4() == address.is_ipv4();
+                match self.ipams.iter().find(same).map_or(Ok(()), |ipam| ipam.adopt(&sandbox.pod.uid, address)) {
+                    Err(error @ NetworkError::Refused { .. }) => {
+                        tracing::warn!(pod = %sandbox.pod, error = chain(&error), "a sandbox has an address that is not its own");
+                    }
+                    adopted => adopted?,
                 }
-                adopted => adopted?,
             }
         }
         Ok(())
@@ -94,7 +114,7 @@ impl Addresses {
     /// # Errors
     /// The record could not be written; the Pod then still holds the address.
     pub fn release(&self, pod_uid: &str) -> Result<(), NetworkError> {
-        self.ipam.release(pod_uid)
+        self.ipams.iter().try_for_each(|ipam| ipam.release(pod_uid))
     }
 
     /// The address can be given away at once: nobody outside this node was ever told of it.
@@ -102,12 +122,12 @@ impl Addresses {
     /// # Errors
     /// The record could not be removed.
     pub fn discard(&self, key: &str) -> Result<(), NetworkError> {
-        self.ipam.discard(key)
+        self.ipams.iter().try_for_each(|ipam| ipam.discard(key))
     }
 
     /// The addresses that Pods hold, with the Pod's UID.
     pub fn held(&self) -> Vec<(IpAddr, String)> {
-        self.ipam.held()
+        self.ipams.iter().flat_map(|ipam| ipam.held()).collect()
     }
 }
 

@@ -54,8 +54,8 @@ pub struct StatusInput<'a> {
     pub observed: &'a Observed,
     /// Whether volumes and sandbox are there and were not given back.
     pub ready_to_start: bool,
-    /// The Pod's address, also after its sandbox is gone.
-    pub address: Option<IpAddr>,
+    /// The Pod's addresses, also after its sandbox is gone.
+    pub addresses: &'a [IpAddr],
     /// The node's addresses, the primary first.
     pub host_addresses: &'a [IpAddr],
     /// Why a container waits, where that is not plain creation.
@@ -96,7 +96,7 @@ pub fn pod_status(input: &StatusInput<'_>) -> PodStatus {
     let conditions = conditions::all(input, phase, &init_statuses, &statuses);
     let previous = input.pod.status.as_ref();
     let on_host_network = spec.host_network == Some(true);
-    let address = if on_host_network { input.host_addresses.first().copied() } else { input.address };
+    let addresses = if on_host_network { input.host_addresses } else { input.addresses };
     PodStatus {
         phase: Some(phase.to_owned()),
         reason: input.ended.map(|t| t.reason.clone()),
@@ -104,8 +104,8 @@ pub fn pod_status(input: &StatusInput<'_>) -> PodStatus {
         conditions: Some(conditions),
         host_ip: input.host_addresses.first().map(ToString::to_string),
         host_ips: Some(input.host_addresses.iter().map(|ip| HostIP { ip: ip.to_string() }).collect()),
-        pod_ip: address.map(|ip| ip.to_string()),
-        pod_ips: address.map(|ip| vec![PodIP { ip: ip.to_string() }]),
+        pod_ip: addresses.first().map(ToString::to_string),
+        pod_ips: (!addresses.is_empty()).then(|| addresses.iter().map(|ip| PodIP { ip: ip.to_string() }).collect()),
         qos_class: Some(qos_class(spec).to_owned()),
         allocated_resources: api_list(qos::pod_requests(spec)),
         resources: resources(spec),

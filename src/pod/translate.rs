@@ -10,10 +10,18 @@ use k8s_openapi::api::core::v1::{
 
 use super::admission::dotted;
 use super::qos::{self, qos_class};
+use crate::network::cni::Wish;
+use crate::network::ports::HostPort;
+use crate::quantity::Quantity;
 use crate::runtime::types::{
     ContainerConfig, Image, MachineFiles, Mount, MountPropagation, NamespaceMode, PodRef, Profile, SandboxConfig,
     SandboxNetwork, Security,
 };
+
+/// Bits per second that a Pod may receive.
+const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
+/// Bits per second that it may send.
+const EGRESS: &str = "kubernetes.io/egress-bandwidth";
 
 /// What of the node a translation depends on.
 #[derive(Clone, Debug)]
@@ -145,12 +153,22 @@ fn pid(spec: &PodSpec) -> NamespaceMode {
     }
 }
 
-/// The address a network gives, if it is the Pod's own.
-pub fn network(spec: &PodSpec, address: Option<IpAddr>) -> SandboxNetwork {
-    match address {
-        Some(address) if spec.host_network != Some(true) => SandboxNetwork::Pod { address },
-        _ => SandboxNetwork::Host,
-    }
+/// What CNI plugins are told that the Pod wants: `ports` of the host, and the rates of its annotations. A rate that is no
+/// quantity is no limit, as on a kubelet.
+pub fn wish(pod: &Pod, ports: Vec<HostPort>) -> Wish {
+    let rate = |key: &str| {
+        let text = pod.metadata.annotations.as_ref()?.get(key)?;
+        let rate = text.parse::<Quantity>().ok()?.value();
+        u64::try_from(rate).ok().filter(|rate| *rate > 0)
+    };
+    Wish { ports, ingress: rate(INGRESS), egress: rate(EGRESS) }
+}
+
+/// The addresses of a Pod, the one of the same family as the node's `first` before the other.
+pub fn in_order(mut addresses: Vec<IpAddr>, first: Option<IpAddr>) -> Vec<IpAddr> {
+    // Stable, so that without a difference the network's order holds.
+    addresses.sort_by_key(|address| first.is_some_and(|first| first.is_ipv4() != address.is_ipv4()));
+    addresses
 }
 
 /// One attempt of a container: everything but its number, environment, command and args, and the container whose
@@ -317,4 +335,32 @@ fn mount(host_path: &Path, container_path: String, read_only: bool, propagation:
 /// A relative mount path counts from the root, as a kubelet has it.
 fn absolute(path: &str) -> String {
     if path.starts_with('/') { path.to_owned() } else { format!("/{path}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn plugins_are_told_of_rates_that_are_quantities() {
+        let wish = |ingress: &str, egress: &str| {
+            let pod = json!({"metadata": {"annotations": {INGRESS: ingress, EGRESS: egress}}});
+            let wish = wish(&serde_json::from_value(pod).unwrap(), Vec::new());
+            (wish.ingress, wish.egress)
+        };
+        assert_eq!(wish("10M", "1500k"), (Some(10_000_000), Some(1_500_000)));
+        assert_eq!(wish("fast", "-1"), (None, None));
+        assert_eq!(super::wish(&Pod::default(), Vec::new()), Wish::default());
+    }
+
+    #[test]
+    fn the_address_of_the_nodes_first_family_comes_first() {
+        let [four, six]: [IpAddr; 2] = ["10.1.0.2", "fd00::2"].map(|text| text.parse().unwrap());
+        assert_eq!(in_order(vec![six, four], Some(four)), [four, six]);
+        assert_eq!(in_order(vec![four, six], Some(six)), [six, four]);
+        assert_eq!(in_order(vec![six, four], None), [six, four]);
+        assert_eq!(in_order(vec![six], Some(four)), [six]);
+    }
 }

@@ -11,6 +11,7 @@
 //! The runtime is the memory of the node: after a restart everything is found again by listing. So each verb is
 //! idempotent (see its text), and a driver keeps [`types::PodRef`], container name and attempt with the object itself.
 
+mod attached;
 mod blocking;
 pub mod disk;
 pub mod docker;
@@ -24,7 +25,6 @@ mod registry;
 pub mod session;
 pub mod stats;
 pub mod traced;
-pub(crate) mod turns;
 pub mod types;
 pub mod usage;
 pub mod verb;

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+pub use super::attached::SandboxNetwork;
+
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -64,18 +66,6 @@ impl fmt::Display for PodRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.namespace, self.name)
     }
-}
-
-/// The network a sandbox gets.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SandboxNetwork {
-    /// The host's own network namespace (`hostNetwork: true`).
-    Host,
-    /// A network namespace of its own on the node's Pod network, with this address.
-    Pod {
-        /// The Pod's address, allotted by [`crate::network::ipam::Ipam`].
-        address: IpAddr,
-    },
 }
 
 /// Which namespace of a kind the containers of a sandbox use.
@@ -311,10 +301,17 @@ pub struct SandboxStatus {
     pub state: SandboxState,
     /// When it was made.
     pub created_at: Timestamp,
-    /// Its address; `None` on the host's network.
-    pub address: Option<IpAddr>,
+    /// Its addresses, at most one of each family, the first one first; none on the host's network.
+    pub addresses: Vec<IpAddr>,
     /// Process that holds the namespaces, on the host; `None` if not running.
     pub pid: Option<i32>,
+}
+
+impl SandboxStatus {
+    /// Its first address; `None` on the host's network.
+    pub fn address(&self) -> Option<IpAddr> {
+        self.addresses.first().copied()
+    }
 }
 
 /// Where in its life a container is.

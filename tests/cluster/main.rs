@@ -17,6 +17,7 @@ mod queries;
 
 mod admission;
 mod bad_input;
+mod cni;
 mod debug;
 mod deletion;
 mod environment;

@@ -3,14 +3,15 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Pod, Service};
 use serde_json::json;
 
 use crate::harness::http::get;
-use crate::harness::node::{free_port, output};
+use crate::harness::leaks::Leaks;
+use crate::harness::node::{Options, free_port, output};
 use crate::harness::pods::{busybox, pod_ip, sleeper, with};
 use crate::harness::wait::{SOON, poll};
-use crate::harness::{Case, on_shared_node};
+use crate::harness::{Case, on_own_node, on_shared_node};
 
 /// Serves its own name on port 8080.
 const SERVE: &str = "mkdir /www; hostname >/www/index.html; echo up; exec httpd -f -p 8080 -h /www";
@@ -288,5 +289,52 @@ fn a_host_port_leads_to_the_pod_from_everywhere_and_ends_with_it() {
         })
         .await;
         assert!(get(&format!("127.0.0.1:{port}"), "/").await.is_err());
+    });
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn on_a_node_with_two_ranges_a_pod_has_an_address_of_each_family() {
+    let prefix = format!("fd5c:{:x}:{:x}:", std::process::id() >> 16, std::process::id() & 0xffff);
+    let range = format!("--pod-cidr={prefix}:/64");
+    on_own_node("dual", Options::flags(&[&range]), async |t| {
+        let before = Leaks::of(&t.node);
+        let port = free_port();
+        let ips = json!({"fieldRef": {"fieldPath": "status.podIPs"}});
+        let more =
+            json!({"ports": [{"containerPort": 8080, "hostPort": port}], "env": [{"name": "IPS", "valueFrom": ips}]});
+        let main = with(busybox(SERVE), more);
+        t.pod("web", json!({"terminationGracePeriodSeconds": 1, "containers": [main]})).await;
+        let addresses = |pod: &Pod| -> Vec<String> {
+            pod.status.iter().flat_map(|s| s.pod_ips.iter().flatten()).map(|ip| ip.ip.clone()).collect()
+        };
+        let web = t.running("web").await;
+        let both = addresses(&web);
+        let [four, six] = &both[..] else { panic!("{both:?}") };
+        assert!(t.node.has_address(four) && six.starts_with(&prefix), "{both:?}");
+        assert_eq!(pod_ip(&web), four);
+        let inside = t.kubectl_text(&["exec", "web", "--", "sh", "-c", "echo $IPS; cat /etc/hosts"]);
+        assert!(inside.starts_with(&both.join(",")), "{inside}");
+        assert!(inside.lines().any(|line| line.starts_with(six) && line.contains("web")), "{inside}");
+        for address in [format!("{four}:8080"), format!("[{six}]:8080"), format!("127.0.0.1:{port}")] {
+            let answer = poll("an answer", SOON, async || get(&address, "/").await).await;
+            assert_eq!(answer.text(), "web\n", "{address}");
+        }
+        assert_eq!(t.script(&ask(&format!("[{six}]:8080"))).await, "web\n");
+
+        t.node.restart(&t.client).await;
+        assert_eq!(addresses(&t.running("web").await), both);
+        assert_eq!(get(&format!("[{six}]:8080"), "/").await.unwrap().text(), "web\n");
+        let bridge = t.node.bridge().unwrap();
+        t.delete("web", None).await;
+        t.gone("web", SOON).await;
+        assert!(get(&format!("[{six}]:8080"), "/").await.is_err());
+        t.kubectl_text(&["delete", "pods", "--all"]);
+        poll("no rule left", SOON, async || {
+            let rules = output("ip6tables", &["-w", "-t", "nat", "-S"]);
+            if rules.contains(&format!("lambdalet:{bridge}:")) { Err(rules) } else { Ok(()) }
+        })
+        .await;
+        before.again(&t.node).await;
     });
 }

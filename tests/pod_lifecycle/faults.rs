@@ -104,7 +104,7 @@ async fn a_sandbox_that_died_is_replaced_and_its_init_containers_run_again() {
     world.attempt(&uid, "main", 1).await;
     let sandboxes = world.sandboxes(&uid).await;
     let new = sandboxes.iter().find(|s| s.state == SandboxState::Ready).unwrap();
-    assert_eq!((new.attempt, new.address), (1, dead.address), "it keeps its address");
+    assert_eq!((new.attempt, new.address()), (1, dead.address()), "it keeps its address");
     let containers = world.containers(&uid).await;
     let again = containers.iter().find(|c| c.name == "setup" && c.attempt == 1).expect("init ran again");
     assert_eq!((&again.sandbox, again.exit_code), (&new.id, 0));

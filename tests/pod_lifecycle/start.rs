@@ -34,7 +34,7 @@ async fn init_containers_run_one_after_another_and_then_the_main_ones_start_in_o
     assert!(main.created_at <= helper.created_at, "main containers start in the order of the spec");
     let status = world.api.pod("a").unwrap()["status"].clone();
     let sandbox = world.sandboxes(&uid).await.remove(0);
-    assert_eq!(status["podIP"], json!(sandbox.address.unwrap().to_string()));
+    assert_eq!(status["podIP"], json!(sandbox.address().unwrap().to_string()));
     assert_eq!(status["hostIP"], "10.0.0.5");
     assert_eq!(status["qosClass"], "BestEffort");
     assert_eq!(status["initContainerStatuses"][0]["state"]["terminated"]["reason"], "Completed");

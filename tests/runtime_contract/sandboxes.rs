@@ -15,9 +15,8 @@ use crate::bench::Bench;
 pub(crate) async fn a_sandbox_that_runs_is_ready_and_says_whose_it_is(bench: &Bench) {
     let id = bench.sandbox("p").await;
     let status = bench.runtime.pod_sandbox_status(&id).await.unwrap();
+    assert_eq!((status.state, status.address()), (SandboxState::Ready, Some(IpAddr::from([10, 99, 0, 7]))));
     assert_eq!((status.id, status.pod, status.attempt), (id, bench.pod("p"), 0));
-    assert_eq!(status.state, SandboxState::Ready);
-    assert_eq!(status.address, Some(IpAddr::from([10, 99, 0, 7])));
     assert!(status.pid.is_some());
     let age = jiff::Timestamp::now().duration_since(status.created_at);
     assert!(age < jiff::SignedDuration::from_secs(60), "{age}");
@@ -113,7 +112,7 @@ pub(crate) async fn a_sandbox_on_the_hosts_network_has_no_address(bench: &Bench)
     }
     let id = bench.runtime.run_pod_sandbox(&config).await.unwrap();
     let status = bench.runtime.pod_sandbox_status(&id).await.unwrap();
-    assert_eq!((status.state, status.address), (SandboxState::Ready, None));
+    assert_eq!((status.state, status.address()), (SandboxState::Ready, None));
     let container = bench.container_config("p", "c", bench.exits(0));
     let container = bench.runtime.create_container(&id, &container).await.unwrap();
     bench.runtime.start_container(&container).await.unwrap();

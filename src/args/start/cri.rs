@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use tracing::info;
 
 use super::drivers::{self, Made};
-use super::{PATIENCE, end_execs, leave_cgroup, raise_open_files};
+use super::{PATIENCE, end_execs, raise_open_files, remove_empty_cgroups};
 use crate::config::{RuntimeKind, Settings};
 use crate::cri::{About, Cri, Params, Plug, sandbox_files};
 use crate::metrics::Metrics;
@@ -66,7 +66,7 @@ pub(in crate::args) async fn serve(plan: Plan) -> anyhow::Result<()> {
     tasks.spawn("CRI", async move {
         cri.serve(draining).await?;
         end_execs(&keepers).await;
-        leave_cgroup(&cgroup_root);
+        remove_empty_cgroups(&cgroup_root);
         Ok(())
     });
     supervisor.run(PATIENCE).await

@@ -18,6 +18,10 @@ use crate::runtime::microvm::vmms::Survey;
 use crate::runtime::traced::Traced;
 use crate::runtime::{Kind, Runtime, RuntimeError};
 
+/// Why there are no microVMs beside CNI plugins.
+const BY_PLUGINS: &str = "CNI plugins make the network of its Pods (--cni-conf-dir), which no microVM can be plugged into; \
+                          nodes with a network of their own have microVMs";
+
 /// What runs Pods here.
 pub(super) struct Made {
     /// All drivers as one.
@@ -51,8 +55,14 @@ pub(super) async fn make(
         RuntimeKind::Microvm => Survey::of(&settings.runtime.microvm).await,
         _ => Survey::of_wanted(&settings.runtime.microvm).await,
     };
-    let usable = survey.usable(settings.runtime.microvm.vmm);
+    let usable = match settings.pods.cni {
+        Some(_) => Vec::new(),
+        None => survey.usable(settings.runtime.microvm.vmm),
+    };
     let (machines, mut drivers) = machines::make(&maker, &survey, &usable);
+    if settings.pods.cni.is_some() {
+        drivers.missing.values_mut().for_each(|why| BY_PLUGINS.clone_into(why));
+    }
     let docker = maker.has_docker().then(|| named(RuntimeKind::Docker.name(), maker.docker()));
     if docker.is_some() {
         drivers.offered.push(RuntimeKind::Docker.name().to_owned());

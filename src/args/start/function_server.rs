@@ -70,10 +70,12 @@ fn advertised(parts: &Parts, settings: &FunctionServerSettings) -> anyhow::Resul
 /// Opens the replicas on the Pod network, and tells the server; `None` if there are none to be had.
 pub(super) async fn open(
     parts: &Parts,
-    ipam: &Arc<Ipam>,
+    ipams: Vec<Arc<Ipam>>,
     bridge: Option<Bridge>,
 ) -> Option<Arc<PooledReplicas<HostSetups>>> {
     let settings = parts.settings.function_server.as_ref()?;
+    // Replicas have IPv4 addresses.
+    let ipam = ipams.iter().find(|ipam| ipam.gateway().is_ipv4()).or(ipams.first())?;
     match pooled(parts, settings, (ipam, bridge)).await {
         Ok(replicas) => {
             let replicas = Arc::new(replicas);

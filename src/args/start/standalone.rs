@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tracing::info;
 
 use super::drivers::{self, Made};
-use super::{DRAIN_PATIENCE, PATIENCE, Parts, events, function_server, raise_open_files, serve};
+use super::{DRAIN_PATIENCE, PATIENCE, Parts, events, function_server, network, raise_open_files, serve};
 use crate::apiserver::ApiServer;
 use crate::config::Settings;
 use crate::metrics::Metrics;
@@ -49,7 +49,8 @@ pub(super) async fn node(mut settings: Settings) -> anyhow::Result<()> {
     raise_open_files();
     let (tasks, supervisor) = Tasks::new();
     let (metrics, keepers) = (Metrics::new(), Keepers::default());
-    let (uplink, bridge) = Uplink::new();
+    let plugins = network::plugins(&settings);
+    let (uplink, bridge) = Uplink::by_plugins(plugins.clone());
     let api = Arc::new(ApiServer::nowhere());
     let Made { runtime, drivers } = drivers::make(&settings, (&owner, &keepers), uplink, &metrics).await;
     let parts = Parts {
@@ -58,6 +59,7 @@ pub(super) async fn node(mut settings: Settings) -> anyhow::Result<()> {
         supply: function_server::supply(),
         runtime,
         drivers,
+        plugins,
         api,
         directory: Arc::new(Directory::of_root(&root)),
         node: node::standalone(&settings.node)?,

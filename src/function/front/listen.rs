@@ -77,6 +77,10 @@ fn listen_on(address: &SocketAddr) -> Result<TcpListener, ListenError> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket: OwnedFd = socket(family, SockType::Stream, flags, None).map_err(failed)?;
     setsockopt(&socket.as_fd(), sockopt::ReuseAddr, &true).map_err(failed)?;
+    if address.is_ipv6() {
+        // Or it would stand in the way of the IPv4 address beside it.
+        setsockopt(&socket.as_fd(), sockopt::Ipv6V6Only, &true).map_err(failed)?;
+    }
     bind(socket.as_raw_fd(), &SockaddrStorage::from(*address)).map_err(failed)?;
     listen(&socket, Backlog::new(BACKLOG).map_err(failed)?).map_err(failed)?;
     Ok(TcpListener::from(socket))

@@ -21,7 +21,9 @@ const TAP_PREFIX: &str = "lt";
 #[async_trait]
 impl Taps for Bridge {
     async fn surroundings(&self) -> Result<Surroundings, NetworkError> {
-        Ok(Surroundings { gateway: self.settings().gateway, mtu: self.mtu() })
+        // There is always one.
+        let gateway = self.settings().nets.first().map_or(IpAddr::from([0, 0, 0, 0]), |net| net.gateway);
+        Ok(Surroundings { gateway, mtu: self.mtu() })
     }
 
     async fn make_tap(&self, sandbox: &str, owner: Option<u32>) -> Result<Tap, NetworkError> {
@@ -86,12 +88,12 @@ fn lead(settings: &Settings, name: &str, address: IpAddr) -> Result<(), NetworkE
     let failed = |source| kernel(&format!("lead {address} to {name}"), source);
     let port = host.link(name).map_err(failed)?.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
     // An address that it had before is given up.
-    settings.routes.prune(&mut host, Some(name)).map_err(failed)?;
+    settings.nets.iter().try_for_each(|net| net.routes.prune(&mut host, Some(name))).map_err(failed)?;
     guard::set(&settings.name, name, Some((mac_of(address), address)))?;
-    finish_port(&mut host, port.index, address).map_err(failed)?;
+    finish_port(&mut host, port.index, &[address]).map_err(failed)?;
     settle(&mut host, name).map_err(|source| kernel(&format!("see {name} working"), source))?;
     // The last step: until packets pass the address refuses.
-    settings.routes.open(&mut host, address).map_err(failed)
+    settings.net(address)?.routes.open(&mut host, address).map_err(failed)
 }
 
 /// Waits until packets pass: see the one of the cable.
@@ -110,7 +112,7 @@ fn remove(settings: &Settings, name: &str) -> Result<(), NetworkError> {
     let mut host = open_netlink()?;
     // The route first: a packet on its way to a port that is gone would be answered by nobody.
     let refuse = |source| kernel(&format!("refuse the address behind {name}"), source);
-    settings.routes.prune(&mut host, Some(name)).map_err(refuse)?;
+    settings.nets.iter().try_for_each(|net| net.routes.prune(&mut host, Some(name))).map_err(refuse)?;
     delete_by_name(&mut host, name)?;
     guard::unset(&settings.name, name)
 }

@@ -14,13 +14,13 @@ use crate::network::ports::{HostPort, Protocol};
 type Work = Box<dyn FnOnce() + Send>;
 
 /// A network namespace, kept by a thread that works in it.
-struct Namespace {
-    tid: i32,
+pub(in crate::network) struct Namespace {
+    pub(in crate::network) tid: i32,
     work: mpsc::SyncSender<Work>,
 }
 
 impl Namespace {
-    fn new() -> Self {
+    pub(in crate::network) fn new() -> Self {
         let (work, queue) = mpsc::sync_channel::<Work>(8);
         let (ready, made) = mpsc::sync_channel(1);
         thread::spawn(move || {
@@ -37,7 +37,7 @@ impl Namespace {
         answered.recv().unwrap()
     }
 
-    fn listen(&self, address: IpAddr) {
+    pub(in crate::network) fn listen(&self, address: IpAddr) {
         let listener = self.run(move || TcpListener::bind(SocketAddr::new(address, 80)).unwrap());
         thread::spawn(move || {
             for stream in listener.incoming() {
@@ -49,23 +49,23 @@ impl Namespace {
     }
 
     /// Who the listener at `to` says we are.
-    fn ask(&self, to: IpAddr) -> Result<String, io::Error> {
+    pub(in crate::network) fn ask(&self, to: IpAddr) -> Result<String, io::Error> {
         self.run(move || ask(to))
     }
 
-    fn sees(&self, command: &'static str) -> String {
+    pub(in crate::network) fn sees(&self, command: &'static str) -> String {
         self.run(move || shell(command))
     }
 }
 
-fn ask(to: IpAddr) -> Result<String, io::Error> {
+pub(in crate::network) fn ask(to: IpAddr) -> Result<String, io::Error> {
     let mut stream = TcpStream::connect_timeout(&SocketAddr::new(to, 80), Duration::from_secs(2))?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
     Ok(text)
 }
 
-fn shell(command: &str) -> String {
+pub(in crate::network) fn shell(command: &str) -> String {
     let output = Command::new("sh").args(["-c", command]).output().unwrap();
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
@@ -76,7 +76,7 @@ fn rules_of(command: &str) -> Vec<String> {
 }
 
 /// Runs the test with a namespace of its own as its host, or says why not.
-fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+pub(in crate::network) fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
     if !nix::unistd::geteuid().is_root() {
         println!("skipped: needs root to make network namespaces");
         return;
@@ -84,7 +84,7 @@ fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) 
     let host = Namespace::new();
     host.run(move || {
         shell("ip link set lo up");
-        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(test());
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test());
     });
 }
 
@@ -117,17 +117,17 @@ fn pods_reach_the_host_and_each_other_and_survive_a_second_plug() {
         let bridge = bridge().await;
         let (a, b) = (Namespace::new(), Namespace::new());
         let begun = Instant::now();
-        bridge.plug(a.tid, "sandbox-a", ip("10.77.0.2")).await.unwrap();
+        bridge.plug(a.tid, "sandbox-a", &[ip("10.77.0.2")]).await.unwrap();
         println!("first plug took {:?}", begun.elapsed());
         let begun = Instant::now();
-        bridge.plug(b.tid, "sandbox-b", ip("10.77.0.3")).await.unwrap();
+        bridge.plug(b.tid, "sandbox-b", &[ip("10.77.0.3")]).await.unwrap();
         println!("second plug took {:?}", begun.elapsed());
         a.listen(ip("10.77.0.2"));
         assert_eq!(ask(ip("10.77.0.2")).unwrap(), "10.77.0.1");
         assert_eq!(b.ask(ip("10.77.0.2")).unwrap(), "10.77.0.3");
         assert_eq!(a.ask(ip("10.77.0.2")).unwrap(), "10.77.0.2");
         let before = a.sees("ip -o link show eth0");
-        bridge.plug(a.tid, "sandbox-a", ip("10.77.0.2")).await.unwrap();
+        bridge.plug(a.tid, "sandbox-a", &[ip("10.77.0.2")]).await.unwrap();
         assert_eq!(a.sees("ip -o link show eth0"), before);
         assert!(before.contains("02:6c:0a:4d:00:02") && before.contains("mtu 1500"), "{before}");
         assert!(a.sees("ip route").contains("default via 10.77.0.1 dev eth0"));
@@ -142,8 +142,8 @@ fn a_service_between_two_pods_of_the_node_needs_no_bridge_filtering() {
     on_a_host(|| async {
         let bridge = bridge().await;
         let (a, b) = (Namespace::new(), Namespace::new());
-        bridge.plug(a.tid, "sandbox-a", ip("10.77.0.2")).await.unwrap();
-        bridge.plug(b.tid, "sandbox-b", ip("10.77.0.3")).await.unwrap();
+        bridge.plug(a.tid, "sandbox-a", &[ip("10.77.0.2")]).await.unwrap();
+        bridge.plug(b.tid, "sandbox-b", &[ip("10.77.0.3")]).await.unwrap();
         a.listen(ip("10.77.0.2"));
         shell("sysctl -q -w net.bridge.bridge-nf-call-iptables=0 2>/dev/null || true");
         shell("iptables -t nat -A PREROUTING -d 10.96.0.1 -p tcp -j DNAT --to-destination 10.77.0.2:80");
@@ -163,7 +163,7 @@ fn pods_leave_the_node_under_its_address_and_pass_a_closed_forward_chain() {
         beyond.listen(ip("192.0.2.9"));
         let bridge = bridge().await;
         let pod = Namespace::new();
-        bridge.plug(pod.tid, "sandbox", ip("10.77.0.2")).await.unwrap();
+        bridge.plug(pod.tid, "sandbox", &[ip("10.77.0.2")]).await.unwrap();
         assert_eq!(pod.ask(ip("192.0.2.9")).unwrap(), "192.0.2.1");
         bridge.remove().await.unwrap();
     });
@@ -177,7 +177,7 @@ fn thirty_plugs_at_once_are_quick_and_all_there() {
         let begun = Instant::now();
         let plugs = pods.iter().zip(2_u8..).map(|(pod, last)| {
             let bridge = bridge.clone();
-            async move { bridge.plug(pod.tid, &format!("s{last}"), [10, 77, 0, last].into()).await.unwrap() }
+            async move { bridge.plug(pod.tid, &format!("s{last}"), &[[10, 77, 0, last].into()]).await.unwrap() }
         });
         futures::future::join_all(plugs).await;
         println!("thirty plugs took {:?}", begun.elapsed());
@@ -197,12 +197,12 @@ fn a_remade_sandbox_is_reached_at_once_under_its_old_address() {
     on_a_host(|| async {
         let bridge = bridge().await;
         let old = Namespace::new();
-        bridge.plug(old.tid, "sandbox", ip("10.77.0.2")).await.unwrap();
+        bridge.plug(old.tid, "sandbox", &[ip("10.77.0.2")]).await.unwrap();
         old.listen(ip("10.77.0.2"));
         ask(ip("10.77.0.2")).unwrap();
         // The old namespace still lives: its cable must move.
         let new = Namespace::new();
-        bridge.plug(new.tid, "sandbox", ip("10.77.0.2")).await.unwrap();
+        bridge.plug(new.tid, "sandbox", &[ip("10.77.0.2")]).await.unwrap();
         new.listen(ip("10.77.0.2"));
         let begun = Instant::now();
         ask(ip("10.77.0.2")).unwrap();
@@ -227,13 +227,13 @@ fn an_address_refuses_host_and_pods_at_once_unless_its_pod_is_plugged_in() {
     on_a_host(|| async {
         let bridge = bridge().await;
         let (pod, neighbour) = (Namespace::new(), Namespace::new());
-        bridge.plug(neighbour.tid, "neighbour", ip("10.77.0.3")).await.unwrap();
+        bridge.plug(neighbour.tid, "neighbour", &[ip("10.77.0.3")]).await.unwrap();
         let refuses = |when: &str| {
             assert_eq!(refusal(|| ask(ip("10.77.0.2"))), io::ErrorKind::ConnectionRefused, "host, {when}");
             assert_eq!(refusal(|| neighbour.ask(ip("10.77.0.2"))), io::ErrorKind::ConnectionRefused, "Pod, {when}");
         };
         refuses("before anybody had it");
-        bridge.plug(pod.tid, "sandbox", ip("10.77.0.2")).await.unwrap();
+        bridge.plug(pod.tid, "sandbox", &[ip("10.77.0.2")]).await.unwrap();
         refuses("without a listener");
         pod.listen(ip("10.77.0.2"));
         ask(ip("10.77.0.2")).unwrap();
@@ -244,7 +244,7 @@ fn an_address_refuses_host_and_pods_at_once_unless_its_pod_is_plugged_in() {
         let listener = TcpListener::bind("10.77.0.1:80").unwrap();
         thread::spawn(move || listener.accept().unwrap().0.write_all(b"host").unwrap());
         assert_eq!(neighbour.ask(ip("10.77.0.1")).unwrap(), "host");
-        bridge.plug(pod.tid, "sandbox", ip("10.77.0.2")).await.unwrap();
+        bridge.plug(pod.tid, "sandbox", &[ip("10.77.0.2")]).await.unwrap();
         ask(ip("10.77.0.2")).unwrap();
     });
 }
@@ -254,7 +254,7 @@ fn nothing_of_the_host_answers_for_a_pod_that_is_gone() {
     on_a_host(|| async {
         let bridge = bridge().await;
         let neighbour = Namespace::new();
-        bridge.plug(neighbour.tid, "neighbour", ip("10.77.0.3")).await.unwrap();
+        bridge.plug(neighbour.tid, "neighbour", &[ip("10.77.0.3")]).await.unwrap();
         let everywhere = TcpListener::bind("0.0.0.0:80").unwrap();
         everywhere.set_nonblocking(true).unwrap();
         // As Docker and kube-proxy publish ports: on whatever address is local.
@@ -272,7 +272,7 @@ fn a_connection_to_a_pod_that_is_unplugged_is_reset_by_the_next_packet() {
     on_a_host(|| async {
         let bridge = bridge().await;
         let pod = Namespace::new();
-        bridge.plug(pod.tid, "sandbox", ip("10.77.0.2")).await.unwrap();
+        bridge.plug(pod.tid, "sandbox", &[ip("10.77.0.2")]).await.unwrap();
         let listener = pod.run(|| TcpListener::bind("10.77.0.2:80").unwrap());
         let mut stream = TcpStream::connect("10.77.0.2:80").unwrap();
         let _kept = listener.accept().unwrap();
@@ -288,9 +288,9 @@ fn an_address_stays_with_the_sandbox_that_was_plugged_last() {
     on_a_host(|| async {
         let bridge = bridge().await;
         let (old, new) = (Namespace::new(), Namespace::new());
-        bridge.plug(old.tid, "old", ip("10.77.0.2")).await.unwrap();
+        bridge.plug(old.tid, "old", &[ip("10.77.0.2")]).await.unwrap();
         bridge.unplug("old").await.unwrap();
-        bridge.plug(new.tid, "new", ip("10.77.0.2")).await.unwrap();
+        bridge.plug(new.tid, "new", &[ip("10.77.0.2")]).await.unwrap();
         new.listen(ip("10.77.0.2"));
         bridge.unplug("old").await.unwrap();
         ask(ip("10.77.0.2")).unwrap();
@@ -302,8 +302,8 @@ fn after_a_restart_an_address_refuses_whose_port_went_with_its_namespace() {
     on_a_host(|| async {
         let first = bridge().await;
         let (dead, live) = (Namespace::new(), Namespace::new());
-        first.plug(dead.tid, "dead", ip("10.77.0.2")).await.unwrap();
-        first.plug(live.tid, "live", ip("10.77.0.3")).await.unwrap();
+        first.plug(dead.tid, "dead", &[ip("10.77.0.2")]).await.unwrap();
+        first.plug(live.tid, "live", &[ip("10.77.0.3")]).await.unwrap();
         live.listen(ip("10.77.0.3"));
         // The kernel takes the port away when it gets round to ending the namespace.
         shell(&format!("ip link delete {}", port_name("dead")));
@@ -318,10 +318,10 @@ fn after_a_restart_an_address_refuses_whose_port_went_with_its_namespace() {
 fn a_process_that_is_gone_or_on_the_host_network_is_refused() {
     on_a_host(|| async {
         let bridge = bridge().await;
-        let error = bridge.plug(i32::MAX, "x", ip("10.77.0.2")).await.unwrap_err();
+        let error = bridge.plug(i32::MAX, "x", &[ip("10.77.0.2")]).await.unwrap_err();
         assert!(matches!(error, NetworkError::Namespace { pid: i32::MAX, .. }), "{error}");
         let own = nix::unistd::gettid().as_raw();
-        let error = bridge.plug(own, "x", ip("10.77.0.2")).await.unwrap_err();
+        let error = bridge.plug(own, "x", &[ip("10.77.0.2")]).await.unwrap_err();
         assert!(crate::telemetry::chain(&error).contains("no network namespace of its own"), "{error}");
         assert!(!shell("ip -o link").contains("eth0"));
         assert!(!shell("ip -o link").contains("lv"));
@@ -374,12 +374,12 @@ fn ipv6_works_as_well() {
     on_a_host(|| async {
         let bridge = Bridge::ensure("lb6", ip("fd77::1"), "fd77::/64".parse().unwrap()).await.unwrap();
         let pod = Namespace::new();
-        bridge.plug(pod.tid, "six", ip("fd77::2")).await.unwrap();
-        bridge.plug(pod.tid, "six", ip("fd77::2")).await.unwrap();
+        bridge.plug(pod.tid, "six", &[ip("fd77::2")]).await.unwrap();
+        bridge.plug(pod.tid, "six", &[ip("fd77::2")]).await.unwrap();
         pod.listen(ip("fd77::2"));
         assert_eq!(ask(ip("fd77::2")).unwrap(), "fd77::1");
         let neighbour = Namespace::new();
-        bridge.plug(neighbour.tid, "seven", ip("fd77::3")).await.unwrap();
+        bridge.plug(neighbour.tid, "seven", &[ip("fd77::3")]).await.unwrap();
         assert_eq!(neighbour.ask(ip("fd77::2")).unwrap(), "fd77::3");
         bridge.unplug("six").await.unwrap();
         assert_eq!(refusal(|| ask(ip("fd77::2"))), io::ErrorKind::HostUnreachable);
@@ -397,20 +397,20 @@ fn ports_of_the_host_lead_to_a_pod_from_everywhere_until_they_are_closed() {
         let port = |host_ip| HostPort { protocol: Protocol::Tcp, host_ip, host_port: 80, pod_port: 80 };
         let bridge = bridge().await;
         let (a, b) = (Namespace::new(), Namespace::new());
-        bridge.plug(a.tid, "sandbox-a", ip("10.77.0.2")).await.unwrap();
-        bridge.plug(b.tid, "sandbox-b", ip("10.77.0.3")).await.unwrap();
+        bridge.plug(a.tid, "sandbox-a", &[ip("10.77.0.2")]).await.unwrap();
+        bridge.plug(b.tid, "sandbox-b", &[ip("10.77.0.3")]).await.unwrap();
         a.listen(ip("10.77.0.2"));
-        bridge.open_ports("u-1", ip("10.77.0.2"), vec![port(None)]).await.unwrap();
+        bridge.open_ports("u-1", &[ip("10.77.0.2")], vec![port(None)]).await.unwrap();
         for at in [loopback, gateway] {
             ask(at).unwrap_or_else(|e| panic!("the host at {at}: {e}"));
         }
         assert_eq!(b.ask(gateway).unwrap(), "10.77.0.3");
         assert_eq!(a.ask(gateway).unwrap(), "10.77.0.1", "to itself, under the gateway's address");
         let rules = rules_of("iptables -t nat -S");
-        bridge.open_ports("u-1", ip("10.77.0.2"), vec![port(None)]).await.unwrap();
+        bridge.open_ports("u-1", &[ip("10.77.0.2")], vec![port(None)]).await.unwrap();
         assert_eq!(rules_of("iptables -t nat -S"), rules, "a second time changes nothing");
 
-        bridge.open_ports("u-1", ip("10.77.0.2"), vec![port(Some(loopback))]).await.unwrap();
+        bridge.open_ports("u-1", &[ip("10.77.0.2")], vec![port(Some(loopback))]).await.unwrap();
         ask(loopback).unwrap();
         assert!(ask(gateway).is_err() && b.ask(gateway).is_err(), "open at one address only");
         // Another process finds them, and closes what it has found.
@@ -418,5 +418,39 @@ fn ports_of_the_host_lead_to_a_pod_from_everywhere_until_they_are_closed() {
         again.close_ports("u-1").await.unwrap();
         assert!(ask(loopback).is_err());
         assert!(!rules_of("iptables -t nat -S").iter().any(|rule| rule.contains("u-1")));
+    });
+}
+
+#[test]
+fn a_pod_with_an_address_of_each_family_is_reached_by_both_until_it_is_unplugged() {
+    on_a_host(|| async {
+        let ranges =
+            || vec![(ip("10.77.0.1"), "10.77.0.0/24".parse().unwrap()), (ip("fd77::1"), "fd77::/64".parse().unwrap())];
+        let bridge = Bridge::ensure_all("lb0", ranges()).await.unwrap();
+        let (a, b) = (Namespace::new(), Namespace::new());
+        let (of_a, of_b) = ([ip("10.77.0.2"), ip("fd77::2")], [ip("10.77.0.3"), ip("fd77::3")]);
+        bridge.plug(a.tid, "sandbox-a", &of_a).await.unwrap();
+        bridge.plug(b.tid, "sandbox-b", &of_b).await.unwrap();
+        bridge.plug(a.tid, "sandbox-a", &of_a).await.unwrap();
+        of_a.iter().for_each(|address| a.listen(*address));
+        for (at, from) in of_a.into_iter().zip(of_b) {
+            ask(at).unwrap();
+            assert_eq!(b.ask(at).unwrap(), from.to_string());
+        }
+        let port = HostPort { protocol: Protocol::Tcp, host_ip: None, host_port: 80, pod_port: 80 };
+        bridge.open_ports("u-1", &of_a, vec![port]).await.unwrap();
+        assert_eq!(b.ask(ip("10.77.0.1")).unwrap(), "10.77.0.3");
+        assert_eq!(b.ask(ip("fd77::1")).unwrap(), "fd77::3");
+        // Another process finds both families of the ports, and of the Pod that is left.
+        let again = Bridge::ensure_all("lb0", ranges()).await.unwrap();
+        again.close_ports("u-1").await.unwrap();
+        assert!(b.ask(ip("10.77.0.1")).is_err() && b.ask(ip("fd77::1")).is_err());
+        ask(of_a[1]).unwrap();
+        again.unplug("sandbox-a").await.unwrap();
+        assert_eq!(refusal(|| ask(of_a[0])), io::ErrorKind::ConnectionRefused);
+        assert_eq!(refusal(|| ask(of_a[1])), io::ErrorKind::HostUnreachable);
+        again.remove().await.unwrap();
+        assert_eq!(shell("ip route; ip -6 route | grep fd77 || true"), "");
+        assert!(!shell("iptables-save; ip6tables-save").contains("lambdalet"));
     });
 }

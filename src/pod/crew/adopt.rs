@@ -47,7 +47,7 @@ impl Crew {
             }
         }
         for (id, (sandbox, found_as)) in whole {
-            let (true, Some(address), Some(pid)) = (replicas.contains(&id.replica), sandbox.address, sandbox.pid)
+            let (true, Some(address), Some(pid)) = (replicas.contains(&id.replica), sandbox.address(), sandbox.pid)
             else {
                 continue;
             };

@@ -41,7 +41,7 @@ fn sandbox(attempt: u32, state: SandboxState) -> SandboxStatus {
         attempt,
         state,
         created_at: now(),
-        address: Some(IpAddr::from([10, 0, 0, 2])),
+        addresses: vec![IpAddr::from([10, 0, 0, 2])],
         pid: Some(1),
     }
 }

@@ -54,7 +54,7 @@ fn observed(attempts: Vec<ContainerStatus>) -> Observed {
         attempt: 0,
         state: SandboxState::Ready,
         created_at: jiff::Timestamp::UNIX_EPOCH,
-        address: None,
+        addresses: Vec::new(),
         pid: None,
     };
     Observed::new(vec![sandbox], attempts)

@@ -75,7 +75,7 @@ impl Case {
             attempt: 0,
             state: SandboxState::Ready,
             created_at: at(0),
-            address: None,
+            addresses: Vec::new(),
             pid: None,
         };
         let observed = Observed::new(vec![sandbox], attempts);
@@ -89,7 +89,7 @@ impl Case {
             told: self.told.as_ref(),
             observed: &self.observed,
             ready_to_start: true,
-            address: Some(IpAddr::from([10, 0, 0, 2])),
+            addresses: &[IpAddr::from([10, 0, 0, 2])],
             host_addresses: &[IpAddr::from([192, 0, 2, 1])],
             waiting: &self.waiting,
             messages: &self.messages,

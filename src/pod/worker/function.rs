@@ -1,6 +1,6 @@
 //! A function Pod: a sandbox with nothing but a front in it, and a pool of environments behind that.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant as StdInstant};
@@ -198,7 +198,9 @@ impl Worker {
         let (Some(pool), Some(pid)) = (&function.pool, sandbox.pid) else {
             return Err("the Pod's sandbox has no process".to_owned());
         };
-        let addresses = ports(pod).into_iter().map(|port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))).collect();
+        let everywhere = everywhere(&sandbox.addresses);
+        let ports = ports(pod).into_iter();
+        let addresses = ports.flat_map(|port| everywhere.iter().map(move |ip| SocketAddr::new(*ip, port))).collect();
         let namespace = PathBuf::from(format!("/proc/{pid}/ns/net"));
         let listeners = listen_in(Some(namespace), addresses).await.map_err(|error| chain(&error))?;
         let fronts = &self.shared.fronts;
@@ -287,6 +289,12 @@ impl Worker {
             }
         }
     }
+}
+
+/// What a front listens on: each family that the Pod has an address of, and IPv4 for those who forward ports to it.
+fn everywhere(addresses: &[IpAddr]) -> Vec<IpAddr> {
+    let six = addresses.iter().any(IpAddr::is_ipv6).then_some(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+    std::iter::once(IpAddr::V4(Ipv4Addr::UNSPECIFIED)).chain(six).collect()
 }
 
 /// The ports that the front listens on: every declared TCP port of the Pod, or the usual one.

@@ -62,8 +62,9 @@ impl Worker {
             }
         }
         self.look_at = Instant::now() + spread(LOOK_AGAIN);
-        if let Some(address) = self.observed.sandbox().and_then(|s| s.address) {
-            self.memory.address = Some(address);
+        let found = self.observed.sandbox().map(|sandbox| sandbox.addresses.clone()).unwrap_or_default();
+        if !found.is_empty() {
+            self.learn_addresses(found);
         }
     }
 }

@@ -32,8 +32,8 @@ pub(super) struct Memory {
     pub(super) leaves_nothing: bool,
     /// That it ended for others' sake.
     pub(super) disruption: Option<Note>,
-    /// The Pod's address.
-    pub(super) address: Option<IpAddr>,
+    /// The Pod's addresses; none on the host's network.
+    pub(super) addresses: Vec<IpAddr>,
     /// Its ports on the host lead to it.
     pub(super) ports_open: bool,
     /// Why containers wait.
@@ -108,11 +108,12 @@ impl Memory {
             .flat_map(|s| [&s.init_container_statuses, &s.container_statuses, &s.ephemeral_container_statuses]);
         let known = lists.flat_map(|l| l.iter().flatten()).filter(|c| c.container_id.is_some());
         let floors = known.map(|c| (c.name.clone(), u32::try_from(c.restart_count).map_or(0, |n| n + 1))).collect();
+        let told = status.iter().flat_map(|s| s.pod_ips.iter().flatten()).filter_map(|ip| ip.ip.parse().ok());
         let on_host = pod.spec.as_ref().is_some_and(|s| s.host_network == Some(true));
         Self {
             floors,
             resize: Book::of(pod),
-            address: status.and_then(|s| s.pod_ip.as_ref()?.parse().ok()).filter(|_| !on_host),
+            addresses: told.filter(|_| !on_host).collect(),
             start_time: status.and_then(|s| s.start_time.as_ref()).map_or(now, |t| t.0),
             ..Self::default()
         }

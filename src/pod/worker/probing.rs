@@ -55,7 +55,7 @@ impl Worker {
 
     /// Where the Pod is asked.
     pub(super) fn probed_address(&self) -> Option<IpAddr> {
-        self.memory.address.or_else(|| self.shared.facts.borrow().addresses.first().copied())
+        self.memory.addresses.first().copied().or_else(|| self.shared.facts.borrow().addresses.first().copied())
     }
 
     /// What an earlier process of this node told the API server of this very attempt.

@@ -31,7 +31,7 @@ impl Worker {
             told: self.memory.sent.as_ref(),
             observed: shown.as_ref().map_or(&self.observed, |shown| &shown.observed),
             ready_to_start: ready_to_start && !self.memory.released,
-            address: self.memory.address,
+            addresses: &self.memory.addresses,
             host_addresses: &facts.addresses,
             waiting: &waiting,
             messages: &self.memory.messages,

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::{Worker, trouble};
 use crate::failpoint;
 use crate::pod::PodContext;
-use crate::pod::addresses::AddressError;
+use crate::pod::addresses::{AddressError, host_ports};
 use crate::pod::backoff;
 use crate::pod::ephemeral;
 use crate::pod::files;
@@ -20,7 +20,9 @@ use crate::pod::resize;
 use crate::pod::status::Trouble;
 use crate::pod::translate::{self, Places};
 use crate::pod::watch::GRACE_ANNOTATION;
-use crate::runtime::types::{ContainerConfig, ContainerId, Image, NamespaceMode, SandboxConfig, SandboxId};
+use crate::runtime::types::{
+    ContainerConfig, ContainerId, Image, NamespaceMode, SandboxConfig, SandboxId, SandboxNetwork,
+};
 use crate::runtime::{Kind, RuntimeError};
 use crate::telemetry::chain;
 
@@ -79,7 +81,7 @@ impl Worker {
 
     pub(super) async fn refresh_volumes(&mut self) {
         let (pod, facts) = (self.pod.clone(), self.shared.facts.borrow().clone());
-        let addresses: Vec<_> = self.memory.address.into_iter().collect();
+        let addresses = self.memory.addresses.clone();
         let context = PodContext { pod: &pod, key: &self.reference.uid, node: &facts, addresses: &addresses };
         self.memory.next_refresh = match self.shared.volumes.refresh(context).await {
             Ok(fresh) => {
@@ -100,8 +102,8 @@ impl Worker {
             Ok(handler) => handler,
             Err(unfit) => return self.without_driver(unfit),
         };
-        let address = match self.allot(spec).await {
-            Ok(address) => address,
+        let network = match self.allot(spec).await {
+            Ok(network) => network,
             Err(error) => return self.hold_pod("FailedCreatePodSandBox", chain(&error)),
         };
         failpoint::hit("address");
@@ -109,7 +111,6 @@ impl Worker {
             Ok(name) => name.hostname,
             Err(error) => return self.hold_pod("FailedCreatePodSandBox", chain(&error)),
         };
-        let network = translate::network(spec, address);
         let mut config =
             SandboxConfig { attempt, ..translate::sandbox(&self.shared.host, &pod, spec, &hostname, network) };
         if let Some(seat) = &self.seat {
@@ -126,12 +127,23 @@ impl Worker {
         }
     }
 
-    /// The Pod's address, unless it is the node's.
-    async fn allot(&self, spec: &PodSpec) -> Result<Option<std::net::IpAddr>, AddressError> {
+    /// The Pod's network: the node's, or its own with addresses of the node's ranges, or what plugins give it.
+    async fn allot(&self, spec: &PodSpec) -> Result<SandboxNetwork, AddressError> {
         if spec.host_network == Some(true) {
-            return Ok(None);
+            return Ok(SandboxNetwork::Host);
         }
-        self.shared.addresses.allot(&*self.shared.runtime, &self.reference.uid).await.map(Some)
+        if self.shared.addresses.are_by_plugins() {
+            // Neither a function's front nor its environments are behind ports of the host.
+            let plain = self.seat.is_none() && self.function.is_none();
+            let ports = if plain { host_ports(spec) } else { Vec::new() };
+            return Ok(SandboxNetwork::Plugins { wish: translate::wish(&self.pod, ports) });
+        }
+        let addresses = self.shared.addresses.allot(&*self.shared.runtime, &self.reference.uid).await?;
+        Ok(match addresses[..] {
+            [] => SandboxNetwork::Host,
+            [address] => SandboxNetwork::Pod { address },
+            [first, second, ..] => SandboxNetwork::Dual { addresses: [first, second] },
+        })
     }
 
     async fn sandbox_is_up(&mut self, id: &SandboxId) {
@@ -139,7 +151,7 @@ impl Worker {
         self.memory.pod_hold = None;
         match self.shared.runtime.pod_sandbox_status(id).await {
             Ok(status) => {
-                self.memory.address = status.address;
+                self.learn_addresses(status.addresses.clone());
                 self.observed.put_sandbox(status);
             }
             Err(error) => {
@@ -182,11 +194,12 @@ impl Worker {
 
     /// Leads ports of the host to the Pod, once per sandbox. A function's front answers at the Pod's address only.
     async fn open_ports(&mut self) -> Result<(), String> {
-        let (Some(spec), Some(address)) = (&self.pod.spec, self.memory.address) else { return Ok(()) };
-        if self.memory.ports_open || self.seat.is_some() || self.function.is_some() {
+        let Some(spec) = &self.pod.spec else { return Ok(()) };
+        if self.memory.addresses.is_empty() || self.memory.ports_open || self.seat.is_some() || self.function.is_some()
+        {
             return Ok(());
         }
-        let opened = self.shared.addresses.open_ports(&self.reference.uid, address, spec).await;
+        let opened = self.shared.addresses.open_ports(&self.reference.uid, &self.memory.addresses, spec).await;
         opened.map_err(|error| format!("failed to open the Pod's ports on the host: {}", chain(&error)))?;
         self.memory.ports_open = true;
         Ok(())
@@ -194,10 +207,16 @@ impl Worker {
 
     /// The Pod's addresses: its own, or the node's on the host's network.
     fn addresses(&self) -> Vec<std::net::IpAddr> {
-        match self.memory.address {
-            Some(address) => vec![address],
-            None => self.shared.facts.borrow().addresses.clone(),
+        match self.memory.addresses[..] {
+            [] => self.shared.facts.borrow().addresses.clone(),
+            ref own => own.to_vec(),
         }
+    }
+
+    /// The Pod's addresses, that of the node's first family first: kubelet's `sortPodIPs`.
+    pub(super) fn learn_addresses(&mut self, found: Vec<std::net::IpAddr>) {
+        let first = self.shared.facts.borrow().addresses.first().copied();
+        self.memory.addresses = translate::in_order(found, first);
     }
 
     pub(super) async fn start(&mut self, name: &str, attempt: u32) {

@@ -12,6 +12,8 @@ use crate::runtime::types::{CgroupDriver, Resources};
 
 /// Where the host's cgroup file systems are mounted.
 const ROOT: &str = "/sys/fs/cgroup";
+/// A Pod's cgroup lies at most so far below the node's: in that of its class.
+const POD_LEVEL: u32 = 2;
 /// A process just killed keeps its cgroup busy for a moment: how often and how long to wait for it.
 const RMDIR_TRIES: u32 = 20;
 const RMDIR_PAUSE: Duration = Duration::from_millis(10);
@@ -117,18 +119,10 @@ impl Cgroups {
         self.directories(path)?.iter().try_for_each(|directory| remove_tree(directory))
     }
 
-    /// Removes those right below the cgroup that nothing is in, and then the cgroup itself if nothing is left in it: neither
-    /// a process nor another cgroup.
+    /// Removes the cgroups of Pods and of classes of Pods below the cgroup that nothing is in, and then the cgroup itself
+    /// if nothing is left in it: neither a process nor another cgroup.
     pub(super) fn remove_if_empty(&self, path: &str) -> io::Result<()> {
-        for directory in self.directories(path)? {
-            for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
-                if entry.file_type()?.is_dir() {
-                    remove_unless_used(&entry.path())?;
-                }
-            }
-            remove_unless_used(&directory)?;
-        }
-        Ok(())
+        self.directories(path)?.iter().try_for_each(|directory| remove_unused(directory, POD_LEVEL))
     }
 
     /// Where the cgroup is, or would be.
@@ -172,6 +166,18 @@ fn slices(path: &str) -> Vec<String> {
 /// cpu.weight (1 to 10000) for v1 shares (2 to 262144), as runc converts them.
 fn weight(shares: i64) -> i64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
+}
+
+/// Removes what nothing is in, the lowest of so many levels first.
+fn remove_unused(directory: &Path, levels: u32) -> io::Result<()> {
+    if let Some(levels) = levels.checked_sub(1) {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                remove_unused(&entry.path(), levels)?;
+            }
+        }
+    }
+    remove_unless_used(directory)
 }
 
 fn remove_unless_used(directory: &Path) -> io::Result<()> {
@@ -231,14 +237,14 @@ mod tests {
     #[test]
     fn what_holds_no_pod_goes_and_what_holds_one_stays() {
         let root = tempfile::tempdir().unwrap();
-        for path in ["cpu/l/besteffort", "cpu/l/burstable", "memory/l/burstable/pod1"] {
+        for path in ["cpu/l/besteffort/pod2", "cpu/l/burstable", "cpu/l/pod3", "memory/l/burstable/pod1/container"] {
             fs::create_dir_all(root.path().join(path)).unwrap();
         }
         let cgroups = Cgroups::at(root.path(), false);
         cgroups.remove_if_empty("l").unwrap();
         cgroups.remove_if_empty("l").unwrap();
         assert!(!root.path().join("cpu/l").exists());
-        assert!(root.path().join("memory/l/burstable/pod1").exists());
+        assert!(root.path().join("memory/l/burstable/pod1/container").exists());
     }
 
     #[test]

@@ -81,7 +81,7 @@ impl DockerRuntime {
     }
 
     async fn check_sandbox(&self, sandbox: &SandboxId, config: &ContainerConfig) -> Result<()> {
-        if self.network_book().plugged.contains(sandbox.as_str()) {
+        if self.network_book().plugged.contains_key(sandbox.as_str()) {
             // This process brought it up. Should its holder have died since, the start says so.
             return Ok(());
         }

@@ -29,14 +29,23 @@ const POD_NAME: &str = "lambdalet.dev/pod-name";
 const CONTAINER: &str = "lambdalet.dev/container";
 const ATTEMPT: &str = "lambdalet.dev/attempt";
 const ADDRESS: &str = "lambdalet.dev/address";
+/// On a sandbox: who makes its network, if it is not this node.
+const NETWORK: &str = "lambdalet.dev/network";
+/// Value of [`NETWORK`]: CNI plugins.
+const PLUGINS: &str = "cni";
 const IMAGE_REF: &str = "lambdalet.dev/image-ref";
 const ANNOTATION_PREFIX: &str = "annotation.lambdalet.dev/";
 
 /// The labels of a sandbox.
 pub(super) fn of_sandbox(owner: &str, config: &SandboxConfig) -> HashMap<String, String> {
     let mut labels = common(owner, KIND_SANDBOX, &config.pod, config.attempt, &config.cgroup_parent);
-    if let SandboxNetwork::Pod { address } = config.network {
-        labels.insert(ADDRESS.into(), address.to_string());
+    match &config.network {
+        SandboxNetwork::Plugins { .. } => drop(labels.insert(NETWORK.into(), PLUGINS.into())),
+        SandboxNetwork::Host => {}
+        SandboxNetwork::Pod { .. } | SandboxNetwork::Dual { .. } => {
+            let addresses: Vec<String> = config.network.addresses().iter().map(IpAddr::to_string).collect();
+            labels.insert(ADDRESS.into(), addresses.join(","));
+        }
     }
     labels
 }
@@ -75,7 +84,9 @@ pub(super) struct Facts {
     pub(super) container: String,
     /// Empty on a sandbox.
     pub(super) sandbox: String,
-    pub(super) address: Option<IpAddr>,
+    pub(super) addresses: Vec<IpAddr>,
+    /// CNI plugins give it its addresses.
+    pub(super) by_plugins: bool,
     pub(super) cgroup: String,
     pub(super) image_ref: String,
     pub(super) annotations: BTreeMap<String, String>,
@@ -97,7 +108,8 @@ pub(super) fn read(owner: &str, labels: &HashMap<String, String>) -> Option<Fact
         attempt: text(ATTEMPT).parse().ok()?,
         container: text(CONTAINER),
         sandbox: text(SANDBOX),
-        address: labels.get(ADDRESS).and_then(|text| text.parse().ok()),
+        addresses: text(ADDRESS).split(',').filter_map(|address| address.parse().ok()).collect(),
+        by_plugins: labels.get(NETWORK).is_some_and(|network| network == PLUGINS),
         cgroup: text(CGROUP),
         image_ref: text(IMAGE_REF),
         annotations,
@@ -151,11 +163,14 @@ mod tests {
     #[test]
     fn what_is_written_on_a_sandbox_reads_back() {
         let mut labels = common("o1", KIND_SANDBOX, &pod(), 3, "/l/pod1");
-        labels.insert(ADDRESS.into(), "10.1.2.3".into());
+        labels.insert(ADDRESS.into(), "10.1.2.3,fd00::3".into());
         let facts = read("o1", &labels).unwrap();
         assert!(facts.sandbox_itself);
         assert_eq!((facts.pod, facts.attempt, facts.cgroup.as_str()), (pod(), 3, "/l/pod1"));
-        assert_eq!(facts.address, Some("10.1.2.3".parse().unwrap()));
+        assert_eq!(facts.addresses, ["10.1.2.3", "fd00::3"].map(|text| text.parse::<IpAddr>().unwrap()));
+        assert!(!facts.by_plugins);
+        labels.insert(NETWORK.into(), PLUGINS.into());
+        assert!(read("o1", &labels).unwrap().by_plugins);
     }
 
     #[test]

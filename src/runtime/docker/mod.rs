@@ -39,7 +39,7 @@ mod spec;
 mod stats;
 mod wire;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -78,7 +78,7 @@ pub struct NoCable;
 
 #[async_trait]
 impl Cable for NoCable {
-    async fn plug(&self, _pid: i32, _sandbox: &str, _address: IpAddr) -> Result<(), NetworkError> {
+    async fn plug(&self, _pid: i32, _sandbox: &str, _addresses: &[IpAddr]) -> Result<(), NetworkError> {
         Ok(())
     }
 
@@ -174,7 +174,8 @@ pub struct DockerRuntime {
 struct NetworkBook {
     /// Being made right now: running perhaps, usable not yet.
     making: HashSet<String>,
-    plugged: HashSet<String>,
+    /// With the addresses they have.
+    plugged: HashMap<String, Vec<IpAddr>>,
 }
 
 impl DockerRuntime {

@@ -7,6 +7,7 @@
 //! The labelled container is the first thing made and the last thing removed, so whatever a crash interrupts still has
 //! a name on it, and removing that removes the rest.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use bollard::models::ContainerInspectResponse;
@@ -18,7 +19,9 @@ use super::failure::{failed, is_absent, status as http_status};
 use super::labels::{self, Facts};
 use super::spec::{self, Surroundings};
 use super::{DockerRuntime, pause, turn};
-use crate::runtime::types::{SandboxConfig, SandboxId, SandboxNetwork, SandboxState, SandboxStatus};
+use crate::network::NetworkError;
+use crate::network::cni::Attachment;
+use crate::runtime::types::{PodRef, SandboxConfig, SandboxId, SandboxNetwork, SandboxState, SandboxStatus};
 use crate::runtime::{Kind, Result, RuntimeError, blocking};
 
 /// How often a create is tried anew after what held its name was removed, or its name was taken by something that is
@@ -71,8 +74,12 @@ impl DockerRuntime {
             match self.see(&name).await? {
                 Some(seen) if seen.running() => {
                     let id = SandboxId::from(seen.id());
-                    self.plug_seen(&seen).await?;
-                    return Ok(id);
+                    match self.plug_seen(&seen).await {
+                        Ok(_) => return Ok(id),
+                        // What plugins had begun is taken away; only a whole new sandbox is plugged in.
+                        Err(_) if seen.facts.by_plugins => self.remove_sandbox(&id).await?,
+                        Err(error) => return Err(error),
+                    }
                 }
                 Some(seen) => self.remove_sandbox(&SandboxId::from(seen.id())).await?,
                 None => tokio::time::sleep(CREATE_PAUSE).await,
@@ -155,29 +162,52 @@ impl DockerRuntime {
                 .map_err(|error| failed(format!("failed to start the sandbox of {}", config.pod), error))?;
         }
         self.statistics.changed();
-        let SandboxNetwork::Pod { address } = config.network else { return Ok(()) };
+        if config.network == SandboxNetwork::Host {
+            return Ok(());
+        }
         let died = || RuntimeError::new(Kind::Internal, format!("the sandbox of {} ended at once", config.pod));
         let seen = self.see(id).await?.ok_or_else(died)?;
         let pid = pid(&seen.inspect).ok_or_else(died)?;
         crate::failpoint::hit("plug");
-        self.plug(pid, id, address).await
-    }
-
-    async fn plug(&self, pid: i32, id: &str, address: std::net::IpAddr) -> Result<()> {
-        self.cable.plug(pid, id, address).await.map_err(|error| {
-            RuntimeError::new(Kind::Internal, format!("failed to plug sandbox {id} in as {address}")).with_source(error)
-        })?;
-        self.network_book().plugged.insert(id.to_owned());
-        Ok(())
-    }
-
-    /// Plugs a running sandbox in unless this process did so already.
-    async fn plug_seen(&self, seen: &Seen) -> Result<()> {
-        let (Some(address), Some(pid)) = (seen.facts.address, pid(&seen.inspect)) else { return Ok(()) };
-        if self.network_book().plugged.contains(seen.id()) {
-            return Ok(());
+        match &config.network {
+            SandboxNetwork::Host => Ok(()),
+            SandboxNetwork::Pod { .. } | SandboxNetwork::Dual { .. } => {
+                self.plug(pid, id, config.network.addresses()).await.map(drop)
+            }
+            SandboxNetwork::Plugins { wish } => {
+                let PodRef { namespace, name, uid } = config.pod.clone();
+                let attachment = Attachment { namespace, name, uid, wish: wish.clone() };
+                self.note_plugged(id, self.cable.attach(pid, id, &attachment).await).map(drop)
+            }
         }
-        self.plug(pid, seen.id(), address).await
+    }
+
+    async fn plug(&self, pid: i32, id: &str, addresses: &[IpAddr]) -> Result<Vec<IpAddr>> {
+        self.cable.plug(pid, id, addresses).await.map_err(|error| {
+            let text = format!("failed to plug sandbox {id} in as {addresses:?}");
+            RuntimeError::new(Kind::Internal, text).with_source(error)
+        })?;
+        self.note_plugged(id, Ok(addresses.to_vec()))
+    }
+
+    fn note_plugged(&self, id: &str, plugged: std::result::Result<Vec<IpAddr>, NetworkError>) -> Result<Vec<IpAddr>> {
+        let addresses = plugged.map_err(|error| {
+            RuntimeError::new(Kind::Internal, format!("failed to plug sandbox {id} in")).with_source(error)
+        })?;
+        self.network_book().plugged.insert(id.to_owned(), addresses.clone());
+        Ok(addresses)
+    }
+
+    /// Plugs a running sandbox in unless this process did so already; which addresses it has.
+    async fn plug_seen(&self, seen: &Seen) -> Result<Vec<IpAddr>> {
+        if let Some(addresses) = self.network_book().plugged.get(seen.id()) {
+            return Ok(addresses.clone());
+        }
+        match (&seen.facts.addresses[..], pid(&seen.inspect)) {
+            _ if seen.facts.by_plugins => self.note_plugged(seen.id(), self.cable.attached(seen.id()).await),
+            (addresses @ [_, ..], Some(pid)) => self.plug(pid, seen.id(), addresses).await,
+            (addresses, _) => Ok(addresses.to_vec()),
+        }
     }
 
     /// The container of ours with this name or id, if there is one.
@@ -275,14 +305,18 @@ impl DockerRuntime {
 
     async fn sandbox_status_of(&self, seen: Seen) -> SandboxStatus {
         let mut state = if seen.running() { SandboxState::Ready } else { SandboxState::NotReady };
+        let mut addresses = seen.facts.addresses.clone();
         if self.network_book().making.contains(seen.id()) {
             state = SandboxState::NotReady;
-        } else if state == SandboxState::Ready
-            && let Err(error) = self.plug_seen(&seen).await
-        {
-            tracing::warn!(sandbox = seen.id(), pod = %seen.facts.pod, error = crate::telemetry::chain(&error),
-                "a running sandbox has no network");
-            state = SandboxState::NotReady;
+        } else if state == SandboxState::Ready {
+            match self.plug_seen(&seen).await {
+                Ok(plugged) => addresses = plugged,
+                Err(error) => {
+                    tracing::warn!(sandbox = seen.id(), pod = %seen.facts.pod, error = crate::telemetry::chain(&error),
+                        "a running sandbox has no network");
+                    state = SandboxState::NotReady;
+                }
+            }
         }
         SandboxStatus {
             id: SandboxId::from(seen.id()),
@@ -290,7 +324,7 @@ impl DockerRuntime {
             attempt: seen.facts.attempt,
             state,
             created_at: timestamp(seen.inspect.created.as_deref()).unwrap_or_default(),
-            address: seen.facts.address,
+            addresses,
             pid: pid(&seen.inspect),
         }
     }

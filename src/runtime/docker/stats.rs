@@ -213,7 +213,7 @@ fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: StatsScope) -> 
         let nothing = || Usage { time: Timestamp::now(), ..Usage::default() };
         let usage =
             member.pod_cgroup.as_ref().map_or_else(|| Some(nothing()), |path| usages.get(path.as_path()).copied())?;
-        let own_network = everything && member.facts.address.is_some();
+        let own_network = everything && (!member.facts.addresses.is_empty() || member.facts.by_plugins);
         Some(SandboxStats {
             id: SandboxId::from(member.id.as_str()),
             pod: member.facts.pod.clone(),

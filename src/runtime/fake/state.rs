@@ -15,7 +15,7 @@ use crate::runtime::stats::{
 };
 use crate::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, Image, ImageId, Resources, SandboxConfig, SandboxId,
-    SandboxNetwork, SandboxState, SandboxStatus,
+    SandboxState, SandboxStatus,
 };
 use crate::runtime::{Kind, Result, RuntimeError};
 
@@ -82,10 +82,7 @@ impl State {
             attempt: config.attempt,
             state: SandboxState::Ready,
             created_at: Timestamp::now(),
-            address: match config.network {
-                SandboxNetwork::Pod { address } => Some(address),
-                SandboxNetwork::Host => None,
-            },
+            addresses: config.network.addresses().to_vec(),
             pid: Some(1_000_000 + number as i32),
         };
         self.sandboxes.insert(id.clone(), status);
@@ -207,7 +204,7 @@ impl State {
         let of_sandbox = |sandbox: &SandboxStatus| {
             let members = self.running_members(&sandbox.id);
             let containers: Vec<_> = members.iter().map(|id| stats_of(&self.containers[id], scope)).collect();
-            let networked = scope == StatsScope::All && sandbox.address.is_some();
+            let networked = scope == StatsScope::All && !sandbox.addresses.is_empty();
             SandboxStats {
                 id: sandbox.id.clone(),
                 pod: sandbox.pod.clone(),

@@ -120,7 +120,6 @@ impl ContainerRecord {
 
 impl SandboxRecord {
     pub(super) fn new(id: String, owner: &str, config: &SandboxConfig, slots: u8) -> Self {
-        use crate::runtime::types::SandboxNetwork;
         Self {
             format: FORMAT,
             id,
@@ -129,10 +128,8 @@ impl SandboxRecord {
             namespace: config.pod.namespace.clone(),
             name: config.pod.name.clone(),
             attempt: config.attempt,
-            address: match config.network {
-                SandboxNetwork::Pod { address } => Some(address),
-                SandboxNetwork::Host => None,
-            },
+            // A guest has one, of the node's first family.
+            address: config.network.addresses().first().copied(),
             cgroup: config.cgroup_parent.clone(),
             created: nanoseconds(Timestamp::now()),
             phase: Phase::Making,

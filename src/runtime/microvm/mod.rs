@@ -48,13 +48,13 @@ use self::vm::Vms;
 use self::volumes::Places;
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope};
-use super::turns::Turns;
 use super::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions,
     RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime, blocking};
 use crate::telemetry::chain;
+use crate::turns::Turns;
 
 /// Events a slow subscriber may be behind; one that is further behind is cut off, lists and subscribes again.
 const EVENTS_BEHIND: usize = 1024;

@@ -22,8 +22,7 @@ use super::logs::LogBook;
 use super::vm::{GuestState, Vm};
 use super::{Inner, MicrovmRuntime, refresh};
 use crate::runtime::types::{
-    ContainerState, EventKind, ImageId, RuntimeEvent, SandboxConfig, SandboxId, SandboxNetwork, SandboxState,
-    SandboxStatus,
+    ContainerState, EventKind, ImageId, RuntimeEvent, SandboxConfig, SandboxId, SandboxState, SandboxStatus,
 };
 use crate::runtime::{Kind, Result, RuntimeError, blocking};
 use crate::telemetry::chain;
@@ -130,7 +129,7 @@ impl Sandbox {
             attempt: record.attempt,
             state: if ready { SandboxState::Ready } else { SandboxState::NotReady },
             created_at: record.created_at(),
-            address: record.address,
+            addresses: record.address.into_iter().collect(),
             pid: vm.map(|vm| vm.pid()),
         }
     }
@@ -169,8 +168,9 @@ impl MicrovmRuntime {
             }
             self.remove_sandbox(&sandbox).await?;
         }
-        if config.network == SandboxNetwork::Host {
-            let text = format!("{}: a microVM has no part in the host's network", tried());
+        if config.network.addresses().is_empty() {
+            let text =
+                format!("{}: a microVM has no part in the host's network, nor in one that CNI plugins make", tried());
             return Err(RuntimeError::new(Kind::Unsupported, text));
         }
         let sandbox = self.begin(config).await?;

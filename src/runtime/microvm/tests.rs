@@ -106,7 +106,7 @@ async fn a_new_process_takes_over_what_runs() {
     let second = host.driver().await;
     let found = second.list_pod_sandboxes(Some("u")).await.unwrap();
     assert_eq!((found.len(), &found[0].id, found[0].state), (1, &sandboxes[0].id, SandboxState::Ready));
-    assert_eq!((found[0].created_at, found[0].address), (sandboxes[0].created_at, sandboxes[0].address));
+    assert_eq!((found[0].created_at, found[0].address()), (sandboxes[0].created_at, sandboxes[0].address()));
     let after = second.container_status(&idle).await.unwrap();
     assert_eq!(
         (after.state, after.started_at, &after.annotations),

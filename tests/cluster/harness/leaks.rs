@@ -56,7 +56,7 @@ impl Leaks {
             links: ports(&node.bridge().unwrap()),
             guards: guards(&node.bridge().unwrap()),
             routes: lines(&output("ip", &["route", "show", "dev", &node.bridge().unwrap()])),
-            addresses: held(&node.root.join("addresses")),
+            addresses: [held(&node.root.join("addresses")), held(&node.root.join("addresses6"))].concat(),
             mounts: mounts_below(&node.root),
             directories: [entries(&node.root.join("pods")), entries(&node.root.join("secrets"))].concat(),
             cgroups: pod_cgroups(&owner),
@@ -141,7 +141,7 @@ fn pod_cgroups(owner: &str) -> Vec<String> {
     lines(&text)
 }
 
-/// Docker's network namespaces in which an address of the node's range lives.
+/// Docker's network namespaces in which an address of the node's range lives. The host's own is `default` to Docker.
 fn namespaces(node: &Node) -> Vec<String> {
     let directory = Path::new("/var/run/docker/netns");
     let lives_here = |name: &String| {
@@ -149,7 +149,7 @@ fn namespaces(node: &Node) -> Vec<String> {
         let addresses = output("nsenter", &[&net, "ip", "-o", "-4", "address"]);
         addresses.split_whitespace().any(|word| node.has_address(word))
     };
-    entries(directory).into_iter().filter(lives_here).collect()
+    entries(directory).into_iter().filter(|name| name != "default" && lives_here(name)).collect()
 }
 
 /// What is left on the host of Pods that should be gone, each a line; Pods are known by UID and namespace.

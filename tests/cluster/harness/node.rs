@@ -268,12 +268,14 @@ impl Node {
             output("docker", &[&["rm", "-f"], &ids[..]].concat());
         }
         let bridge = self.bridge().unwrap();
-        for table in ["filter", "nat"] {
-            let rules = output("iptables", &["-w", "-t", table, "-S"]);
+        for (command, table) in
+            [("iptables", "filter"), ("iptables", "nat"), ("ip6tables", "filter"), ("ip6tables", "nat")]
+        {
+            let rules = output(command, &["-w", "-t", table, "-S"]);
             for rule in rules.lines().filter(|r| r.contains(&format!("lambdalet:{bridge}"))) {
                 let words: Vec<String> = rule.replacen("-A", "-D", 1).split(' ').map(|w| w.replace('"', "")).collect();
                 let words: Vec<&str> = words.iter().map(String::as_str).collect();
-                output("iptables", &[&["-w", "-t", table], &words[..]].concat());
+                output(command, &[&["-w", "-t", table], &words[..]].concat());
             }
         }
         // Only a node with microVMs has one.

@@ -103,7 +103,7 @@ fn what_an_earlier_process_left_is_found_by_name() {
         // Of this one only the rules are left.
         drop(bridge.make_tap("vm-c", None).await.unwrap());
         let pod = Namespace::new();
-        bridge.plug(pod.tid, "sandbox-a", ip("10.77.0.2")).await.unwrap();
+        bridge.plug(pod.tid, "sandbox-a", &[ip("10.77.0.2")]).await.unwrap();
         assert_eq!(bridge.remove_other_taps(&["vm-b".to_owned()]).await.unwrap(), 2);
         assert_eq!(taps_there(), [kept.name]);
         assert!(shell("ip -o link").contains(" lv"), "a cable is no tap");

@@ -38,10 +38,10 @@ use super::machine::{
 use super::vm::{Vm, Vms};
 use crate::network::NetworkError;
 use crate::network::tap::{Taps, mac_of};
-use crate::runtime::turns::Turns;
-use crate::runtime::types::{MachineFiles, NamespaceMode, Resources, SandboxConfig, SandboxNetwork};
+use crate::runtime::types::{MachineFiles, NamespaceMode, Resources, SandboxConfig};
 use crate::runtime::{Kind, Result, RuntimeError, blocking};
 use crate::telemetry::chain;
+use crate::turns::Turns;
 
 /// How long a guest may take from its machine's start to its agent's first answer: some 0.2 s with KVM, some 5 s without
 /// on an idle host.
@@ -267,8 +267,8 @@ impl Inner {
     async fn launch(&self, id: &str, config: &SandboxConfig) -> Result<(Arc<HostVm>, Started)> {
         let tried = || format!("failed to start a microVM for {}", config.pod);
         let failed = |error: MachineError| error.during(tried());
-        let SandboxNetwork::Pod { address } = config.network else {
-            let text = format!("{}: it has no part in the host's network", tried());
+        let Some(&address) = config.network.addresses().first() else {
+            let text = format!("{}: it has no part in the host's network, nor in one that CNI plugins make", tried());
             return Err(RuntimeError::new(Kind::Unsupported, text));
         };
         let dir = self.dirs.of(&VmId::new(id).map_err(failed)?);

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use super::*;
 use crate::runtime::microvm::machine::{TemplateKind, VmExit};
 use crate::runtime::session::Duplex;
-use crate::runtime::types::{MachineFiles, PodRef};
+use crate::runtime::types::{MachineFiles, PodRef, SandboxNetwork};
 
 /// What a guest says to whoever connects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

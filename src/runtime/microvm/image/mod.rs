@@ -50,9 +50,9 @@ use self::shelf::{Scratch, Shelf, Stored};
 use crate::runtime::reference::parse;
 use crate::runtime::registry::{client, credentials, others_may_succeed, tries};
 use crate::runtime::stats::ImageFs;
-use crate::runtime::turns::Turns;
 use crate::runtime::types::{Image, ImageId, RegistryAuth};
 use crate::runtime::{ImageStore, Kind, Result, RuntimeError, blocking};
+use crate::turns::Turns;
 
 /// Most of what an image may have. Each default is several times what the largest images in use have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -60,13 +60,15 @@ impl World {
                 }
             }
             Event::SettingsChanged(settings) => self.settings = *settings,
-            Event::Outdated => {
-                self.replicas.values_mut().for_each(|replica| replica.sent_away = true);
-                (self.crashes, self.last_crash, self.hold) = (0, None, None);
-            }
+            Event::Outdated => self.note_outdated(),
             Event::Drain { until } => self.drain = Some(self.drain.map_or(*until, |before| before.min(*until))),
             Event::Tick => {}
         }
+    }
+
+    pub(super) fn note_outdated(&mut self) {
+        self.replicas.values_mut().for_each(|replica| replica.sent_away = true);
+        (self.crashes, self.last_crash, self.hold) = (0, None, None);
     }
 
     pub(super) fn note_denied(&mut self, replica: ReplicaId) {
