@@ -23,9 +23,10 @@ use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, oneshot};
 use tracing::debug;
 
+use super::guard::{self, Guard};
 use super::netlink::{Mac, Netlink, Pair};
 use super::routes::Routes;
-use super::{Cable, NetworkError, firewall, guard, set_sysctl};
+use super::{Cable, NetworkError, firewall, set_sysctl};
 
 /// Name of the interface inside a sandbox, as every Pod network has it.
 const INTERFACE: &str = "eth0";
@@ -54,6 +55,7 @@ pub(super) struct Settings {
     /// One of each family, at least one; the first is that of taps.
     pub(super) nets: Vec<Net>,
     mtu: u32,
+    pub(super) guard: Guard,
     /// The Pods that ports of the host lead to.
     pub(super) with_ports: Mutex<BTreeSet<String>>,
 }
@@ -113,7 +115,7 @@ impl Bridge {
         let settings = Arc::clone(&self.settings);
         on_thread(move || {
             if guard::is_there() {
-                guard::remove(&settings.name)?;
+                settings.guard.remove()?;
             }
             let mut host = open_netlink()?;
             for net in &settings.nets {
@@ -233,7 +235,8 @@ fn ensure(name: String, ranges: &[(IpAddr, IpNet)]) -> Result<Settings, NetworkE
         routes.ensure(&mut host).map_err(tried("route the range of"))?;
         nets.push(Net { gateway, range, routes });
     }
-    Ok(Settings { name, nets, mtu, with_ports: Mutex::new(with_ports) })
+    let guard = Guard::new(&name);
+    Ok(Settings { name, nets, mtu, guard, with_ports: Mutex::new(with_ports) })
 }
 
 /// Lets the host route packets of the gateway's family.

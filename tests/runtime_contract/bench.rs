@@ -254,7 +254,7 @@ impl Bench {
             found.extend(said.lines().filter(|line| line.contains(wanted)).map(|line| line.trim().to_owned()));
         };
         lines(output("ip", &["-o", "link", "show", "master", machines.bridge.name()]), ": lt");
-        lines(output("nft", &["list", "ruleset"]), "chain lt");
+        lines(output("nft", &["list", "ruleset"]), "\"lt");
         lines(output("ip", &["-o", "route"]), "10.99.0.7 ");
         let folder = self.folder.path().display().to_string();
         lines(std::fs::read_to_string("/proc/self/mounts").unwrap(), &folder);

@@ -11,9 +11,9 @@ use tappers::Interface;
 use super::{
     Bridge, SETTLE_TRIES, SETTLE_WAIT, Settings, delete_by_name, finish_port, hashed, kernel, mac_of, open_netlink,
 };
+use crate::network::NetworkError;
 use crate::network::netlink::Netlink;
 use crate::network::tap::{Surroundings, Tap, Taps};
-use crate::network::{NetworkError, guard};
 
 /// Begins the name of each tap, before twelve hex digits.
 const TAP_PREFIX: &str = "lt";
@@ -64,7 +64,7 @@ fn make(settings: &Settings, name: String, owner: Option<u32>) -> Result<Tap, Ne
     let bridge = bridge.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
     delete_by_name(&mut host, &name)?;
     // Before there is a device that something could be sent by.
-    guard::set(&settings.name, &name, None)?;
+    settings.guard.set(&name, None)?;
     let mut make = || -> io::Result<Tap> {
         let tap = tappers::linux::Tap::new_named(Interface::new(&name)?)?;
         let device = match owner {
@@ -89,7 +89,7 @@ fn lead(settings: &Settings, name: &str, address: IpAddr) -> Result<(), NetworkE
     let port = host.link(name).map_err(failed)?.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
     // An address that it had before is given up.
     settings.nets.iter().try_for_each(|net| net.routes.prune(&mut host, Some(name))).map_err(failed)?;
-    guard::set(&settings.name, name, Some((mac_of(address), address)))?;
+    settings.guard.set(name, Some((mac_of(address), address)))?;
     finish_port(&mut host, port.index, &[address]).map_err(failed)?;
     settle(&mut host, name).map_err(|source| kernel(&format!("see {name} working"), source))?;
     // The last step: until packets pass the address refuses.
@@ -114,7 +114,7 @@ fn remove(settings: &Settings, name: &str) -> Result<(), NetworkError> {
     let refuse = |source| kernel(&format!("refuse the address behind {name}"), source);
     settings.nets.iter().try_for_each(|net| net.routes.prune(&mut host, Some(name))).map_err(refuse)?;
     delete_by_name(&mut host, name)?;
-    guard::unset(&settings.name, name)
+    settings.guard.unset(name)
 }
 
 /// The taps of this bridge: those there are devices of, and those there are only rules for.
@@ -124,7 +124,7 @@ fn left(settings: &Settings) -> Result<Vec<String>, NetworkError> {
     let bridge = host.link(&settings.name).map_err(failed)?.map(|bridge| bridge.index);
     let ports = host.links().map_err(failed)?.into_iter().filter(|link| bridge.is_some() && link.bridge == bridge);
     let mut names: Vec<String> = ports.map(|port| port.name).filter(|name| name.starts_with(TAP_PREFIX)).collect();
-    names.extend(guard::known(&settings.name)?);
+    names.extend(settings.guard.known()?);
     names.sort();
     names.dedup();
     Ok(names)

@@ -110,3 +110,46 @@ fn what_an_earlier_process_left_is_found_by_name() {
         assert_eq!(bridge.remove_other_taps(&["vm-b".to_owned()]).await.unwrap(), 0);
     });
 }
+
+#[test]
+fn rules_that_somebody_has_removed_are_there_again_with_the_next_change() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let device = bridge.make_tap("vm-a", None).await.unwrap().device.unwrap();
+        let (own, other) = ([10, 77, 0, 2], [10, 77, 0, 3]);
+        let mac = mac_of(IpAddr::from(own));
+        shell("nft delete table bridge lambdalet_lb0");
+        bridge.lead("vm-a", IpAddr::from(own)).await.unwrap();
+        assert!(is_answered(&device, &question(mac, own)));
+        assert!(!is_answered(&device, &question(mac, other)), "another's address");
+        shell("nft delete table bridge lambdalet_lb0");
+        bridge.remove_tap("vm-a").await.unwrap();
+        assert_eq!(bridge.remove_other_taps(&[]).await.unwrap(), 0);
+    });
+}
+
+#[test]
+fn rules_are_told_apart_among_hundreds() {
+    on_a_host(|| async {
+        // More than one answer of the kernel holds.
+        let guard = Guard::new("lb0");
+        let names: Vec<String> = (0..300).map(|number| format!("lt{number:012x}")).collect();
+        for (name, last) in names.iter().zip(0_u16..) {
+            let [high, low] = last.to_be_bytes();
+            let address = IpAddr::from([10, 78, high, low]);
+            guard.set(name, Some((mac_of(address), address))).unwrap();
+        }
+        let mut known = guard.known().unwrap();
+        known.sort();
+        assert_eq!(known, names);
+        let sources = || shell("nft list set bridge lambdalet_lb0 sources4");
+        assert!(sources().contains("10.78.1.43"), "{}", sources());
+        guard.set(&names[299], None).unwrap();
+        assert!(!sources().contains("10.78.1.43") && sources().contains("10.78.1.42"), "{}", sources());
+        for name in &names[1..] {
+            guard.unset(name).unwrap();
+        }
+        assert_eq!(guard.known().unwrap(), names[..1]);
+        assert_eq!(sources().matches("10.78.").count(), 1, "{}", sources());
+    });
+}
