@@ -1,5 +1,5 @@
-//! The packet filter rules of a bridge: Pods may talk to everybody, and leave the node under its own address; what is
-//! sent to an address that no Pod has ([`super::routes`] leads it nowhere) is refused as a closed port is.
+//! The packet filter rules of a bridge: Pods may talk to everybody but the host's loopback, and leave the node under its own
+//! address; what is sent to an address that no Pod has ([`super::routes`] leads it nowhere) is refused as a closed port is.
 //!
 //! The `iptables` command is the interface, since it speaks to whichever back end the host uses. Each rule carries a
 //! comment that names the bridge, so what is stale or to be removed is found without remembering anything.
@@ -83,6 +83,12 @@ fn wanted(bridge: &str, range: IpNet, docker: bool) -> Vec<Rule> {
             rule("filter", chain, true, &format!("-d {range} -o {NOWHERE} ! -p tcp {nobody} icmp-port-unreachable")),
             rule("filter", chain, true, &format!("-d {range} -o {NOWHERE} -p tcp {nobody} tcp-reset")),
         ]);
+    }
+    if range.addr().is_ipv4() {
+        // Ports of the host make the bridge take packets for these addresses (`route_localnet`): they are for answers alone,
+        // or a Pod that writes its own packets reaches what the host keeps to itself (CVE-2020-8558).
+        let new = "-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT";
+        rules.push(rule("filter", "INPUT", true, &format!("-d 127.0.0.0/8 -i {bridge} {new} {tag} -j DROP")));
     }
     rules
 }

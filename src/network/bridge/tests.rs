@@ -336,7 +336,7 @@ fn ensure_twice_changes_nothing_and_remove_takes_exactly_its_own() {
         let untouched = rules_of("iptables-save");
         let first = bridge().await;
         let made = rules_of("iptables-save");
-        assert_eq!(made.iter().filter(|rule| rule.contains("lambdalet:lb0")).count(), 7, "{made:?}");
+        assert_eq!(made.iter().filter(|rule| rule.contains("lambdalet:lb0")).count(), 8, "{made:?}");
         let second = bridge().await;
         assert_eq!(rules_of("iptables-save"), made);
         assert_eq!(shell("cat /proc/sys/net/ipv4/ip_forward").trim(), "1");
@@ -452,5 +452,25 @@ fn a_pod_with_an_address_of_each_family_is_reached_by_both_until_it_is_unplugged
         again.remove().await.unwrap();
         assert_eq!(shell("ip route; ip -6 route | grep fd77 || true"), "");
         assert!(!shell("iptables-save; ip6tables-save").contains("lambdalet"));
+    });
+}
+
+#[test]
+fn ports_of_the_host_open_its_loopback_to_no_pod() {
+    on_a_host(|| async {
+        let port = HostPort { protocol: Protocol::Tcp, host_ip: None, host_port: 8080, pod_port: 80 };
+        let bridge = bridge().await;
+        let pod = Namespace::new();
+        bridge.plug(pod.tid, "sandbox-a", &[ip("10.77.0.2")]).await.unwrap();
+        bridge.open_ports("u-1", &[ip("10.77.0.2")], vec![port]).await.unwrap();
+        let _own = TcpListener::bind("127.0.0.1:80").unwrap();
+        // A Pod that is its network's root leads the addresses there, and takes the answers.
+        pod.sees("echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet");
+        pod.sees("ip addr flush dev lo; ip route replace 127.0.0.0/8 via 10.77.0.1");
+        let own: SocketAddr = "127.0.0.1:80".parse().unwrap();
+        let reaches = || pod.run(move || TcpStream::connect_timeout(&own, Duration::from_secs(2)).is_ok());
+        assert!(!reaches());
+        shell("iptables -F INPUT");
+        assert!(reaches(), "it is the rule that keeps it out");
     });
 }
