@@ -15,6 +15,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
+use tonic::Status;
 
 use crate::cgroup::Cgroups;
 use crate::clock;
@@ -187,11 +188,12 @@ impl Guest {
         self.identity().configured
     }
 
-    /// Takes an identity: the random numbers first, for all else may draw some.
+    /// Takes an identity: the random numbers first, for all else may draw some. The scratch disk is mounted behind the
+    /// answer; what needs it, or anything else, waits for it ([`is_loaded`](Self::is_loaded)).
     ///
     /// # Errors
     /// What does not parse, or the kernel refuses.
-    pub(crate) fn configure(&self, request: &ConfigureRequest) -> Result<()> {
+    pub(crate) fn configure(self: &Arc<Self>, request: &ConfigureRequest) -> Result<()> {
         let mut identity = self.identity();
         if self.stand_in {
             // A host's clock and names are its own.
@@ -208,12 +210,15 @@ impl Guest {
         }
         network::configure(request)?;
         self.write_identity(request).tried(|| "failed to write the guest's identity".to_owned())?;
-        if request.scratch && !identity.scratch {
-            self.mount_scratch()?;
-            identity.scratch = true;
-        }
         let resources = request.resources.unwrap_or_default();
         self.cgroups.limit_pod(&resources).tried(|| "failed to set the Pod's limits".to_owned())?;
+        if request.scratch && !identity.scratch {
+            identity.scratch = true;
+            self.loaded.send_replace(None);
+            let guest = Arc::clone(self);
+            let said = |error| Status::from(error).message().to_owned();
+            tokio::task::spawn_blocking(move || guest.loaded(guest.mount_scratch().map_err(said)));
+        }
         identity.configured = true;
         Ok(())
     }

@@ -36,7 +36,7 @@ impl Service {
     }
 
     /// Does something that may block, once everything is loaded.
-    async fn run<T: Send + 'static>(&self, verb: impl FnOnce(&Guest) -> Verb<T> + Send + 'static) -> Answer<T> {
+    async fn run<T: Send + 'static>(&self, verb: impl FnOnce(&Arc<Guest>) -> Verb<T> + Send + 'static) -> Answer<T> {
         self.0.is_loaded().await?;
         let guest = Arc::clone(&self.0);
         let done = tokio::task::spawn_blocking(move || verb(&guest)).await;
@@ -44,7 +44,7 @@ impl Service {
         Ok(Response::new(done?))
     }
 
-    async fn empty(&self, verb: impl FnOnce(&Guest) -> Verb<()> + Send + 'static) -> Answer<Empty> {
+    async fn empty(&self, verb: impl FnOnce(&Arc<Guest>) -> Verb<()> + Send + 'static) -> Answer<Empty> {
         self.run(verb).await.map(|answer| answer.map(|()| Empty {}))
     }
 }

@@ -59,6 +59,9 @@ struct Args {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
+    // Silent, unless RUST_LOG wants to know where the time goes: lambdalet=debug.
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).context("only root can make a network for this")?;
     ensure!(Command::new("ip").args(["link", "set", "lo", "up"]).status()?.success(), "there is no loopback");
     // Threads of this runtime begin in the namespace too.

@@ -127,7 +127,11 @@ impl<S: Setups + 'static> PooledReplicas<S> {
                     continue;
                 }
                 warn!(replica = %id, "a replica that runs has no place any more: it is ended");
-                machine.kill().await;
+                if let Err(error) = machine.kill().await {
+                    // Its setup stays taken; the next process tries again.
+                    warn!(replica = %id, error = chain(&error), "failed to end a replica that has no place any more");
+                    continue;
+                }
             }
             inner.give_back(&id, inner.params.ipam.release(&key(&id))).await;
         }
@@ -174,8 +178,7 @@ impl<S: Setups + 'static> Replicas for PooledReplicas<S> {
         match inner.start(&setup, wish, &files).await {
             Ok((machine, address)) => Ok(inner.keep(id, machine, address, share)),
             Err(refusal) => {
-                // Nobody was told of its address.
-                inner.give_back(&id, inner.params.ipam.discard(&key(&id))).await;
+                inner.undo(&setup, share).await;
                 Err(refusal)
             }
         }
@@ -185,7 +188,11 @@ impl<S: Setups + 'static> Replicas for PooledReplicas<S> {
         let inner = &self.0;
         let id = VmId::new(id).map_err(|_| Refusal::NotAssigned)?;
         let running = locked(&inner.running).remove(&id).ok_or(Refusal::NotAssigned)?;
-        running.machine.kill().await;
+        if let Err(error) = running.machine.kill().await {
+            // Its setup is not to be reused before; whoever releases it again tries again.
+            locked(&inner.running).insert(id.clone(), running);
+            return Err(Refusal::failed(&format!("end replica {id}"), error));
+        }
         let rests = inner.params.ipam.release(&key(&id));
         let given = inner.params.pool.give_back(&id).await;
         rests.map_err(|error| Refusal::failed(&format!("let the address of replica {id} rest"), error))?;
@@ -226,7 +233,7 @@ impl<S: Setups> Inner<S> {
         Ok(Share { _place: place, _memory: memory })
     }
 
-    /// Starts a machine in the setup. On an error no process of it is left; the rest is for [`give_back`](Self::give_back).
+    /// Starts a machine in the setup. On an error what is left is for [`undo`](Self::undo).
     async fn start(
         &self,
         setup: &Setup,
@@ -249,7 +256,9 @@ impl<S: Setups> Inner<S> {
         match self.finish(machine.as_ref(), id, address, files).await {
             Ok(()) => Ok((machine, address)),
             Err(refusal) => {
-                machine.kill().await;
+                if let Err(error) = machine.kill().await {
+                    warn!(replica = %id, error = chain(&error), "failed to end a replica that did not start");
+                }
                 Err(refusal)
             }
         }
@@ -312,6 +321,24 @@ impl<S: Setups> Inner<S> {
         }
         .boxed();
         Replica { id: id.to_string(), address, ended }
+    }
+
+    /// Gives the setup of a replica back that did not start.
+    async fn undo(&self, setup: &Setup, share: Share) {
+        let id = setup.dir.id();
+        match self.params.manager.adopt(&setup.dir).await {
+            // Nobody was told of its address.
+            Ok(None) => self.give_back(id, self.params.ipam.discard(&key(id))).await,
+            Ok(Some(machine)) => {
+                // It keeps what it takes until `end`, or the next process, has ended it.
+                warn!(replica = %id, "a replica that did not start has not ended either");
+                locked(&self.running).insert(id.clone(), Running { machine: machine.into(), _share: share });
+            }
+            // Its directory says where its cgroup is; the next process tries again.
+            Err(error) => {
+                warn!(replica = %id, error = chain(&error), "failed to clean up a replica that did not start");
+            }
+        }
     }
 
     /// Goes on with a machine that was found, if it has a share of what there is now.

@@ -36,6 +36,8 @@ struct Stage {
     machines: Mutex<HashMap<PathBuf, Actor>>,
     /// Machines that were killed.
     killed: AtomicBool,
+    /// Machines do not end when they are killed.
+    stuck: AtomicBool,
 }
 
 /// A machine.
@@ -143,10 +145,14 @@ impl Machine for Actor {
         Ok(())
     }
 
-    async fn kill(&self) {
+    async fn kill(&self) -> Made<()> {
+        if self.stage.0.stuck.load(Ordering::SeqCst) {
+            return Err(fault());
+        }
         self.stage.0.machines.lock().unwrap().remove(self.dir.path());
         self.stage.0.killed.store(true, Ordering::SeqCst);
         self.ended.cancel();
+        Ok(())
     }
 
     async fn exited(&self) -> VmExit {
@@ -362,6 +368,34 @@ async fn whatever_fails_leaves_nothing_and_takes_nothing() {
     replicas.end().await;
     assert!(bench.stage.0.machines.lock().unwrap().is_empty() && bench.ipam.held().is_empty());
     assert!(bench.dirs().list().unwrap().is_empty(), "nothing stays on the host");
+}
+
+#[tokio::test]
+async fn what_does_not_end_keeps_its_setup_until_it_does() {
+    let bench = Bench::new("10.1.0.0/16");
+    let replicas = bench.replicas().await;
+    let stuck = |stuck| bench.stage.0.stuck.store(stuck, Ordering::SeqCst);
+    let machines = || bench.stage.0.machines.lock().unwrap().len();
+    let replica = replicas.create(&bench.wish()).await.unwrap();
+    stuck(true);
+    assert!(matches!(replicas.release(&replica.id).await, Err(Refusal::Failed { .. })));
+    assert_eq!((replicas.count(), machines(), bench.ipam.held().len()), (1, 1, 1));
+    bench.set(Some(Fault::Lead));
+    assert!(matches!(replicas.create(&bench.wish()).await, Err(Refusal::Failed { .. })));
+    assert_eq!((replicas.count(), machines(), bench.ipam.held().len()), (2, 2, 2));
+    bench.set(None);
+    // Neither's setup nor address is another's.
+    let other = replicas.create(&bench.wish()).await.unwrap();
+    assert_eq!((replicas.count(), bench.dirs().list().unwrap().len()), (3, 3));
+    assert_ne!(other.address, replica.address);
+    assert_eq!(why(replicas.create(&bench.wish()).await), Reason::Replicas);
+
+    stuck(false);
+    replicas.release(&replica.id).await.unwrap();
+    replica.ended.await;
+    replicas.end().await;
+    assert_eq!((replicas.count(), machines()), (0, 0));
+    assert!(bench.ipam.held().is_empty() && bench.dirs().list().unwrap().is_empty());
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -37,6 +38,7 @@ pub struct FakeVms {
     /// What the guests are made of; its knobs work on them.
     pub engine: FakeRuntime,
     running: Arc<Mutex<HashMap<String, Arc<FakeVm>>>>,
+    stuck: Arc<AtomicBool>,
 }
 
 /// One of them.
@@ -47,6 +49,7 @@ pub struct FakeVm {
     containers: Mutex<BTreeMap<String, ContainerId>>,
     images: Mutex<BTreeMap<u8, ImageId>>,
     ended: watch::Sender<bool>,
+    stuck: Arc<AtomicBool>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -63,13 +66,34 @@ impl FakeVms {
     pub async fn kill_all(&self) {
         let all: Vec<_> = locked(&self.running).values().cloned().collect();
         for vm in all {
-            vm.kill().await;
+            vm.end();
         }
+    }
+
+    /// Whether VMMs that are killed do not end, as ones that wait for a dead disk.
+    pub fn hold(&self, stuck: bool) {
+        self.stuck.store(stuck, Ordering::SeqCst);
     }
 
     /// How many there are, running or not.
     pub fn count(&self) -> usize {
         locked(&self.running).len()
+    }
+}
+
+impl FakeVm {
+    /// From here on nobody answers.
+    fn end(&self) {
+        self.ended.send_replace(true);
+        self.engine.kill_sandbox(&self.sandbox);
+    }
+
+    fn try_end(&self) -> Result<()> {
+        if self.stuck.load(Ordering::SeqCst) {
+            return Err(RuntimeError::new(Kind::Internal, format!("failed to end microVM {}", self.id)));
+        }
+        self.end();
+        Ok(())
     }
 }
 
@@ -93,6 +117,7 @@ impl Vms for FakeVms {
             containers: Mutex::default(),
             images: Mutex::default(),
             ended: watch::Sender::new(false),
+            stuck: Arc::clone(&self.stuck),
         });
         locked(&self.running).insert(id.to_owned(), Arc::clone(&vm));
         Ok(vm)
@@ -104,10 +129,11 @@ impl Vms for FakeVms {
     }
 
     async fn destroy(&self, id: &str) -> Result<()> {
-        let vm = locked(&self.running).remove(id);
+        let vm = locked(&self.running).get(id).cloned();
         if let Some(vm) = vm {
-            vm.kill().await;
+            vm.try_end()?;
             self.engine.remove_pod_sandbox(&vm.sandbox).await?;
+            locked(&self.running).remove(id);
         }
         Ok(())
     }
@@ -271,10 +297,8 @@ impl Vm for FakeVm {
         self.engine.port_forward(&self.sandbox, port).await
     }
 
-    async fn kill(&self) {
-        // From here on nobody answers.
-        self.ended.send_replace(true);
-        self.engine.kill_sandbox(&self.sandbox);
+    async fn kill(&self) -> Result<()> {
+        self.try_end()
     }
 
     async fn exited(&self) {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use futures::{FutureExt, StreamExt};
 use tokio::sync::{Mutex as AsyncMutex, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::checkpoint::{Ended, Phase, SandboxRecord, nanoseconds};
 use super::image::BlockImage;
@@ -27,8 +27,10 @@ use crate::runtime::types::{
 use crate::runtime::{Kind, Result, RuntimeError, blocking};
 use crate::telemetry::chain;
 
-/// How long the end of a container's log may take to come once the container has exited.
+/// How long the ends of logs may take to come once containers have exited: of all that one look finds.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long a guest may take to end its containers, before it is ended itself.
+const FAREWELL: Duration = Duration::from_secs(10);
 /// Pause before a guest that cannot be asked is asked again.
 const AGAIN: Duration = Duration::from_millis(500);
 /// A guest may tell of changes as fast as it likes: after a look at it there is a moment of rest, ...
@@ -209,13 +211,19 @@ impl MicrovmRuntime {
     pub(super) async fn stop_sandbox(&self, sandbox: &Arc<Sandbox>) -> Result<()> {
         if let Some(vm) = sandbox.vm() {
             // What is said until the end is part of the log.
-            let running: Vec<_> = sandbox.record().containers.keys().cloned().collect();
-            for id in &running {
-                let _ = vm.set_frozen(id, false).await;
-                let _ = vm.signal(id, "SIGKILL", true).await;
+            let farewell = async {
+                let running: Vec<_> = sandbox.record().containers.keys().cloned().collect();
+                for id in &running {
+                    let _ = vm.set_frozen(id, false).await;
+                    let _ = vm.signal(id, "SIGKILL", true).await;
+                }
+                self.inner.look(sandbox).await;
+            };
+            // Cancel-safe: what was not seen by then has ended with the VM.
+            if timeout(FAREWELL, farewell).await.is_err() {
+                tracing::warn!(sandbox = sandbox.id, "a guest did not end its containers in time");
             }
-            self.inner.look(sandbox).await;
-            vm.kill().await;
+            vm.kill().await?;
         }
         self.inner.end(sandbox).await
     }
@@ -304,6 +312,7 @@ impl Inner {
     pub(super) async fn look(&self, sandbox: &Arc<Sandbox>) -> Vec<GuestState> {
         let _looking = sandbox.looking.lock().await;
         let guests = sandbox.guests().await;
+        let until = Instant::now() + LAST_WORDS;
         for guest in &guests {
             let Some((started, ended)) = known(sandbox, &guest.id) else { continue };
             if let (false, Some(at)) = (started, guest.started_at) {
@@ -318,17 +327,17 @@ impl Inner {
                 self.tell(sandbox, EventKind::Started);
             }
             if guest.state == ContainerState::Exited && !ended {
-                self.container_ended(sandbox, guest).await;
+                self.container_ended(sandbox, guest, until).await;
             }
         }
         guests
     }
 
-    /// Writes down the end of a container, once its last words are here.
-    async fn container_ended(&self, sandbox: &Arc<Sandbox>, guest: &GuestState) {
+    /// Writes down the end of a container, once its last words are here or it is too late for them.
+    async fn container_ended(&self, sandbox: &Arc<Sandbox>, guest: &GuestState, until: Instant) {
         let log = locked(&sandbox.logs).get(&guest.id).cloned();
         if let Some(mut log) = log
-            && timeout(LAST_WORDS, log.whole.wait_for(|whole| *whole)).await.is_err()
+            && timeout_at(until, log.whole.wait_for(|whole| *whole)).await.is_err()
         {
             tracing::warn!(container = guest.id, "the end of its log did not come in time");
         }

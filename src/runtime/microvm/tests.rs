@@ -94,6 +94,25 @@ async fn log(driver: &MicrovmRuntime, id: &ContainerId, follow: bool) -> String 
 }
 
 #[tokio::test]
+async fn a_vmm_that_does_not_end_is_an_error_until_it_does() {
+    let host = Host::new();
+    let driver = host.driver().await;
+    started(&driver, &host.container("c", "i", &["idle"])).await;
+    let id = sandbox(&driver).await;
+    host.vms.hold(true);
+    assert_eq!(driver.stop_pod_sandbox(&id).await.unwrap_err().kind(), Kind::Internal);
+    assert_eq!(driver.remove_pod_sandbox(&id).await.unwrap_err().kind(), Kind::Internal);
+    assert_eq!(driver.pod_sandbox_status(&id).await.unwrap().state, SandboxState::Ready, "it can be tried again");
+    drop(driver);
+    let driver = host.driver().await;
+    assert_eq!((driver.pod_sandbox_status(&id).await.unwrap().state, host.vms.count()), (SandboxState::Ready, 1));
+    host.vms.hold(false);
+    driver.remove_pod_sandbox(&id).await.unwrap();
+    assert_eq!(host.vms.count(), 0);
+    assert_eq!(driver.pod_sandbox_status(&id).await.unwrap_err().kind(), Kind::NotFound);
+}
+
+#[tokio::test]
 async fn a_new_process_takes_over_what_runs() {
     let host = Host::new();
     let first = host.driver().await;

@@ -39,6 +39,9 @@ pub trait Vms: Send + Sync + 'static {
     async fn find(&self, id: &str) -> Result<Option<Arc<dyn Vm>>>;
 
     /// Ends the VM if it runs, and removes all there is of it on the host. Removing what is not there is Ok.
+    ///
+    /// # Errors
+    /// What could not be removed; what is needed to find the VM again stays, and it can be tried again.
     async fn destroy(&self, id: &str) -> Result<()>;
 }
 
@@ -115,7 +118,10 @@ pub trait Vm: Send + Sync + 'static {
     async fn port_forward(&self, port: u16) -> Result<Pin<Box<dyn Duplex>>>;
 
     /// Ends the VM at once.
-    async fn kill(&self);
+    ///
+    /// # Errors
+    /// [`Kind::Internal`](crate::runtime::Kind::Internal) if it has not ended in time; it can be tried again.
+    async fn kill(&self) -> Result<()>;
 
     /// Returns once it has ended. Cancel-safe.
     async fn exited(&self);

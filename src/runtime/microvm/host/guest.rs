@@ -242,8 +242,9 @@ impl Vm for HostVm {
         self.agent().await?.port_forward(port).await
     }
 
-    async fn kill(&self) {
-        self.machine.kill().await;
+    async fn kill(&self) -> Result<()> {
+        let id = self.machine.dir().id();
+        self.machine.kill().await.map_err(|error| error.during(format!("failed to end microVM {id}")))
     }
 
     async fn exited(&self) {

@@ -10,26 +10,24 @@
 //! so no VMM is started that nobody knows of.
 
 mod guest;
+mod identity;
 mod scratch;
 mod size;
 mod told;
 mod upkeep;
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use lambdalet_proto::agent::v1;
 use tokio::sync::{Mutex as AsyncMutex, OnceCell, oneshot};
 use tokio::task::JoinSet;
 
 use self::guest::HostVm;
 use self::size::Size;
-use super::agent::spec::resources;
 use super::machine::template::Templates;
 use super::machine::{
     Asset, AssetDirs, MAX_IMAGE_SLOTS, Machine, MachineError, MachineManager, MachineSpec, TapLink, TapUse, Template,
@@ -38,7 +36,7 @@ use super::machine::{
 use super::vm::{Vm, Vms};
 use crate::network::NetworkError;
 use crate::network::tap::{Taps, mac_of};
-use crate::runtime::types::{MachineFiles, NamespaceMode, Resources, SandboxConfig};
+use crate::runtime::types::{MachineFiles, Resources, SandboxConfig};
 use crate::runtime::{Kind, Result, RuntimeError, blocking};
 use crate::telemetry::chain;
 use crate::turns::Turns;
@@ -48,8 +46,6 @@ use crate::turns::Turns;
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
 /// The same for one that is restored: a tenth of a second on an idle host.
 const RESTORE_PATIENCE: Duration = Duration::from_secs(60);
-/// What the guest's network card is called in it.
-const INTERFACE: &str = "eth0";
 /// Where the machines are that templates are made of: no sandbox's.
 const MAKING: &str = "making";
 /// Of the files below a guest bundle's directory.
@@ -151,7 +147,10 @@ impl HostVms {
         };
         inner.templates.trim(inner.options.most_templates).map_err(failed)?;
         for dir in inner.making.list().map_err(failed)? {
-            inner.end(&dir, None).await.map_err(failed)?;
+            if let Err(error) = inner.end(&dir, None).await {
+                // The next process tries again; until then it only takes room.
+                tracing::warn!(machine = %dir.id(), error = chain(&error), "failed to remove half a template");
+            }
         }
         let vms = Self { inner: Arc::new(inner), tasks: Mutex::default() };
         vms.spawn(upkeep::keep(Arc::clone(&vms.inner)));
@@ -271,29 +270,48 @@ impl Inner {
             let text = format!("{}: it has no part in the host's network, nor in one that CNI plugins make", tried());
             return Err(RuntimeError::new(Kind::Unsupported, text));
         };
+        let begun = Instant::now();
         let dir = self.dirs.of(&VmId::new(id).map_err(failed)?);
         let size = Size::of(&config.resources, self.options.memory);
         let spec = self.spec(dir, size, Some(address), &config.cgroup_parent).await?;
         let spec = self.with_files(spec, &config.machine).map_err(failed)?;
+        let prepared = begun.elapsed();
         let (machine, started) = self.start(&spec).await.map_err(failed)?;
         // A tap that was handed over is to end with its VMM.
         drop(spec);
         let vm = Arc::new(HostVm::new(machine));
         self.running().insert(id.to_owned(), Arc::clone(&vm));
         vm.weigh(&config.resources)?;
-        let agent = match &started {
-            Started::Booted => vm.agent_within(BOOT_PATIENCE).await?,
-            // Whoever tries again boots, and makes a new one.
-            Started::Restored(template) => {
-                vm.agent_within(RESTORE_PATIENCE).await.inspect_err(|_| self.templates.discard(template))?
-            }
-        };
-        agent.configure(self.identity(id, address, config).await?).await?;
-        if let Some(taps) = &self.options.taps {
-            let unled = |error| RuntimeError::new(Kind::Internal, tried()).with_source(error);
-            taps.lead(id, address).await.map_err(unled)?;
-        }
+        let runs = begun.elapsed();
+        self.introduce(&vm, &started, address, config).await?;
+        tracing::debug!(machine = id, ?prepared, ?runs, ready = ?begun.elapsed(), "a microVM is there");
         Ok((vm, started))
+    }
+
+    /// Waits for the agent and tells it who it is; leads its address to it meanwhile.
+    async fn introduce(&self, vm: &HostVm, started: &Started, address: IpAddr, config: &SandboxConfig) -> Result<()> {
+        let id = vm.machine().dir().id().as_str();
+        let configured = async {
+            let agent = match started {
+                Started::Booted => vm.agent_within(BOOT_PATIENCE).await?,
+                // Whoever tries again boots, and makes a new one.
+                Started::Restored(template) => {
+                    vm.agent_within(RESTORE_PATIENCE).await.inspect_err(|_| self.templates.discard(template))?
+                }
+            };
+            agent.configure(self.identity(id, address, config).await?).await
+        };
+        let led = async {
+            let Some(taps) = &self.options.taps else { return Ok(()) };
+            let unled = |error| {
+                let text = format!("failed to start a microVM for {}", config.pod);
+                RuntimeError::new(Kind::Internal, text).with_source(error)
+            };
+            taps.lead(id, address).await.map_err(unled)
+        };
+        // To its end each, so that whoever removes what is left meets nobody at work.
+        let (configured, led) = tokio::join!(configured, led);
+        configured.and(led)
     }
 
     /// From a template of its kind, or from its kernel.
@@ -307,6 +325,10 @@ impl Inner {
                 Err(error) => {
                     tracing::warn!(machine = %spec.dir.id(), error = chain(&error), "a template is of no use: booting");
                     self.templates.discard(&template);
+                    // One that did not end at once: of a second in its directory nothing would be known.
+                    if let Some(left) = self.manager.adopt(&spec.dir).await? {
+                        left.kill().await?;
+                    }
                 }
             }
         }
@@ -323,17 +345,17 @@ impl Inner {
         let disk = self.options.root.join("blank.ext4");
         let blank = self.blank.get_or_try_init(|| scratch::make_blank(disk, self.options.scratch)).await?.clone();
         let scratch = dir.inside().join(super::machine::SCRATCH);
-        let place = scratch.clone();
-        blocking(format!("failed to copy {} for microVM {id}", blank.display()), move || scratch::copy(&blank, &place))
-            .await?;
-        let tap = match &self.options.taps {
-            Some(taps) => Some(
-                self.tap(taps.as_ref(), &id, address)
-                    .await
-                    .map_err(|error| RuntimeError::new(Kind::Internal, tried()).with_source(error))?,
-            ),
-            None => None,
+        let (place, shown) = (scratch.clone(), blank.display().to_string());
+        let copied =
+            blocking(format!("failed to copy {shown} for microVM {id}"), move || scratch::copy(&blank, &place));
+        let tapped = async {
+            let Some(taps) = &self.options.taps else { return Ok(None) };
+            self.tap(taps.as_ref(), &id, address).await.map(Some)
         };
+        // To its end each, as above.
+        let (copied, tap) = tokio::join!(copied, tapped);
+        copied?;
+        let tap = tap.map_err(|error: NetworkError| RuntimeError::new(Kind::Internal, tried()).with_source(error))?;
         Ok(MachineSpec {
             dir,
             kernel,
@@ -362,62 +384,15 @@ impl Inner {
         Ok(TapLink { name: tap.name, mac, device: tap.device })
     }
 
-    /// Who the guest is.
-    async fn identity(&self, id: &str, address: IpAddr, config: &SandboxConfig) -> Result<v1::ConfigureRequest> {
-        let mut request = v1::ConfigureRequest {
-            vm_id: id.to_owned(),
-            hostname: config.hostname.clone(),
-            machine_id: format!("{:032x}", rand::random::<u128>()),
-            time_ns: u64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or_default(),
-            seed: rand::random::<[u8; 32]>().to_vec().into(),
-            resources: Some(resources(&config.resources)),
-            scratch: true,
-            shared_pid: config.pid == NamespaceMode::Pod,
-            ..v1::ConfigureRequest::default()
-        };
-        let sysctls = config.sysctls.iter();
-        request.sysctls =
-            sysctls.map(|(name, value)| v1::Sysctl { name: name.clone(), value: value.clone() }).collect();
-        if let Some(taps) = &self.options.taps {
-            let failed = |error| {
-                let text = format!("failed to find the Pod network for {}", config.pod);
-                RuntimeError::new(Kind::Internal, text).with_source(error)
-            };
-            let around = taps.surroundings().await.map_err(failed)?;
-            let mac = mac_of(address).iter().fold(String::new(), |mut text, byte| {
-                // Writing to a string does not fail.
-                let _ = write!(text, "{}{byte:02x}", if text.is_empty() { "" } else { ":" });
-                text
-            });
-            // As in a sandbox of containers: neighbours are reached through the gateway too.
-            let (longest, everywhere) = if address.is_ipv4() { (32, "0.0.0.0/0") } else { (128, "::/0") };
-            let route = |destination: String, gateway: String| v1::Route {
-                destination,
-                gateway,
-                interface: INTERFACE.to_owned(),
-            };
-            request.interfaces = vec![v1::Interface {
-                mac,
-                name: INTERFACE.to_owned(),
-                addresses: vec![format!("{address}/{longest}")],
-                mtu: around.mtu,
-            }];
-            request.routes = vec![
-                route(format!("{}/{longest}", around.gateway), String::new()),
-                route(everywhere.to_owned(), around.gateway.to_string()),
-            ];
-        }
-        Ok(request)
-    }
-
-    /// Ends the machine of a directory if it runs, and removes what there is of it.
+    /// Ends the machine of a directory if it runs, and removes what there is of it: the directory last, by which the rest
+    /// is found.
     async fn end(&self, dir: &VmDir, known: Option<&HostVm>) -> super::machine::Result<()> {
         match known {
-            Some(vm) => vm.kill().await,
+            Some(vm) => vm.machine().kill().await?,
             // Of one that has ended already its cgroup is removed by this.
             None => {
                 if let Some(machine) = self.manager.adopt(dir).await? {
-                    machine.kill().await;
+                    machine.kill().await?;
                 }
             }
         }
@@ -470,7 +445,8 @@ impl Inner {
                 vm.machine().save().await.map_err(failed)
             };
             let saved = saved.await;
-            vm.kill().await;
+            // Whoever removes its directory tries again.
+            let _ = vm.kill().await;
             self.templates.commit(saved?, &kind).map_err(failed)?;
             self.templates.trim(self.options.most_templates).map_err(failed)
         };

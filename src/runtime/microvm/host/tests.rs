@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use super::*;
 use crate::runtime::microvm::machine::{TemplateKind, VmExit};
 use crate::runtime::session::Duplex;
-use crate::runtime::types::{MachineFiles, PodRef, SandboxNetwork};
+use crate::runtime::types::{MachineFiles, NamespaceMode, PodRef, SandboxNetwork};
 
 /// What a guest says to whoever connects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +28,8 @@ struct Counted {
     started: AtomicU32,
     asked: AtomicU32,
     killed: AtomicU32,
+    /// So many of the next kills come too late.
+    late: AtomicU32,
 }
 
 #[derive(Debug)]
@@ -125,9 +127,15 @@ impl Machine for HostileMachine {
         Ok(())
     }
 
-    async fn kill(&self) {
+    async fn kill(&self) -> Result<(), MachineError> {
+        let late = self.counted.late.load(Ordering::Relaxed);
+        if late > 0 {
+            self.counted.late.store(late - 1, Ordering::Relaxed);
+            return Err(MachineError::Late { what: "the end".to_owned(), id: self.dir.id().to_string(), seconds: 20 });
+        }
         self.counted.killed.fetch_add(1, Ordering::Relaxed);
         self.ended.notify_one();
+        Ok(())
     }
 
     async fn exited(&self) -> VmExit {
@@ -152,9 +160,15 @@ fn config() -> SandboxConfig {
     }
 }
 
-#[tokio::test]
-async fn a_guest_that_talks_nonsense_is_an_error_in_bounds_and_leaves_nothing() {
-    for says in [Says::Nothing, Says::Garbage] {
+/// A host of such machines.
+struct Bench {
+    vms: HostVms,
+    counted: Arc<Counted>,
+    place: tempfile::TempDir,
+}
+
+impl Bench {
+    async fn new(says: Says) -> Self {
         let place = tempfile::tempdir().unwrap();
         for file in [KERNEL, INITRAMFS] {
             std::fs::write(place.path().join(file), file).unwrap();
@@ -164,6 +178,14 @@ async fn a_guest_that_talks_nonsense_is_an_error_in_bounds_and_leaves_nothing() 
         let options = HostOptions { user, scratch: 16 << 20, ..HostOptions::new(root, place.path().to_owned()) };
         let counted = Arc::<Counted>::default();
         let vms = HostVms::open(options, Arc::new(Hostile { says, counted: Arc::clone(&counted) })).await.unwrap();
+        Self { vms, counted, place }
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_talks_nonsense_is_an_error_in_bounds_and_leaves_nothing() {
+    for says in [Says::Nothing, Says::Garbage] {
+        let Bench { vms, counted, place: _place } = Bench::new(says).await;
         for _ in 0..3 {
             let begun = Instant::now();
             let error = vms.launch("vm", &config()).await.err().expect("it is no guest");
@@ -178,4 +200,21 @@ async fn a_guest_that_talks_nonsense_is_an_error_in_bounds_and_leaves_nothing() 
         let count = |counter: &AtomicU32| counter.load(Ordering::Relaxed);
         assert_eq!((count(&counted.started), count(&counted.asked), count(&counted.killed)), (3, 3, 3));
     }
+}
+
+#[tokio::test]
+async fn what_does_not_end_is_found_again_by_its_directory() {
+    let bench = Bench::new(Says::Nothing).await;
+    let counted = &bench.counted;
+    bench.vms.launch("vm", &config()).await.err().expect("it is no guest");
+    counted.late.store(2, Ordering::Relaxed);
+    for _ in 0..2 {
+        let error = bench.vms.destroy("vm").await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Internal, "{}", chain(&error));
+        assert_eq!(bench.vms.inner.dirs.list().unwrap().len(), 1);
+        assert!(bench.vms.find("vm").await.unwrap().is_some());
+    }
+    bench.vms.destroy("vm").await.unwrap();
+    assert!(bench.vms.inner.dirs.list().unwrap().is_empty());
+    assert_eq!(counted.killed.load(Ordering::Relaxed), 1);
 }

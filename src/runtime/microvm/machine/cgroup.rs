@@ -7,7 +7,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::VmId;
 
@@ -18,8 +18,9 @@ const TREES: [&str; 6] = ["cpu", "cpuacct", "memory", "pids", "blkio", "freezer"
 const MOST_TASKS: u64 = 256;
 /// What a VMM may take besides the guest's memory: its own, page tables, and the translated code of TCG.
 const OVERHEAD: u64 = 256 << 20;
-/// A process just killed keeps its cgroup busy for a moment: how often and how long to wait for it.
-const RMDIR_TRIES: u32 = 50;
+/// A process just killed keeps its cgroup busy for a moment, on a busy host for longer: how long to wait for all of its
+/// trees, and between two looks.
+const RMDIR_PATIENCE: Duration = Duration::from_secs(1);
 const RMDIR_PAUSE: Duration = Duration::from_millis(4);
 
 /// The cgroup of one VMM.
@@ -147,22 +148,45 @@ impl VmCgroup {
         self.relative.parent().filter(|pod| pod.components().count() > 1)
     }
 
+    /// Moves this thread into it, and so what that starts from now on. Only in v1: v2 keeps the threads of a process
+    /// together, and there this does nothing.
+    ///
+    /// To move a whole process, as [`join`](Self::join) does, v1 waits for every processor to have passed a quiet state: some
+    /// ten milliseconds.
+    pub(super) fn enter(&self) -> io::Result<()> {
+        if self.unified { Ok(()) } else { self.write_each("tasks", "0") }
+    }
+
     /// Moves a process into it.
     pub(super) fn join(&self, pid: i32) -> io::Result<()> {
+        self.write_each("cgroup.procs", &pid.to_string())
+    }
+
+    /// Moves a process into it that was started by a thread which had [entered](Self::enter) it.
+    pub(super) fn join_entered(&self, pid: i32) -> io::Result<()> {
+        if self.unified { self.join(pid) } else { Ok(()) }
+    }
+
+    fn write_each(&self, file: &str, value: &str) -> io::Result<()> {
         for directory in self.directories() {
             if directory.is_dir() {
-                fs::write(directory.join("cgroup.procs"), pid.to_string())?;
+                fs::write(directory.join(file), value)?;
             }
         }
         Ok(())
     }
 
-    /// Removes it, and its Pod's if that is empty then. Removing what is not there is Ok. Blocks for a moment if a process
-    /// has only just ended.
-    pub(super) fn remove(&self) -> io::Result<()> {
-        let directories = self.directories();
+    /// Removes it, and its Pod's if that is empty then; waits for a process that has only just ended, for a second at the
+    /// most. Removing what is not there is Ok.
+    pub(super) async fn remove(&self) -> io::Result<()> {
+        let cgroup = self.clone();
+        tokio::task::spawn_blocking(move || cgroup.remove_here()).await.map_err(io::Error::other)?
+    }
+
+    fn remove_here(&self) -> io::Result<()> {
+        let (directories, until) = (self.directories(), Instant::now() + RMDIR_PATIENCE);
         // All of them, whatever becomes of one: who comes back for the rest may not know of it.
-        let removed: Vec<_> = directories.iter().map(|directory| remove(directory)).collect();
+        let removed: Vec<_> = directories.iter().map(|directory| remove(directory, until)).collect();
         removed.into_iter().collect::<io::Result<()>>()?;
         if self.pod().is_some() {
             for pod in directories.iter().filter_map(|directory| directory.parent()) {
@@ -181,15 +205,16 @@ impl VmCgroup {
     }
 }
 
-fn remove(directory: &Path) -> io::Result<()> {
-    for _ in 0..RMDIR_TRIES {
+fn remove(directory: &Path, until: Instant) -> io::Result<()> {
+    loop {
         match fs::remove_dir(directory) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => thread::sleep(RMDIR_PAUSE),
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < until => {
+                thread::sleep(RMDIR_PAUSE);
+            }
             done => return done,
         }
     }
-    fs::remove_dir(directory)
 }
 
 #[cfg(test)]
@@ -226,8 +251,11 @@ mod tests {
         assert_eq!(read(own("cpuset").join("cpuset.cpus")), "1,3");
         assert_eq!(read(own("cpuset").join("cpuset.mems")), "0-1");
         assert_eq!(read(root.path().join("cpuset/l/cpuset.cpus")), "0-3");
+        cgroup.enter().unwrap();
+        cgroup.join_entered(43).unwrap();
         for tree in ["cpu", "memory", "pids", "cpuset"] {
             assert_eq!(read(own(tree).join("cgroup.procs")), "42", "{tree}");
+            assert_eq!(read(own(tree).join("tasks")), "0", "{tree}");
         }
     }
 
@@ -246,12 +274,15 @@ mod tests {
         assert_eq!(read(own.join("pids.max")), "256");
         assert_eq!(read(own.join("cpuset.mems")), "1");
         assert_eq!(read(own.join("cgroup.procs")), "42");
-        assert!(!own.join("cpuset.cpus").exists());
+        cgroup.enter().unwrap();
+        cgroup.join_entered(43).unwrap();
+        assert_eq!(read(own.join("cgroup.procs")), "43");
+        assert!(!own.join("tasks").exists() && !own.join("cpuset.cpus").exists());
     }
 
     #[test]
     fn removing_what_is_not_there_is_fine() {
         let root = tempfile::tempdir().unwrap();
-        VmCgroup::at(root.path(), "l", &id()).remove().unwrap();
+        VmCgroup::at(root.path(), "l", &id()).remove_here().unwrap();
     }
 }

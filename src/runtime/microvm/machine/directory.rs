@@ -268,10 +268,12 @@ impl VmDir {
         }
     }
 
-    /// Writes the checkpoint, then renames it.
+    /// Writes the checkpoint, then renames it. The disk is not waited for: after another boot of the host no machine of it
+    /// runs.
     pub(super) fn write_checkpoint(&self, checkpoint: &Checkpoint) -> Result<()> {
         let path = self.checkpoint_path();
-        write_json(&path, checkpoint).map_err(MachineError::file("write", &path))
+        let written = write_beside(&path, checkpoint).and_then(|(fresh, _)| fs::rename(fresh, &path));
+        written.map_err(MachineError::file("write", &path))
     }
 
     /// What is remembered of the machine; `None` if nothing is, or it cannot be read.
@@ -317,15 +319,20 @@ fn open_without_links(directory: &Path, name: &str, flags: OFlags) -> io::Result
     Ok(openat2(&dir, name, flags | OFlags::CLOEXEC, Mode::empty(), resolve)?)
 }
 
-/// Writes a file of its own beside the place, and then puts it there.
+/// Writes a file of its own beside the place, and once that is on the disk puts it there.
 pub(super) fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
+    let (fresh, file) = write_beside(path, value)?;
+    file.sync_data()?;
+    fs::rename(&fresh, path)
+}
+
+fn write_beside(path: &Path, value: &impl Serialize) -> io::Result<(PathBuf, File)> {
     let fresh = path.with_extension("new");
     let mut options = fs::OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(0o600);
     let mut file = options.open(&fresh)?;
     file.write_all(&serde_json::to_vec(value)?)?;
-    file.sync_data()?;
-    fs::rename(&fresh, path)
+    Ok((fresh, file))
 }
 
 #[cfg(test)]

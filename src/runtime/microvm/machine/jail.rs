@@ -24,6 +24,8 @@ use nix::sys::stat::{Mode, SFlag, mknod};
 use rustix::fs::OFlags;
 use tokio::sync::oneshot;
 
+use super::cgroup::VmCgroup;
+
 /// No device, no set-user-ID program and nothing to execute.
 const HARMLESS: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 /// Descriptors a VMM may have open.
@@ -98,6 +100,8 @@ pub(super) struct Jail {
     pub(super) input: Option<Arc<OwnedFd>>,
     /// Where its standard output and errors go.
     pub(super) console: File,
+    /// It begins there, where the host's version of cgroups can have it so (see [`VmCgroup::enter`]).
+    pub(super) cgroup: Option<VmCgroup>,
 }
 
 /// A step that failed.
@@ -127,6 +131,8 @@ impl Jail {
             | CloneFlags::CLONE_NEWIPC
             | CloneFlags::CLONE_NEWUTS
             | CloneFlags::CLONE_NEWNET;
+        // While the host's cgroups are to be seen.
+        self.cgroup.as_ref().map_or(Ok(()), VmCgroup::enter).map_err(failed("enter the cgroup"))?;
         unshare(apart).map_err(failed("make namespaces"))?;
         self.build().map_err(|(step, source)| Failed { step, source })?;
         nix::sys::prctl::set_no_new_privs().map_err(failed("forbid new privileges"))?;

@@ -251,8 +251,12 @@ pub trait Machine: Send + Sync + fmt::Debug {
     /// [`MachineError::Start`] if the host's kernel refuses.
     fn weigh(&self, shares: u64) -> Result<()>;
 
-    /// Ends the VMM at once, and returns when it has ended. Killing an ended one is Ok.
-    async fn kill(&self);
+    /// Ends the VMM at once, and returns when it has ended and its cgroup is gone. Killing an ended one is Ok.
+    ///
+    /// # Errors
+    /// [`MachineError::Late`] if it has not ended after 20 s, [`MachineError::Start`] if its cgroup cannot be removed. Its
+    /// directory has to stay until this is tried again.
+    async fn kill(&self) -> Result<()>;
 
     /// Returns once it has ended, however often it is asked.
     async fn exited(&self) -> VmExit;

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::io::Errno;
@@ -13,10 +14,14 @@ use rustix::process::{
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::timeout;
 
 use super::cgroup::VmCgroup;
 use super::directory::Checkpoint;
-use super::{VmExit, VmId};
+use super::{MachineError, Result, VmExit, VmId};
+
+/// How long a killed VMM may take to be gone: it may be writing to a slow disk, and has its guest's memory to give back.
+pub(super) const END_PATIENCE: Duration = Duration::from_secs(20);
 
 /// A process that ran when it was looked at.
 #[derive(Debug)]
@@ -72,14 +77,19 @@ impl Process {
     }
 
     /// Kills it, waits for its end, and removes the cgroup of its machine.
-    pub(super) async fn end(&self, cgroup: &VmCgroup, id: &VmId) {
+    ///
+    /// # Errors
+    /// [`MachineError::Late`] if it has not ended after `patience`: not even this signal reaches a process that waits for a
+    /// disk. [`MachineError::Start`] if its cgroup is still in use. It can be tried again.
+    pub(super) async fn end(&self, cgroup: &VmCgroup, id: &VmId, patience: Duration) -> Result<()> {
         self.kill();
-        self.ended().await;
-        let cgroup = cgroup.clone();
-        let removed = tokio::task::spawn_blocking(move || cgroup.remove()).await;
-        if let Ok(Err(error)) = removed {
-            tracing::warn!(machine = %id, %error, "failed to remove the cgroup of a VMM");
-        }
+        let late = |_| MachineError::Late {
+            what: "the end of the killed VMM".to_owned(),
+            id: id.to_string(),
+            seconds: patience.as_secs(),
+        };
+        timeout(patience, self.ended()).await.map_err(late)?;
+        cgroup.remove().await.map_err(MachineError::start("remove the cgroup", id))
     }
 
     /// Returns once it has ended. Cancel-safe: it only waits, and what the kernel tells once is kept.
@@ -144,9 +154,11 @@ pub(super) fn boot_id() -> io::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::process::Command;
 
     use super::*;
+    use crate::runtime::microvm::machine::cgroup::Limits;
 
     fn checkpoint(pid: i32) -> Checkpoint {
         Checkpoint {
@@ -200,6 +212,34 @@ mod tests {
         assert_eq!(process.try_ended(), None);
         process.kill();
         assert_eq!(process.ended().await, VmExit::Unknown);
+    }
+
+    #[tokio::test]
+    async fn one_that_no_signal_ends_is_not_waited_for_for_ever() {
+        // A frozen process of cgroup v1 does not even take SIGKILL, like one that waits for a dead disk.
+        let name = format!("lambdalet-test-{}", VmId::random());
+        let freezer = Path::new("/sys/fs/cgroup/freezer");
+        if !freezer.join("cgroup.procs").exists() || !nix::unistd::geteuid().is_root() {
+            println!("skipped: needs root and the freezer of cgroup v1");
+            return;
+        }
+        let id = VmId::new("one").unwrap();
+        let cgroup = VmCgroup::of_host(&name, &id);
+        cgroup.make(&Limits::default()).unwrap();
+        let process = Process::open(sleeper()).unwrap();
+        cgroup.join(process.pid()).unwrap();
+        let state = freezer.join(&name).join("vmm-one/freezer.state");
+        fs::write(&state, "FROZEN").unwrap();
+        let late = process.end(&cgroup, &id, Duration::from_millis(100)).await.unwrap_err();
+        assert!(matches!(late, MachineError::Late { .. }), "{late:?}");
+        assert!(state.exists(), "its cgroup stays as long as it does");
+        fs::write(&state, "THAWED").unwrap();
+        process.end(&cgroup, &id, END_PATIENCE).await.unwrap();
+        process.end(&cgroup, &id, END_PATIENCE).await.unwrap();
+        assert!(!state.exists());
+        for tree in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+            let _ = fs::remove_dir(tree.path().join(&name));
+        }
     }
 
     #[test]

@@ -136,7 +136,9 @@ mod tests {
             Ok(())
         }
 
-        async fn kill(&self) {}
+        async fn kill(&self) -> Result<()> {
+            Ok(())
+        }
         async fn exited(&self) -> VmExit {
             if self.ended { VmExit::Code(1) } else { std::future::pending().await }
         }

@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use super::api::{Api, DriveUpdate, InstanceState, SnapshotCreate, SnapshotType, VmState};
 use super::{AGENT_VSOCK_PORT, MEMORY, SNAPSHOT, VSOCK_SOCKET, blank, jailer, vsock};
 use crate::runtime::microvm::machine::cgroup::VmCgroup;
-use crate::runtime::microvm::machine::process::Process;
+use crate::runtime::microvm::machine::process::{END_PATIENCE, Process};
 use crate::runtime::microvm::machine::template::TemplateKind;
 use crate::runtime::microvm::machine::{Asset, Machine, MachineError, Result, Template, VmDir, VmExit, slot_name};
 use crate::runtime::session::Duplex;
@@ -128,8 +128,9 @@ impl Machine for FirecrackerMachine {
             return Err(MachineError::Unsupported { vmm: "Firecracker", what });
         };
         let written = self.write_snapshot(&template).await;
-        self.kill().await;
+        let killed = self.kill().await;
         written?;
+        killed?;
         template.describe(kind)?;
         Ok(template)
     }
@@ -138,8 +139,8 @@ impl Machine for FirecrackerMachine {
         self.cgroup.weigh(shares).map_err(MachineError::start("weigh the CPU time", self.dir.id()))
     }
 
-    async fn kill(&self) {
-        self.process.end(&self.cgroup, self.dir.id()).await;
+    async fn kill(&self) -> Result<()> {
+        self.process.end(&self.cgroup, self.dir.id(), END_PATIENCE).await
     }
 
     async fn exited(&self) -> VmExit {

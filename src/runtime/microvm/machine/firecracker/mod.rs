@@ -103,7 +103,7 @@ impl Firecracker {
             Ok(process) => process,
             Err(error) => {
                 // Nothing is in it; what cannot be removed now is found by its name.
-                let _ = cgroup.remove();
+                let _ = cgroup.remove().await;
                 return Err(error);
             }
         };
@@ -123,7 +123,8 @@ impl Firecracker {
         match finished.await {
             Ok(()) => Ok(machine),
             Err(error) => {
-                machine.kill().await;
+                // That it goes on is found by its checkpoint.
+                let _ = machine.kill().await;
                 Err(error)
             }
         }
@@ -260,7 +261,7 @@ impl MachineManager for Firecracker {
             machine.api.action(Action::InstanceStart).await
         };
         if let Err(error) = booted.await {
-            machine.kill().await;
+            let _ = machine.kill().await;
             return Err(error);
         }
         let template = spec.template.clone().map(|path| Template { path }).zip(kind);
@@ -276,7 +277,7 @@ impl MachineManager for Firecracker {
         jailer::show(&Asset::open(&template.memory())?, &root, MEMORY)?;
         let machine = self.start(spec).await?;
         if let Err(error) = self.load(&machine.api, spec).await {
-            machine.kill().await;
+            let _ = machine.kill().await;
             return Err(error);
         }
         Ok(Box::new(machine))
@@ -288,7 +289,8 @@ impl MachineManager for Firecracker {
         };
         let cgroup = VmCgroup::of_host(&checkpoint.cgroup_parent, dir.id());
         let Some(process) = Process::adopt(&checkpoint) else {
-            cgroup.remove().map_err(MachineError::file("remove the cgroup of", dir.path()))?;
+            let removed = cgroup.remove().await;
+            removed.map_err(MachineError::file("remove the cgroup of", dir.path()))?;
             return Ok(None);
         };
         let root = jailer::root(dir, &self.program);

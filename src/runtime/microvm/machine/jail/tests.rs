@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::TcpListener;
 
 use super::*;
-use crate::runtime::microvm::machine::cgroup::{Limits, VmCgroup};
+use crate::runtime::microvm::machine::cgroup::Limits;
 use crate::runtime::microvm::machine::process::Process;
 use crate::runtime::microvm::machine::{VmExit, VmId};
 
@@ -64,6 +64,7 @@ fn jail(place: &Path, variables: &[(&str, String)]) -> Jail {
         arguments: ["sh", "-c", &(given + &applet + ATTEMPTS)].map(str::to_owned).to_vec(),
         input: None,
         console: File::create(place.join("console")).unwrap(),
+        cgroup: None,
     }
 }
 
@@ -81,10 +82,11 @@ async fn whoever_takes_over_a_vmm_has_its_directory_and_nothing_else() {
     let cgroup = VmCgroup::of_host(&parent, &VmId::new("one").unwrap());
     cgroup.make(&Limits::default()).unwrap();
     let begun = std::time::Instant::now();
-    let pid = jail(place.path(), &variables).start().await.unwrap();
+    let jail = Jail { cgroup: Some(cgroup.clone()), ..jail(place.path(), &variables) };
+    let pid = jail.start().await.unwrap();
     println!("jailed in {:?}", begun.elapsed());
     let process = Process::open(pid).unwrap();
-    cgroup.join(pid).unwrap();
+    cgroup.join_entered(pid).unwrap();
     fs::write(place.path().join("vmm/go"), "").unwrap();
     let allowed = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let exit = process.ended().await;
@@ -120,7 +122,7 @@ async fn whoever_takes_over_a_vmm_has_its_directory_and_nothing_else() {
     assert!(allowed.contains("Cpus_allowed_list:\t0\n"), "{allowed}");
 
     // With the first process of its namespace all others ended, and nothing is left.
-    cgroup.remove().unwrap();
+    cgroup.remove().await.unwrap();
     for tree in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
         let _ = fs::remove_dir(tree.path().join(&parent));
     }

@@ -14,7 +14,7 @@ use super::command::{AGENT_SOCKET, blank_file};
 use super::qmp::Qmp;
 use super::{MIGRATION_PATIENCE, slots};
 use crate::runtime::microvm::machine::cgroup::VmCgroup;
-use crate::runtime::microvm::machine::process::Process;
+use crate::runtime::microvm::machine::process::{END_PATIENCE, Process};
 use crate::runtime::microvm::machine::template::TemplateKind;
 use crate::runtime::microvm::machine::{Asset, Machine, MachineError, Result, Template, VmDir, VmExit};
 use crate::runtime::session::Duplex;
@@ -114,8 +114,9 @@ impl Machine for QemuMachine {
         };
         let _asking = self.asking.lock().await;
         let written = self.write_state(&template).await;
-        self.kill().await;
+        let killed = self.kill().await;
         written?;
+        killed?;
         let memory = template.memory();
         seal(&memory).map_err(MachineError::file("seal", &memory))?;
         template.describe(kind)?;
@@ -126,8 +127,8 @@ impl Machine for QemuMachine {
         self.cgroup.weigh(shares).map_err(MachineError::start("weigh the CPU time", self.dir.id()))
     }
 
-    async fn kill(&self) {
-        self.process.end(&self.cgroup, self.dir.id()).await;
+    async fn kill(&self) -> Result<()> {
+        self.process.end(&self.cgroup, self.dir.id(), END_PATIENCE).await
     }
 
     async fn exited(&self) -> VmExit {

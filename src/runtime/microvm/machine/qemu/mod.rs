@@ -17,6 +17,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -79,6 +80,8 @@ pub struct Qemu {
     user: VmmUser,
     choice: AccelChoice,
     version: OnceCell<String>,
+    /// It stays the same until the host is booted again, and may take thousands of messages of the kernel to find out.
+    tsc_khz: OnceLock<Option<u64>>,
 }
 
 // === impl Qemu ===
@@ -86,7 +89,7 @@ pub struct Qemu {
 impl Qemu {
     /// `program` is `qemu-system-x86_64` of version 7.2 or newer.
     pub fn new(program: PathBuf, user: VmmUser, choice: AccelChoice) -> Self {
-        Self { program, user, choice, version: OnceCell::new() }
+        Self { program, user, choice, version: OnceCell::new(), tsc_khz: OnceLock::new() }
     }
 
     fn accel(&self) -> Result<Accel> {
@@ -99,7 +102,7 @@ impl Qemu {
             (AccelChoice::Kvm, Err(reason)) => Err(Why(reason)),
             (AccelChoice::Auto | AccelChoice::Tcg, _) => {
                 let unknown = || Why("the rate of this host's clock is not to be found out".to_owned());
-                Ok(Accel::Tcg { tsc_khz: host::tsc_khz().ok_or_else(unknown)? })
+                Ok(Accel::Tcg { tsc_khz: self.tsc_khz.get_or_init(host::tsc_khz).ok_or_else(unknown)? })
             }
         }
     }
@@ -110,11 +113,18 @@ impl Qemu {
         self.version.get_or_try_init(ask).await.map(String::as_str)
     }
 
-    async fn start(&self, spec: &MachineSpec, memory: Memory, template: Option<&Template>) -> Result<QemuMachine> {
+    /// With a `state`, the guest goes on from there.
+    async fn start(
+        &self,
+        spec: &MachineSpec,
+        memory: Memory,
+        template: Option<&Template>,
+        state: Option<&File>,
+    ) -> Result<QemuMachine> {
         spec.validate()?;
         let accel = self.accel()?;
-        let jail = self.jail(spec, accel, memory, template)?;
         let cgroup = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
+        let jail = Jail { cgroup: Some(cgroup.clone()), ..self.jail(spec, accel, memory, template)? };
         let limits = Limits { guest_memory: spec.memory, cpus: spec.cpus.clone(), numa_node: spec.numa_node };
         cgroup.make(&limits).map_err(MachineError::start("make a cgroup", spec.dir.id()))?;
         let started = match jail.start().await {
@@ -125,25 +135,26 @@ impl Qemu {
             Ok(process) => process,
             Err(Failed { step, source }) => {
                 // Nothing is in it; what cannot be removed now is found by its name.
-                let _ = cgroup.remove();
+                let _ = cgroup.remove().await;
                 return Err(MachineError::start(&step, spec.dir.id())(source));
             }
         };
         // From here on its end is that of the machine; nothing is waited for before its checkpoint is written.
         let machine = QemuMachine::new(spec.dir.clone(), process, cgroup, spec.image_slots);
-        match self.finish_start(&machine, spec).await {
+        match self.finish_start(&machine, spec, state).await {
             Ok(()) => Ok(machine),
             Err(error) => {
-                machine.kill().await;
+                // That it goes on is found by its checkpoint.
+                let _ = machine.kill().await;
                 Err(error)
             }
         }
     }
 
-    /// From a process to a QEMU that answers.
-    async fn finish_start(&self, machine: &QemuMachine, spec: &MachineSpec) -> Result<()> {
+    /// From a process to a QEMU that answers, and that has nothing left of what it was started from.
+    async fn finish_start(&self, machine: &QemuMachine, spec: &MachineSpec, state: Option<&File>) -> Result<()> {
         let step = |action| MachineError::start(action, spec.dir.id());
-        machine.cgroup.join(machine.pid()).map_err(step("enter the cgroup"))?;
+        machine.cgroup.join_entered(machine.pid()).map_err(step("enter the cgroup"))?;
         let gone = || io::Error::other("the VMM has ended");
         let checkpoint = Checkpoint {
             manager: NAME.to_owned(),
@@ -154,12 +165,21 @@ impl Qemu {
             cgroup_parent: spec.cgroup_parent.clone(),
         };
         spec.dir.write_checkpoint(&checkpoint)?;
-        answers(machine).await?;
+        let mut qmp = answers(machine).await?;
         // QEMU answers commands once it has read all it starts from.
-        let read = PROGRAMS.iter().chain(&[KERNEL, INITRAMFS, MEMORY]);
-        let places = read.map(PathBuf::from).chain([self.program.clone()]).collect();
-        let stripped = strip(machine.pid(), places).await;
-        stripped.map_err(|Failed { step, source }| MachineError::start(&step, spec.dir.id())(source))
+        let started_from = PROGRAMS.iter().chain(&[KERNEL, INITRAMFS, MEMORY]);
+        let places = started_from.map(PathBuf::from).chain([self.program.clone()]).collect();
+        let read = async {
+            match state {
+                Some(state) => read_state(&mut qmp, state).await,
+                None => Ok(()),
+            }
+        };
+        let (stripped, read) = tokio::join!(strip(machine.pid(), places), read);
+        stripped.map_err(|Failed { step, source }| MachineError::start(&step, spec.dir.id())(source))?;
+        read?;
+        // The guest of a template has waited for this.
+        if state.is_some() { qmp.cont().await } else { Ok(()) }
     }
 
     /// What it runs in; makes the files it needs.
@@ -202,6 +222,7 @@ impl Qemu {
             arguments: arguments(spec, accel, memory),
             input: spec.tap.as_ref().and_then(|tap| tap.device.clone()),
             console,
+            cgroup: None,
         })
     }
 }
@@ -241,12 +262,12 @@ impl MachineManager for Qemu {
 
     async fn boot(&self, spec: &MachineSpec) -> Result<Box<dyn Machine>> {
         let Some(path) = &spec.template else {
-            return Ok(Box::new(self.start(spec, Memory::Own, None).await?));
+            return Ok(Box::new(self.start(spec, Memory::Own, None, None).await?));
         };
         let template = Template { path: path.clone() };
         let kind = self.template_kind(spec).await?;
         own_file(&template.memory(), self.user)?.set_len(spec.memory).map_err(MachineError::file("size", path))?;
-        let machine = self.start(spec, Memory::Template, Some(&template)).await?;
+        let machine = self.start(spec, Memory::Template, Some(&template), None).await?;
         Ok(Box::new(machine.for_template(template, kind)))
     }
 
@@ -255,14 +276,8 @@ impl MachineManager for Qemu {
         let path = template.state();
         let state = File::open(&path).map_err(MachineError::file("open", &path))?;
         let read_only = can_map_what_it_reads(self.version().await.map_err(unsupported)?);
-        let machine = self.start(spec, Memory::Clone { read_only }, Some(template)).await?;
-        match resume_from(&spec.dir, &state).await {
-            Ok(()) => Ok(Box::new(machine)),
-            Err(error) => {
-                machine.kill().await;
-                Err(error)
-            }
-        }
+        let memory = Memory::Clone { read_only };
+        Ok(Box::new(self.start(spec, memory, Some(template), Some(&state)).await?))
     }
 
     async fn adopt(&self, dir: &VmDir) -> Result<Option<Box<dyn Machine>>> {
@@ -271,7 +286,7 @@ impl MachineManager for Qemu {
         };
         let cgroup = VmCgroup::of_host(&checkpoint.cgroup_parent, dir.id());
         let Some(process) = Process::adopt(&checkpoint) else {
-            let removed = cgroup.remove();
+            let removed = cgroup.remove().await;
             removed.map_err(MachineError::file("remove the cgroup of", dir.path()))?;
             return Ok(None);
         };
@@ -285,22 +300,20 @@ fn can_map_what_it_reads(version: &str) -> bool {
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (8, 2)
 }
 
-/// Reads a template's state and lets the guest run.
-async fn resume_from(dir: &VmDir, state: &File) -> Result<()> {
-    let mut qmp = Qmp::connect(dir).await?;
+/// Reads a template's state.
+async fn read_state(qmp: &mut Qmp, state: &File) -> Result<()> {
     qmp.migrate_without_shared_memory().await?;
     qmp.get_fd("state", state).await?;
     qmp.execute("migrate-incoming", json!({"uri": "fd:state"})).await?;
-    qmp.migrated(MIGRATION_PATIENCE).await?;
-    qmp.cont().await
+    qmp.migrated(MIGRATION_PATIENCE).await
 }
 
 /// Waits until QEMU answers.
-async fn answers(machine: &QemuMachine) -> Result<()> {
+async fn answers(machine: &QemuMachine) -> Result<Qmp> {
     let begun = Instant::now();
     loop {
         let error = match Qmp::connect(machine.dir()).await {
-            Ok(_) => return Ok(()),
+            Ok(qmp) => return Ok(qmp),
             Err(error) => error,
         };
         if let Some(exit) = machine.process.try_ended() {

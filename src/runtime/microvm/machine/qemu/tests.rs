@@ -163,7 +163,7 @@ async fn a_guest_boots_answers_and_its_own_end_is_told() {
     guest.0.write_all(b"off\n").await.unwrap();
     let exit = timeout(PATIENCE, machine.exited()).await.expect("it ends");
     assert_eq!(exit, VmExit::Code(0));
-    machine.kill().await;
+    machine.kill().await.unwrap();
     assert!(bench.cgroups().is_empty(), "{:?}", bench.cgroups());
 }
 
@@ -195,7 +195,7 @@ async fn images_are_swapped_while_the_guest_runs() {
     assert!(matches!(refused, MachineError::NoSlot { slot: 8, slots: 8, .. }), "{refused}");
     assert!(machine.put_image(1, Path::new("/nowhere")).await.is_err());
     assert_eq!(guest.ask("size image1").await, "0");
-    machine.kill().await;
+    machine.kill().await.unwrap();
     assert_eq!(machine.exited().await, VmExit::Signal(9));
     assert_eq!(fs::metadata(&small).unwrap().len(), 4096, "an image is only read");
 }
@@ -274,7 +274,7 @@ async fn clones_of_a_template_answer_at_once_and_share_its_memory() {
     let refused = bench.qemu.restore(&larger, &template).await.unwrap_err();
     assert!(matches!(refused, MachineError::Mismatch { .. }), "{refused}");
     for (machine, _) in clones {
-        machine.kill().await;
+        machine.kill().await.unwrap();
     }
     assert!(bench.cgroups().is_empty(), "{:?}", bench.cgroups());
 }
@@ -290,7 +290,7 @@ async fn machines_that_come_and_go_together_leave_nothing() {
             let machine = bench.qemu.restore(&spec, template).await.unwrap();
             let mut guest = Guest::of(machine.as_ref()).await;
             assert_eq!(guest.ask(&format!("ping {number}")).await, format!("pong {number}"));
-            machine.kill().await;
+            machine.kill().await.unwrap();
             spec.dir.remove().unwrap();
             machine.pid()
         }

@@ -141,7 +141,7 @@ async fn a_machine_is_configured_in_an_order_that_firecracker_takes() {
     drop(machine);
     let machine = bench.manager.adopt(&spec.dir).await.unwrap().expect("it runs");
     assert_eq!(machine.pid(), pid);
-    machine.kill().await;
+    machine.kill().await.unwrap();
     machine.exited().await;
     assert!(bench.manager.adopt(&spec.dir).await.unwrap().is_none());
 }
@@ -164,7 +164,7 @@ async fn a_snapshot_is_saved_and_loaded_from_either_backend() {
     let machine = bench.manager.restore(&clone, &template).await.unwrap();
     assert_eq!(server.asked().last().unwrap(), "PUT /snapshot/load -> 204");
     assert_eq!(said_back(machine.agent().await.unwrap()).await, "hello\n");
-    machine.kill().await;
+    machine.kill().await.unwrap();
 
     let Some(mut other) = Bench::new(BackendType::Uffd) else { return };
     other.manager.program = bench.manager.program.clone();
@@ -261,7 +261,7 @@ async fn a_real_firecracker_boots_a_guest() {
     let machine = manager.boot(&MachineSpec { kernel, initramfs, tap: None, ..bench.spec() }).await.unwrap();
     machine.pause().await.unwrap();
     machine.resume().await.unwrap();
-    machine.kill().await;
+    machine.kill().await.unwrap();
 }
 
 #[tokio::test]

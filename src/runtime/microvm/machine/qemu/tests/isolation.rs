@@ -29,7 +29,7 @@ async fn a_vmm_sees_its_own_directory_and_has_no_rights() {
     it_has_no_rights(pid);
     it_is_bounded(pid, &bench, &spec);
     it_holds_its_own_files(pid, spec.dir.path());
-    machine.kill().await;
+    machine.kill().await.unwrap();
 }
 
 /// Nothing of the host but devices; what it was started from is gone.

@@ -83,7 +83,7 @@ fn a_guest_is_reached_at_its_address_and_cannot_be_another() {
         assert!(dropped.contains("counter packets ") && !dropped.contains("counter packets 0 "), "{dropped}");
 
         // Its tap ends with it; what is left of it is removed, however often.
-        machine.kill().await;
+        machine.kill().await.unwrap();
         let begun = Instant::now();
         while sh("ip -o link").contains(&name) {
             assert!(begun.elapsed() < PATIENCE, "the tap outlives the machine");
