@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use lambdalet_proto::agent::v1::ContainerSpec;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -67,7 +68,8 @@ impl Guest {
     /// # Errors
     /// A container uses it.
     pub(crate) fn unmount_image(&self, image: &str) -> Result<()> {
-        if self.containers().values().any(|container| container.spec.image == image) {
+        let uses = |spec: &ContainerSpec| spec.image == image || spec.mounts.iter().any(|mount| mount.image == image);
+        if self.containers().values().any(|container| uses(&container.spec)) {
             return Err(Error::in_use(format!("image {image} is in use")));
         }
         let mut images = self.images();

@@ -275,14 +275,14 @@ fn mount(mount: &v1::Mount) -> Result<Mount, Status> {
             v1::MountPropagation::PropagationHostToContainer => MountPropagation::HostToContainer,
             v1::MountPropagation::PropagationBidirectional => MountPropagation::Bidirectional,
         },
+        ..Mount::default()
     })
 }
 
 fn add_files(mounts: &mut Vec<Mount>, files: Vec<(PathBuf, &'static str)>) {
     for (host_path, container_path) in files {
         if !mounts.iter().any(|mount| mount.container_path.trim_end_matches('/') == container_path) {
-            let (container_path, propagation) = (container_path.to_owned(), MountPropagation::Private);
-            mounts.push(Mount { host_path, container_path, read_only: false, propagation });
+            mounts.push(Mount { host_path, container_path: container_path.to_owned(), ..Mount::default() });
         }
     }
 }

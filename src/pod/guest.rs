@@ -77,9 +77,11 @@ fn shared_with_host(spec: &PodSpec) -> Option<String> {
 
 fn images(spec: &PodSpec, most: usize) -> Option<String> {
     let containers = spec.init_containers.iter().flatten().chain(&spec.containers);
-    let images: BTreeSet<_> = containers.filter_map(|container| container.image.as_deref()).collect();
+    let shown = spec.volumes.iter().flatten().filter_map(|volume| volume.image.as_ref()?.reference.as_deref());
+    let images: BTreeSet<_> = containers.filter_map(|container| container.image.as_deref()).chain(shown).collect();
     let count = images.len();
-    (count > most).then(|| format!("its containers have {count} different images: a microVM has room for {most}"))
+    (count > most)
+        .then(|| format!("its containers and volumes have {count} different images: a microVM has room for {most}"))
 }
 
 fn of_container(spec: &PodSpec, container: &Container, bounds: &Bounds) -> Option<String> {
@@ -106,18 +108,12 @@ fn of_container(spec: &PodSpec, container: &Container, bounds: &Bounds) -> Optio
     }
     container.volume_mounts.iter().flatten().find_map(|mount| {
         let at = &mount.mount_path;
-        if mount.sub_path.as_ref().or(mount.sub_path_expr.as_ref()).is_some_and(|part| !part.is_empty()) {
-            return Some(format!("container {name:?} mounts a part of a volume at {at} (subPath): a microVM is given whole volumes"));
-        }
         if mount.mount_propagation.as_deref().is_some_and(|how| how != "None") {
             return Some(format!(
                 "container {name:?} asks for mountPropagation at {at}: mounts do not travel between the host and a microVM"
             ));
         }
         let volume = spec.volumes.iter().flatten().find(|volume| volume.name == mount.name)?;
-        if volume.image.is_some() {
-            return Some(format!("volume {:?} is an image, which a microVM is not given as a volume yet", volume.name));
-        }
         of_host(volume, mount.read_only == Some(true), bounds)
     })
 }
@@ -199,11 +195,12 @@ mod tests {
                 "shareProcessNamespace": true, "initContainers": [container(json!({"image": "j"}))],
                 "containers": [container(json!({"volumeMounts": [
                     {"name": "v", "mountPath": "/v", "readOnly": true, "mountPropagation": "None"},
-                    {"name": "m", "mountPath": "/m"},
+                    {"name": "m", "mountPath": "/m"}, {"name": "m", "mountPath": "/n", "subPath": "x"},
+                    {"name": "i", "mountPath": "/i"},
                 ]}))],
                 "volumes": [
                     {"name": "v", "hostPath": {"path": "/srv/data/x"}},
-                    {"name": "m", "configMap": {"name": "m"}},
+                    {"name": "m", "configMap": {"name": "m"}}, {"name": "i", "image": {"reference": "j"}},
                     {"name": "unused", "hostPath": {"path": "/"}},
                 ],
             }),
@@ -231,12 +228,11 @@ mod tests {
             (mounting("/srv/data", json!({})), "readOnly: true"),
             (
                 json!({
-                    "containers": [container(json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}]}))],
-                    "volumes": [{"name": "v", "image": {"reference": "i"}}],
+                    "containers": [container(json!({"image": "1"})), container(json!({"image": "2"}))],
+                    "volumes": [{"name": "v", "image": {"reference": "3"}}],
                 }),
-                "volume \"v\" is an image",
+                "3 different images",
             ),
-            (mounting("/srv/data", json!({"readOnly": true, "subPath": "x"})), "subPath"),
             (mounting("/srv/data", json!({"mountPropagation": "HostToContainer"})), "mountPropagation"),
             (
                 json!({"containers": [container(json!({

@@ -14,8 +14,8 @@ use crate::network::cni::Wish;
 use crate::network::ports::HostPort;
 use crate::quantity::Quantity;
 use crate::runtime::types::{
-    ContainerConfig, Image, MachineFiles, Mount, MountPropagation, NamespaceMode, PodRef, Profile, SandboxConfig,
-    SandboxNetwork, Security,
+    ContainerConfig, Image, ImageId, MachineFiles, Mount, MountPropagation, NamespaceMode, PodRef, Profile,
+    SandboxConfig, SandboxNetwork, Security,
 };
 
 /// Bits per second that a Pod may receive.
@@ -94,6 +94,10 @@ pub struct Places {
     pub volumes: BTreeMap<String, (PathBuf, bool)>,
     /// What a mount with a `subPath` shows in place of its volume, by place in the container's `volumeMounts`.
     pub sub_paths: BTreeMap<usize, PathBuf>,
+    /// In their place, for a microVM: the part's path in its volume.
+    pub parts: BTreeMap<usize, String>,
+    /// For a microVM: volume name to the image that it shows.
+    pub images: BTreeMap<String, ImageId>,
     /// The Pod's `/etc/hosts`, `/etc/resolv.conf` and `/etc/hostname`, as host path and container path.
     pub files: Vec<(PathBuf, String)>,
     /// The attempt's termination message file.
@@ -294,6 +298,12 @@ fn mounts(container: &Container, places: &Places) -> Result<Vec<Mount>, Translat
         if wanted.recursive_read_only.as_deref() == Some("Enabled") {
             return Err(unsupported("volumeMounts.recursiveReadOnly"));
         }
+        let sub_path = places.parts.get(&at).cloned().unwrap_or_default();
+        if let Some(image) = places.images.get(&wanted.name) {
+            let (container_path, image) = (absolute(&wanted.mount_path), Some(image.clone()));
+            mounts.push(Mount { container_path, image, sub_path, read_only: true, ..Mount::default() });
+            continue;
+        }
         let (path, volume_is_read_only) = places.volumes.get(&wanted.name).ok_or_else(|| TranslateError::NoVolume {
             volume: wanted.name.clone(),
             container: container.name.clone(),
@@ -305,13 +315,13 @@ fn mounts(container: &Container, places: &Places) -> Result<Vec<Mount>, Translat
         };
         let path = match places.sub_paths.get(&at) {
             Some(part) => part,
-            None if wanted.sub_path.as_deref().is_some_and(|part| !part.is_empty()) => {
+            None if sub_path.is_empty() && wanted.sub_path.as_deref().is_some_and(|part| !part.is_empty()) => {
                 return Err(unsupported("volumeMounts.subPath, which nobody has bound"));
             }
             None => path,
         };
         let read_only = wanted.read_only == Some(true) || *volume_is_read_only;
-        mounts.push(mount(path, absolute(&wanted.mount_path), read_only, propagation));
+        mounts.push(Mount { sub_path, ..mount(path, absolute(&wanted.mount_path), read_only, propagation) });
     }
     if container.volume_devices.as_ref().is_some_and(|d| !d.is_empty()) {
         return Err(unsupported("volumeDevices"));
@@ -329,7 +339,7 @@ fn mounts(container: &Container, places: &Places) -> Result<Vec<Mount>, Translat
 }
 
 fn mount(host_path: &Path, container_path: String, read_only: bool, propagation: MountPropagation) -> Mount {
-    Mount { host_path: host_path.to_owned(), container_path, read_only, propagation }
+    Mount { host_path: host_path.to_owned(), container_path, read_only, propagation, ..Mount::default() }
 }
 
 /// A relative mount path counts from the root, as a kubelet has it.

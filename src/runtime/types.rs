@@ -199,10 +199,15 @@ impl ContainerConfig {
 }
 
 /// One host path made visible inside a container.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mount {
     /// Absolute path on the host; it must exist.
     pub host_path: PathBuf,
+    /// A file or directory below it that is shown in its place, made as a directory if it is missing; empty: none. Only for
+    /// drivers that share no directory with the host: the others are given the part's own path.
+    pub sub_path: String,
+    /// An image that is shown in place of a host path, to be read only. Only for the same drivers.
+    pub image: Option<ImageId>,
     /// Absolute path in the container; made if missing.
     pub container_path: String,
     /// Refuse writes.

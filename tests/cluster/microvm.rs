@@ -19,7 +19,7 @@ use crate::harness::pods::{
     STAY, busybox, busybox_with, has_ended, is_ready, pod_ip, pod_message, pod_reason, status, terminated, with,
 };
 use crate::harness::wait::{SOON, poll};
-use crate::harness::{Case, Shared, on_node_of, on_shared_node};
+use crate::harness::{BUSYBOX, Case, Shared, on_node_of, on_shared_node};
 
 /// How long a guest's kernel may take to be there without hardware for it, on a machine that has other work.
 const BOOT: Duration = Duration::from_secs(60);
@@ -133,6 +133,35 @@ fn a_pod_in_a_microvm_is_a_pod() {
         t.running("web").await;
         t.delete("web", None).await;
         t.gone("web", SOON).await;
+    });
+}
+
+#[test]
+#[ignore = "needs cluster: run hack/test"]
+fn parts_of_volumes_and_images_are_seen_in_a_guest() {
+    on_vms(async |t| {
+        t.config_map("settings", json!({"colour": "green", "shape": "round"})).await;
+        let mounts = json!([
+            {"name": "settings", "mountPath": "/etc/colour", "subPath": "colour"},
+            {"name": "scratch", "mountPath": "/work", "subPathExpr": "$(ME)/x"},
+            {"name": "scratch", "mountPath": "/all"},
+            {"name": "image", "mountPath": "/image"},
+            {"name": "image", "mountPath": "/programs", "subPath": "bin"},
+        ]);
+        let me = json!([{"name": "ME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}]);
+        let volumes = json!([
+            {"name": "settings", "configMap": {"name": "settings"}}, {"name": "scratch", "emptyDir": {}},
+            {"name": "image", "image": {"reference": BUSYBOX, "pullPolicy": "IfNotPresent"}},
+        ]);
+        let main = busybox_with(STAY, json!({"volumeMounts": mounts, "env": me}));
+        t.pod("parts", in_vm(json!({"containers": [main], "volumes": volumes}))).await;
+        runs(t, "parts").await;
+        assert_eq!(says(t, "parts", "cat /etc/colour"), "green");
+        assert_eq!(says(t, "parts", "echo written >/work/file; cat /all/parts/x/file"), "written");
+        assert_eq!(says(t, "parts", "stat -c %a /work"), says(t, "parts", "stat -c %a /all"));
+        assert_eq!(says(t, "parts", "cmp /image/bin/busybox /programs/busybox && echo one"), "one");
+        assert_eq!(says(t, "parts", "touch /image/x 2>/dev/null || echo read only"), "read only");
+        assert_eq!(says(t, "parts", "/programs/busybox true 2>/dev/null || echo no program"), "no program");
     });
 }
 

@@ -12,7 +12,8 @@ fn volume(name: &str, kind: VolumeKind) -> Volume {
 }
 
 fn mount(volume: &str, sub_path: &str, path: &str, read_only: bool) -> Mount {
-    Mount { volume: volume.into(), sub_path: sub_path.into(), container_path: path.into(), read_only }
+    let (volume, sub_path, container_path) = (volume.into(), sub_path.into(), path.into());
+    Mount { volume, sub_path, container_path, read_only, image: String::new() }
 }
 
 fn file(path: &str, bytes: Vec<u8>) -> PushedFile {
@@ -65,6 +66,9 @@ pub(crate) async fn a_volume_is_shared_and_read_back(bench: &mut Bench) {
     agent.make_volume(volume("memory", VolumeKind::Memory(1 << 20))).await.unwrap();
     agent.make_volume(volume("disk", VolumeKind::Scratch(Empty {}))).await.unwrap();
     let mounts = vec![mount("memory", "", "/memory", false), mount("disk", "sub/dir", "/disk", false)];
+    let (_, said) =
+        bench.run(ContainerSpec { mounts: mounts.clone(), ..script("looks", "stat -c %a /disk /memory") }).await;
+    assert_eq!(said, "1777\n1777\n", "a part is made with the mode of its volume");
     let write = "echo last words > /disk/message; ln -s /etc/passwd /disk/link; dd if=/dev/zero of=/memory/x bs=65536";
     let (ended, said) = bench.run(ContainerSpec { mounts: mounts.clone(), ..script("writes", write) }).await;
     assert!(ended.exit_code != 0 && said.contains("No space left"), "{said}");

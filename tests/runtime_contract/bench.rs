@@ -28,7 +28,7 @@ use lambdalet::runtime::microvm::volumes::Places;
 use lambdalet::runtime::microvm::{MicrovmOptions, MicrovmRuntime};
 use lambdalet::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, ImageId, LogChunk, LogOptions, MachineFiles, Mount,
-    MountPropagation, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxId, SandboxNetwork,
+    NamespaceMode, PodRef, Resources, SandboxConfig, SandboxId, SandboxNetwork,
 };
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -427,7 +427,7 @@ impl Bench {
     pub(crate) fn file(&self, name: &str, bytes: &[u8]) -> Mount {
         let host_path: PathBuf = self.folder.path().join(name);
         std::fs::write(&host_path, bytes).unwrap();
-        Mount { host_path, container_path: "/data".into(), read_only: true, propagation: MountPropagation::Private }
+        Mount { host_path, container_path: "/data".into(), read_only: true, ..Mount::default() }
     }
 
     /// Waits until the container has exited.

@@ -12,7 +12,7 @@ use futures::StreamExt;
 use lambdalet::runtime::Kind;
 use lambdalet::runtime::session::ExecRequest;
 use lambdalet::runtime::types::{
-    ContainerConfig, ContainerId, ContainerState, LogOptions, SandboxConfig, SandboxId, SandboxState, Security,
+    ContainerConfig, ContainerId, ContainerState, LogOptions, Mount, SandboxConfig, SandboxId, SandboxState, Security,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -354,4 +354,47 @@ pub(crate) async fn machines_that_come_and_go_leave_nothing(bench: &mut Bench) {
     }
     // Other tests of this process have theirs too.
     println!("{cycles} cycles in {:?}; descriptors: {before} before, {} after", begun.elapsed(), descriptors());
+}
+
+pub(crate) async fn a_part_of_a_volume_and_an_image_are_shown(bench: &mut Bench) {
+    let shared = bench.root().with_file_name("shared");
+    fs::create_dir_all(shared.join("sub")).unwrap();
+    fs::write(shared.join("sub/file"), "part\n").unwrap();
+    fs::write(shared.join("other"), "whole\n").unwrap();
+    let shown = |mount: Mount, sub_path: &str, at: &str| Mount {
+        sub_path: sub_path.to_owned(),
+        container_path: at.to_owned(),
+        read_only: true,
+        ..mount
+    };
+    let part = |sub_path, at| shown(Mount { host_path: shared.clone(), ..Mount::default() }, sub_path, at);
+    let image = |sub_path, at| shown(Mount { image: Some(bench.image.clone()), ..Mount::default() }, sub_path, at);
+    let mounts = vec![
+        part("sub", "/dir"),
+        part("sub/file", "/etc/file"),
+        part("", "/all"),
+        image("", "/image"),
+        image("bin", "/programs"),
+    ];
+    let look = "busybox cat /dir/file /etc/file /all/other; busybox ls /dir /programs/busybox /image/bin/busybox; \
+                busybox touch /image/x || echo read only; /programs/busybox true || echo no program";
+    let config = ContainerConfig { mounts, ..bench.container_config("p", "looks", bench.script(look)) };
+    let id = bench.runtime.create_container(&bench.sandbox("p").await, &config).await.unwrap();
+    bench.runtime.start_container(&id).await.unwrap();
+    bench.exited(&id).await;
+    let said = log(bench, &id).await;
+    assert!(said.starts_with("part\npart\nwhole\n/image/bin/busybox\n/programs/busybox\n\n/dir:\nfile\n"), "{said}");
+    assert!(said.contains("read only\n") && said.contains("no program\n"), "{said}");
+    // A file has no parts, and an image none but its own.
+    let of_file = Mount { host_path: shared.join("other"), ..part("x", "/x") };
+    let with = |name, mount| {
+        let config = bench.container_config("p", name, bench.exits(0));
+        ContainerConfig { mounts: vec![mount], ..config }
+    };
+    let sandbox = bench.sandbox("p").await;
+    let error = bench.runtime.create_container(&sandbox, &with("of-file", of_file)).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported, "{error}");
+    let id = bench.runtime.create_container(&sandbox, &with("absent", image("absent", "/x"))).await.unwrap();
+    let error = bench.runtime.start_container(&id).await.unwrap_err();
+    assert!(error.to_string().contains("absent"), "{error}");
 }

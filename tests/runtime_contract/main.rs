@@ -214,6 +214,7 @@ on_machines! {
         Shared a_guest_is_reached_by_host_and_neighbours_and_reaches_them
         Shared a_guest_cannot_speak_as_another
         Shared a_guests_clock_is_set_right
+        Shared a_part_of_a_volume_and_an_image_are_shown
         Shared machines_that_come_and_go_leave_nothing;
     isolation:
         Shared a_machine_has_the_weight_of_its_pod

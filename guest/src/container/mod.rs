@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use lambdalet_proto::agent::v1::{ContainerSpec, ContainerState, EventKind, Phase, Resources};
+use lambdalet_proto::agent::v1::{ContainerSpec, ContainerState, EventKind, Mount, Phase, Resources};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 use tokio::sync::watch;
@@ -115,7 +115,7 @@ impl Guest {
         }
         let lower = self.image(&spec.image)?;
         for mount in &spec.mounts {
-            self.volume(&mount.volume)?;
+            self.source(mount)?;
         }
         let directory = self.paths.container(&id);
         let made = self.make_container(spec, &lower, &directory);
@@ -130,6 +130,11 @@ impl Guest {
                 Err(error).tried(tried)
             }
         }
+    }
+
+    /// Where the volume or the image of a mount is.
+    fn source(&self, mount: &Mount) -> Result<PathBuf> {
+        if mount.image.is_empty() { self.volume(&mount.volume) } else { self.image(&mount.image) }
     }
 
     fn make_container(&self, spec: ContainerSpec, lower: &Path, directory: &Path) -> io::Result<Container> {

@@ -84,8 +84,7 @@ impl Guest {
             ..Plan::default()
         };
         for mount in &spec.mounts {
-            let source = self.volume(&mount.volume).map_err(Failure::told)?;
-            plan.sources.push(source.display().to_string());
+            plan.sources.push(self.source(mount).map_err(Failure::told)?.display().to_string());
         }
         let target;
         let namespace = match spec.pid() {

@@ -13,7 +13,7 @@ use lambdalet_proto::agent::v1::{ContainerSpec, Mount};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{chdir, fchdir, pivot_root};
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat2};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fchmod, fstat, mkdirat, openat2};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use super::{Failure, Plan};
@@ -73,8 +73,7 @@ pub(super) fn make(plan: &Plan, spec: &ContainerSpec) -> Result<(), Failure> {
     system(spec, &sources).map_err(|error| Failure::at("mount the system's directories", error))?;
     for (source, mount) in sources.volumes.iter().zip(&spec.mounts) {
         let path = &mount.container_path;
-        place(source, path, mount.read_only)
-            .map_err(|error| Failure::at(&format!("mount a volume at {path}"), error))?;
+        place(source, mount).map_err(|error| Failure::at(&format!("mount a volume at {path}"), error))?;
     }
     confine(spec).map_err(|error| Failure::at("confine the file system", error))
 }
@@ -106,7 +105,8 @@ impl Sources {
         let volume = |(source, mount): (&String, &Mount)| {
             let found =
                 open_path(source).and_then(|volume| below(volume, &mount.sub_path)).and_then(|fd| detached(fd.as_fd()));
-            found.map_err(|error| Failure::at(&format!("find {:?} in volume {}", mount.sub_path, mount.volume), error))
+            let of = if mount.image.is_empty() { ("volume", &mount.volume) } else { ("image", &mount.image) };
+            found.map_err(|error| Failure::at(&format!("find {:?} in {} {}", mount.sub_path, of.0, of.1), error))
         };
         let volumes = plan.sources.iter().zip(&spec.mounts).map(volume).collect::<Result<_, _>>()?;
         let shared_memory = spec.shared_ipc.then(|| open_path(&plan.shared_memory).and_then(|fd| detached(fd.as_fd())));
@@ -120,7 +120,8 @@ fn open_path(path: &str) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// A path in a volume; no link leads out of it. Directories that are not there are made, as the kubelet does.
+/// A path in a volume; no link leads out of it. Directories that are not there are made with the mode of the volume, as the
+/// kubelet does.
 fn below(volume: OwnedFd, sub_path: &str) -> io::Result<OwnedFd> {
     let open = |from: BorrowedFd<'_>, path: &Path| {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
@@ -134,13 +135,22 @@ fn below(volume: OwnedFd, sub_path: &str) -> io::Result<OwnedFd> {
         Err(rustix::io::Errno::NOENT) => {}
         found => return Ok(found?),
     }
+    let mode = Mode::from_raw_mode(fstat(&volume)?.st_mode & 0o7777);
     let mut at = volume;
     for part in sub_path.iter().map(Path::new) {
         at = match open(at.as_fd(), part) {
-            Err(rustix::io::Errno::NOENT) => {
-                mkdirat(&at, part, Mode::from_raw_mode(0o755))?;
-                open(at.as_fd(), part)?
-            }
+            Err(rustix::io::Errno::NOENT) => match mkdirat(&at, part, Mode::RWXU) {
+                // Another container that starts has made it meanwhile.
+                Err(rustix::io::Errno::EXIST) => open(at.as_fd(), part)?,
+                made => {
+                    made?;
+                    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                    let made = openat2(&at, part, flags, Mode::empty(), ResolveFlags::BENEATH)?;
+                    // Whatever the umask is.
+                    fchmod(&made, mode)?;
+                    made
+                }
+            },
             found => found?,
         };
     }
@@ -220,7 +230,8 @@ fn hang(source: &OwnedFd, path: &str) -> io::Result<()> {
 }
 
 /// Hangs a volume at a path, which is made if missing.
-fn place(source: &OwnedFd, path: &str, read_only: bool) -> io::Result<()> {
+fn place(source: &OwnedFd, mounted: &Mount) -> io::Result<()> {
+    let path = mounted.container_path.as_str();
     if FileType::from_raw_mode(fstat(source)?.st_mode) == FileType::Directory {
         fs::create_dir_all(path)?;
     } else if !Path::new(path).exists() {
@@ -231,8 +242,11 @@ fn place(source: &OwnedFd, path: &str, read_only: bool) -> io::Result<()> {
     }
     hang(source, path)?;
     let mut flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NODEV;
-    if read_only {
+    if mounted.read_only {
         flags |= MsFlags::MS_RDONLY;
+    }
+    if !mounted.image.is_empty() {
+        flags |= MsFlags::MS_NOEXEC;
     }
     mount(NONE, path, NONE, flags, NONE)?;
     Ok(())

@@ -40,6 +40,7 @@ use super::inputs::objects::{ObjectError, Objects, Uses};
 use images::ImageVolumes;
 pub use projection::Freshness;
 use projection::files_of;
+pub use sub_path::sub_paths;
 
 /// Where a volume is on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -64,6 +64,17 @@ impl VolumeManager {
     }
 }
 
+/// The parts of volumes that a container mounts, by place in `volumeMounts`, where nothing can be bound for it: its driver
+/// resolves them.
+///
+/// # Errors
+/// A path that is wrong, in the kubelet's words.
+pub fn sub_paths(container: &Container, env: &[(String, String)]) -> Result<BTreeMap<usize, String>, VolumeError> {
+    let part = |(at, wanted)| sub_path(wanted, env).map(|path| path.map(|path| (at, path))).transpose();
+    let mounts = container.volume_mounts.iter().flatten().enumerate();
+    mounts.filter_map(part).collect::<Result<_, _>>().map_err(|message| VolumeError::SubPath { message })
+}
+
 /// The part of the volume that is asked for, if not all of it.
 fn sub_path(wanted: &VolumeMount, env: &[(String, String)]) -> Result<Option<String>, String> {
     let path = match wanted.sub_path_expr.as_deref().filter(|expression| !expression.is_empty()) {
@@ -208,6 +219,18 @@ mod tests {
         assert!(wanted(expression, &[("A", "..")]).unwrap_err().contains("must not contain '..'"));
         assert_eq!(wanted(json!({"name": "v", "subPathExpr": "$(A)"}), &[("A", "")]), Ok(None));
         assert_eq!(wanted(json!({"name": "v", "subPath": "..a"}), &[]), Ok(Some("..a".into())));
+    }
+
+    #[test]
+    fn parts_go_by_the_place_of_their_mount() {
+        let container: Container = serde_json::from_value(json!({"name": "c", "volumeMounts": [
+            {"name": "v", "mountPath": "/a"}, {"name": "v", "mountPath": "/b", "subPath": "x"},
+            {"name": "v", "mountPath": "/c", "subPathExpr": "$(A)/y"},
+        ]}))
+        .unwrap();
+        let parts = sub_paths(&container, &[("A".to_owned(), "1".to_owned())]).unwrap();
+        assert_eq!(parts, BTreeMap::from([(1, "x".to_owned()), (2, "1/y".to_owned())]));
+        assert!(matches!(sub_paths(&container, &[]), Err(VolumeError::SubPath { .. })));
     }
 
     struct Volume {

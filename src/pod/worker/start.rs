@@ -19,6 +19,7 @@ use crate::pod::images::{Local, Wanted};
 use crate::pod::resize;
 use crate::pod::status::Trouble;
 use crate::pod::translate::{self, Places};
+use crate::pod::volumes::sub_paths;
 use crate::pod::watch::GRACE_ANNOTATION;
 use crate::runtime::types::{
     ContainerConfig, ContainerId, Image, NamespaceMode, SandboxConfig, SandboxId, SandboxNetwork,
@@ -356,8 +357,12 @@ impl Worker {
         let mut places = self.memory.places.clone().unwrap_or_default();
         places.termination_log = Some(log);
         let volumes = &self.shared.volumes;
-        let parts = volumes.bind_sub_paths(&self.reference.uid, container, &places.volumes, &env).await;
-        places.sub_paths = parts.map_err(|e| config_error(&e))?;
+        if self.is_in_guests(pod).await {
+            places.parts = sub_paths(container, &env).map_err(|e| config_error(&e))?;
+        } else {
+            let parts = volumes.bind_sub_paths(&self.reference.uid, container, &places.volumes, &env).await;
+            places.sub_paths = parts.map_err(|e| config_error(&e))?;
+        }
         let config =
             translate::container(&self.shared.host, pod, container, image, &places).map_err(|e| config_error(&e))?;
         let expand =

@@ -59,6 +59,9 @@ pub(super) struct ContainerRecord {
     pub(super) name: String,
     pub(super) attempt: u32,
     pub(super) image: String,
+    /// Images that are shown to it.
+    #[serde(default)]
+    shown: Vec<String>,
     image_ref: String,
     annotations: BTreeMap<String, String>,
     pub(super) stop_signal: String,
@@ -106,6 +109,7 @@ impl ContainerRecord {
             name: config.name.clone(),
             attempt: config.attempt,
             image: config.image.to_string(),
+            shown: config.mounts.iter().filter_map(|mount| Some(mount.image.as_ref()?.to_string())).collect(),
             image_ref: config.image_ref.clone(),
             annotations: config.annotations.clone(),
             stop_signal,
@@ -115,6 +119,11 @@ impl ContainerRecord {
             returned,
             resources: config.resources.clone(),
         }
+    }
+
+    /// Whether the image is its own, or is shown to it.
+    pub(super) fn uses(&self, image: &ImageId) -> bool {
+        self.image == image.as_str() || self.shown.iter().any(|shown| shown == image.as_str())
     }
 }
 

@@ -13,7 +13,7 @@ use super::image::{BlockImage, ImageConfig};
 use super::logs::LogBook;
 use super::sandbox::{Log, Sandbox, locked};
 use super::slots::Place;
-use super::vm::{GuestContainer, GuestMount, Vm, VolumeKind};
+use super::vm::{GuestContainer, GuestMount, MountSource, Vm, VolumeKind};
 use super::volumes::{Volume, of_mount};
 use super::{Inner, MicrovmRuntime, copy};
 use crate::runtime::types::{
@@ -63,7 +63,7 @@ impl MicrovmRuntime {
         let vm = sandbox.vm().filter(|_| sandbox.record().phase == Phase::Running);
         let vm = vm.ok_or_else(|| failed(Kind::Invalid, &format!("sandbox {} is not ready", sandbox.id)))?;
         self.check_target(&sandbox, config).await?;
-        let image = self.place(&sandbox, &vm, &config.image).await?;
+        let image = self.place(&sandbox, &vm, config, &config.image).await?;
         let (mounts, returned) = self.mounts(&sandbox, &vm, config).await?;
         let id = format!("{}.{:08x}", sandbox.id, rand::random::<u32>());
         let merged = merged(config, &image);
@@ -96,13 +96,22 @@ impl MicrovmRuntime {
         Err(RuntimeError::new(kind, format!("failed to create container {} of {}: {what}", config.name, config.pod)))
     }
 
-    /// Sees to it that the image lies behind a slot; what it says. The caller has the sandbox's turn.
-    async fn place(&self, sandbox: &Sandbox, vm: &Arc<dyn Vm>, image: &ImageId) -> Result<ImageConfig> {
+    /// Sees to it that the image, one of the container's, lies behind a slot; what it says. The caller has the sandbox's turn.
+    async fn place(
+        &self,
+        sandbox: &Sandbox,
+        vm: &Arc<dyn Vm>,
+        container: &ContainerConfig,
+        image: &ImageId,
+    ) -> Result<ImageConfig> {
         let block = self.inner.images.block(image).await?;
         let config = block.config.clone();
         let place = {
             let record = sandbox.record();
-            let used = |held: &ImageId| record.containers.values().any(|one| one.image == held.as_str());
+            // Of the container that is being made nothing is written down yet.
+            let used = |held: &ImageId| {
+                images_of(container).any(|own| own == held) || record.containers.values().any(|one| one.uses(held))
+            };
             record.slots.place(image, used)
         };
         let full = || {
@@ -145,15 +154,32 @@ impl MicrovmRuntime {
                 let text = format!("failed to mount {} in container {}: {why}", mount.container_path, config.name);
                 RuntimeError::new(Kind::Unsupported, text)
             };
+            if let Some(image) = &mount.image {
+                self.place(sandbox, vm, config, image).await?;
+                mounts.push(GuestMount {
+                    source: MountSource::Image(image.clone()),
+                    part: mount.sub_path.clone(),
+                    container_path: mount.container_path.clone(),
+                    read_only: true,
+                });
+                continue;
+            }
             let volume = of_mount(mount, &self.inner.options.places).map_err(refused)?;
             let name = volume.name();
             let file = self.inner.make_volume(sandbox, vm, &name, &volume).await?;
+            if !file.is_empty() && !mount.sub_path.is_empty() {
+                return Err(refused(format!(
+                    "{} is a file and has no part {:?}",
+                    mount.host_path.display(),
+                    mount.sub_path
+                )));
+            }
             if let Volume::Returned(path) = &volume {
                 returned.push((name.clone(), path.clone()));
             }
             mounts.push(GuestMount {
-                volume: name,
-                file,
+                source: MountSource::Volume(name),
+                part: if file.is_empty() { mount.sub_path.clone() } else { file },
                 container_path: mount.container_path.clone(),
                 // As a kubelet has it: what is copied belongs to the node, which changes it. A guest's agent must find its
                 // own files there and no links that a workload has laid.
@@ -321,6 +347,11 @@ impl Inner {
         }
         Ok(copied.file)
     }
+}
+
+/// Its own, and those it is shown.
+fn images_of(container: &ContainerConfig) -> impl Iterator<Item = &ImageId> {
+    [&container.image].into_iter().chain(container.mounts.iter().filter_map(|mount| mount.image.as_ref()))
 }
 
 fn keep(sandbox: &Sandbox, image: &ImageId, block: BlockImage) {

@@ -317,7 +317,7 @@ impl ImageStore for MicrovmRuntime {
     async fn remove_image(&self, id: &ImageId) -> Result<()> {
         let of_sandbox = |sandbox: &Arc<Sandbox>| {
             let record = sandbox.record();
-            record.containers.values().filter(|container| container.image == id.as_str()).count()
+            record.containers.values().filter(|container| container.uses(id)).count()
         };
         let users: usize = self.sandboxes(None).iter().map(of_sandbox).sum();
         if users > 0 {

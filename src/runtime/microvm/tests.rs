@@ -245,7 +245,7 @@ async fn what_a_guest_cannot_have_is_refused_with_the_reason() {
         host_path: "/etc".into(),
         container_path: "/host".into(),
         read_only: true,
-        propagation: Default::default(),
+        ..Default::default()
     };
     let config = ContainerConfig { mounts: vec![mount], ..host.container("c", "i", &["idle"]) };
     let error = driver.create_container(&sandbox(&driver).await, &config).await.unwrap_err();

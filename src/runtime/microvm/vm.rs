@@ -163,14 +163,23 @@ pub struct GuestFile {
 /// A volume, or a file of it, made visible in a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestMount {
-    /// The volume's name.
-    pub volume: String,
-    /// A file in it; empty for all of it.
-    pub file: String,
+    /// What is shown.
+    pub source: MountSource,
+    /// A file or directory in it, made as a directory if missing; empty for all of it.
+    pub part: String,
     /// Where, in the container.
     pub container_path: String,
     /// Refuse writes.
     pub read_only: bool,
+}
+
+/// What a [`GuestMount`] shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MountSource {
+    /// The volume of this name.
+    Volume(String),
+    /// An image that was put behind a slot.
+    Image(ImageId),
 }
 
 /// A container for a guest.

@@ -91,7 +91,9 @@ pub(super) fn of_mount(mount: &Mount, places: &Places) -> Result<Volume, String>
         return match parts.as_slice() {
             [_, volumes, kind, _] if *volumes == "volumes" && *kind == EMPTY_DIRS => Ok(Volume::Empty(path.clone())),
             // What is bound there is part of another volume, which a copy would not be.
-            [_, subpaths, ..] if *subpaths == SUB_PATHS => Err("a microVM has no subPath of a volume yet".to_owned()),
+            [_, subpaths, ..] if *subpaths == SUB_PATHS => {
+                Err("a part of a volume that was bound on the host is not for a microVM".to_owned())
+            }
             [_, _, ..] if mount.read_only => Ok(Volume::Copied(path.clone())),
             [_, _, ..] => Ok(Volume::Returned(path.clone())),
             _ => Err(format!("{} is a Pod's directory as a whole", path.display())),
@@ -120,7 +122,7 @@ mod tests {
 
     fn mount(path: &str, read_only: bool) -> Mount {
         let propagation = MountPropagation::Private;
-        Mount { host_path: path.into(), container_path: "/m".into(), read_only, propagation }
+        Mount { host_path: path.into(), container_path: "/m".into(), read_only, propagation, ..Mount::default() }
     }
 
     #[test]

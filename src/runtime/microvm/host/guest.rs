@@ -16,7 +16,7 @@ use crate::runtime::microvm::agent::spec::{ImageFacts, container_spec, resources
 use crate::runtime::microvm::agent::{Agent, PushedContent, PushedFile};
 use crate::runtime::microvm::machine::{Machine, MachineError, slot_name};
 use crate::runtime::microvm::vm::{
-    GuestContainer, GuestFile, GuestMount, GuestState, GuestStats, Layout, LogBatch, Vm, VolumeKind,
+    GuestContainer, GuestFile, GuestMount, GuestState, GuestStats, Layout, LogBatch, MountSource, Vm, VolumeKind,
 };
 use crate::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
 use crate::runtime::stats::StatsScope;
@@ -105,8 +105,12 @@ fn image_name(image: &ImageId) -> String {
 }
 
 fn mounted(mount: GuestMount) -> v1::Mount {
-    let GuestMount { volume, file, container_path, read_only } = mount;
-    v1::Mount { volume, sub_path: file, container_path, read_only }
+    let GuestMount { source, part, container_path, read_only } = mount;
+    let (volume, image) = match source {
+        MountSource::Volume(name) => (name, String::new()),
+        MountSource::Image(image) => (String::new(), image_name(&image)),
+    };
+    v1::Mount { volume, sub_path: part, container_path, read_only, image }
 }
 
 fn pushed(file: GuestFile) -> PushedFile {
