@@ -221,7 +221,8 @@ impl Bind {
             return std::os::unix::fs::chown(&target, Some(user.uid), Some(user.gid));
         }
         if seen.is_file() {
-            File::create(&target)?;
+            // Never open: a child that is started meanwhile would keep it so for a moment, and the root could not be sealed.
+            mknod(&target, SFlag::S_IFREG, Mode::S_IRUSR | Mode::S_IRGRP | Mode::S_IROTH, 0)?;
         }
         let none = None::<&str>;
         mount(Some(&source), &target, none, MsFlags::MS_BIND, none)?;
