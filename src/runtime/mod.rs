@@ -18,6 +18,8 @@ pub mod docker;
 pub mod error;
 pub mod fake;
 pub mod handler;
+#[cfg(test)]
+mod kernel_v2;
 pub mod late;
 pub mod microvm;
 mod reference;

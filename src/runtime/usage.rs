@@ -341,7 +341,10 @@ fn read_interfaces(text: &str) -> Vec<Interface> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead as _, BufReader};
+
     use super::*;
+    use crate::runtime::kernel_v2;
 
     fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
@@ -441,6 +444,45 @@ mod tests {
         let limits = usage.limits.unwrap();
         assert_eq!((limits.cpu_quota, limits.cpu_period, limits.memory), (Some(50_000), Some(100_000), None));
         assert!((990..=1_030).contains(&limits.cpu_shares.unwrap()), "{limits:?}");
+    }
+
+    #[test]
+    fn version_2_of_a_kernel_is_read() {
+        let Some(name) = kernel_v2::own_name() else { return };
+        let directory = kernel_v2::directory(&name);
+        fs::create_dir(&directory).unwrap();
+        fs::write(directory.join("memory.max"), (100_u64 << 20).to_string()).unwrap();
+        fs::write(directory.join("cpu.max"), "50000 100000").unwrap();
+        let busy = "x=$(head -c 20000000 /dev/zero | tr '\\0' x); i=0; \
+                    while [ $i -lt 30000 ]; do i=$((i + 1)); done; echo done; read end";
+        let mut child = kernel_v2::run_in(&name, busy);
+        let mut said = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut said).unwrap();
+        assert_eq!(said, "done\n");
+        let trees = Trees::of_host();
+        let usage = trees.usage(Path::new(&name), StatsScope::All).unwrap();
+        println!("{usage:?}");
+        let cpu = usage.cpu.unwrap();
+        assert!(cpu.total > 10_000_000 && cpu.user > 0 && cpu.user + cpu.system <= cpu.total + 1_000_000, "{cpu:?}");
+        assert!(cpu.periods > 0 && cpu.throttled_periods > 0 && cpu.throttled > 0, "half a core is less than it wants");
+        let memory = usage.memory.unwrap();
+        assert!(memory.rss >= 20_000_000 && memory.rss <= memory.usage, "{memory:?}");
+        assert!(memory.working_set <= memory.usage && memory.page_faults > 1000, "{memory:?}");
+        assert!(memory.max_usage >= memory.usage && memory.max_usage <= 100 << 20, "{memory:?}");
+        let limits = usage.limits.unwrap();
+        assert_eq!(
+            (limits.memory, limits.cpu_quota, limits.cpu_period),
+            (Some(100 << 20), Some(50_000), Some(100_000))
+        );
+        assert_eq!(usage.tasks, Some(1));
+        // As the next look does, from files that stayed open.
+        let again = trees.usages(&[Path::new(&name)].into(), StatsScope::CpuAndMemory);
+        assert!(again[Path::new(&name)].cpu.unwrap().total >= cpu.total);
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        fs::remove_dir(&directory).unwrap();
+        assert!(trees.usage(Path::new(&name), StatsScope::All).is_none());
+        assert!(trees.usages(&[Path::new(&name)].into(), StatsScope::CpuAndMemory).is_empty());
     }
 
     #[test]

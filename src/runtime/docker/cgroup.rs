@@ -215,6 +215,7 @@ fn remove_tree(directory: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runtime::kernel_v2;
 
     #[test]
     fn a_path_becomes_nested_slices() {
@@ -232,6 +233,41 @@ mod tests {
     #[test]
     fn shares_map_onto_the_whole_range_of_weights() {
         assert_eq!((weight(2), weight(1024), weight(262_144), weight(0)), (1, 39, 10_000, 1));
+    }
+
+    #[test]
+    fn version_2_of_a_kernel_holds_a_pod_to_its_limits() {
+        let Some(name) = kernel_v2::own_name() else { return };
+        let cgroups = Cgroups::of_host(false);
+        let path = format!("/{name}/pod");
+        let limits = Resources {
+            cpu_shares: Some(512),
+            cpu_quota: Some(50_000),
+            cpu_period: Some(100_000),
+            memory_limit: Some(32 << 20),
+            pids_limit: Some(8),
+            ..Resources::default()
+        };
+        cgroups.ensure(&path, &limits).unwrap();
+        cgroups.ensure(&path, &limits).unwrap();
+        let read = |file: &str| kernel_v2::read(&path, file);
+        assert_eq!((read("cpu.weight"), read("cpu.max")), (weight(512).to_string(), "50000 100000".to_owned()));
+        assert_eq!((read("memory.max"), read("pids.max")), ((32 << 20).to_string(), "8".to_owned()));
+        let child = kernel_v2::run_in(&path, "x=$(head -c 60000000 /dev/zero | tr '\\0' x)");
+        child.wait_with_output().unwrap();
+        let killed = |line: &str| line.strip_prefix("oom_kill ").is_some_and(|count| count != "0");
+        assert!(read("memory.events").lines().any(killed), "{}", read("memory.events"));
+        let forks = "for i in 1 2 3 4 5 6 7 8 9 10; do sleep 60 & done; read end";
+        let child = kernel_v2::run_in(&path, forks);
+        let begun = std::time::Instant::now();
+        while read("pids.events") == "max 0" {
+            assert!(begun.elapsed() < Duration::from_secs(60), "{}", read("pids.current"));
+            std::thread::sleep(RMDIR_PAUSE);
+        }
+        fs::write(kernel_v2::directory(&path).join("cgroup.kill"), "1").unwrap();
+        child.wait_with_output().unwrap();
+        cgroups.remove(&name).unwrap();
+        assert!(!kernel_v2::directory(&name).exists());
     }
 
     #[test]

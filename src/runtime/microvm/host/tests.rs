@@ -6,7 +6,9 @@ use std::result::Result;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
+use lambdalet_proto::session::link::serve_sessions;
 use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
 use tokio::sync::Notify;
 
 use super::*;
@@ -21,6 +23,8 @@ enum Says {
     Nothing,
     /// Any bytes, without an end.
     Garbage,
+    /// That it is there; then it hangs up.
+    Goodbye,
 }
 
 #[derive(Debug, Default)]
@@ -93,11 +97,29 @@ impl Machine for HostileMachine {
     #[allow(clippy::disallowed_methods)]
     async fn agent(&self) -> Result<Pin<Box<dyn Duplex>>, MachineError> {
         self.counted.asked.fetch_add(1, Ordering::Relaxed);
-        let (ours, mut guests) = tokio::io::duplex(64 << 10);
+        let (ours, mut guests) = UnixStream::pair().unwrap();
         let says = self.says;
         tokio::spawn(async move {
-            if says == Says::Garbage {
-                while guests.write_all(&rand::random::<[u8; 4096]>()).await.is_ok() {}
+            match says {
+                Says::Nothing => {}
+                Says::Garbage => while guests.write_all(&rand::random::<[u8; 4096]>()).await.is_ok() {},
+                Says::Goodbye => {
+                    let (reader, mut writer) = guests.split();
+                    let hang_up = Notify::new();
+                    let sessions = serve_sessions(reader, &mut writer, |mut io| {
+                        let hang_up = &hang_up;
+                        async move {
+                            // What a peer of HTTP/2 begins with: a SETTINGS frame, of nothing.
+                            let _ = io.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await;
+                            hang_up.notify_one();
+                        }
+                    });
+                    // Neither is needed any more once the other has ended.
+                    tokio::select! {
+                        _ = sessions => {}
+                        () = hang_up.notified() => {}
+                    }
+                }
             }
         });
         Ok(Box::pin(ours))
@@ -217,4 +239,32 @@ async fn what_does_not_end_is_found_again_by_its_directory() {
     bench.vms.destroy("vm").await.unwrap();
     assert!(bench.vms.inner.dirs.list().unwrap().is_empty());
     assert_eq!(counted.killed.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn of_ten_thousand_sessions_that_break_nothing_is_left() {
+    let place = tempfile::tempdir().unwrap();
+    let dir = VmDirs::new(place.path(), "default").unwrap().of(&VmId::random());
+    let counted = Arc::<Counted>::default();
+    let alive = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let before = alive();
+    let begun = Instant::now();
+    for (says, rounds) in [(Says::Nothing, 5_000), (Says::Goodbye, 5_000)] {
+        let (dir, counted) = (dir.clone(), Arc::clone(&counted));
+        let vm = HostVm::new(Box::new(HostileMachine { dir, says, counted, ended: Notify::new() }));
+        let mut most = 0;
+        for _ in 0..rounds {
+            let error = vm.agent_within(RESTORE_PATIENCE).await.expect_err("it is no guest");
+            assert_eq!(error.kind(), Kind::Unavailable, "{}", chain(&error));
+            most = most.max(alive());
+        }
+        println!("{says:?}: {rounds} sessions after {:?}, {most} tasks at the most", begun.elapsed());
+        assert!(most < before + 16, "{most} tasks");
+    }
+    assert_eq!(counted.asked.load(Ordering::Relaxed), 10_000);
+    // Those of the last session see its end when they are next run.
+    while alive() > before {
+        assert!(begun.elapsed() < BOOT_PATIENCE, "{} tasks, {before} before", alive());
+        tokio::task::yield_now().await;
+    }
 }

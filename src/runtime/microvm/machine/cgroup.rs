@@ -220,6 +220,7 @@ fn remove(directory: &Path, until: Instant) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runtime::kernel_v2;
 
     fn id() -> VmId {
         VmId::new("one").unwrap()
@@ -278,6 +279,32 @@ mod tests {
         cgroup.join_entered(43).unwrap();
         assert_eq!(read(own.join("cgroup.procs")), "43");
         assert!(!own.join("tasks").exists() && !own.join("cpuset.cpus").exists());
+    }
+
+    #[test]
+    fn version_2_of_a_kernel_holds_a_vmm_to_its_limits() {
+        let Some(name) = kernel_v2::own_name() else { return };
+        let cgroup = VmCgroup::of_host(&format!("{name}/pod"), &id());
+        cgroup.make(&Limits { guest_memory: 64 << 20, cpus: Some(vec![0]), numa_node: None }).unwrap();
+        cgroup.enter().unwrap();
+        let pod = format!("{name}/pod");
+        let own = format!("{pod}/vmm-one");
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        cgroup.join_entered(child.id().try_into().unwrap()).unwrap();
+        assert_eq!(kernel_v2::read(&own, "cgroup.procs"), child.id().to_string());
+        cgroup.weigh(512).unwrap();
+        assert_eq!(kernel_v2::read(&pod, "cpu.weight"), "20");
+        assert_eq!(kernel_v2::read(&own, "memory.max"), ((64 << 20) + OVERHEAD).to_string());
+        assert_eq!(
+            (kernel_v2::read(&own, "pids.max"), kernel_v2::read(&own, "cpuset.cpus")),
+            ("256".into(), "0".into())
+        );
+        assert!(cgroup.remove_here().is_err(), "it is in use");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        cgroup.remove_here().unwrap();
+        assert!(!kernel_v2::directory(&pod).exists());
+        fs::remove_dir(kernel_v2::directory(&name)).unwrap();
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Real machines under the host's QEMU, with the little guest of `hack/tiny-guest`, which answers lines on the agent's
 //! port: `LAMBDALET_TEST_TINY_GUEST` names its directory.
 
+mod in_guest;
 mod isolation;
 mod network;
 
