@@ -1,6 +1,7 @@
 //! The command line, and the one place that names concrete types and wires the rooms together.
 
 mod client;
+pub mod cni;
 mod controller;
 mod cri;
 mod flags;

@@ -1,6 +1,7 @@
 //! `lambdalet check`: what on this host keeps a node from working, what that means, and what to do. Changes nothing.
 
 mod cluster;
+mod cri;
 mod docker;
 mod host;
 mod microvm;
@@ -103,12 +104,13 @@ pub async fn examine(settings: &Settings, kubeconfig: Option<&Path>) -> Report {
     }
     match settings.runtime.kind {
         RuntimeKind::Docker => findings.extend(docker::examine(&settings.runtime.docker_endpoint).await),
+        RuntimeKind::Cri => findings.extend(cri::examine(&settings.runtime.cri_endpoint).await),
         RuntimeKind::Microvm => findings.push(docker::beside_microvms(&settings.runtime.docker_endpoint)),
         RuntimeKind::Fake => {
             findings.push(Finding::warn("runtime", "fake: Pods are remembered, not run", "for tests only"));
         }
     }
-    if settings.runtime.kind != RuntimeKind::Fake {
+    if matches!(settings.runtime.kind, RuntimeKind::Docker | RuntimeKind::Microvm) {
         findings.extend(microvm::examine(settings).await);
     }
     findings.push(host::cluster_dns(&settings.pods.cluster_dns));

@@ -327,6 +327,8 @@ pub struct RuntimeSettings {
     pub kind: RuntimeKind,
     /// The Docker daemon, `unix:///path` .
     pub docker_endpoint: String,
+    /// The CRI runtime, `unix:///path`.
+    pub cri_endpoint: String,
     /// Image of the process that holds a sandbox; `None` is the driver's own.
     pub sandbox_image: Option<String>,
     /// Pods as microVMs.
@@ -338,6 +340,7 @@ impl Default for RuntimeSettings {
         Self {
             kind: RuntimeKind::default(),
             docker_endpoint: "unix:///var/run/docker.sock".to_owned(),
+            cri_endpoint: "unix:///run/containerd/containerd.sock".to_owned(),
             sandbox_image: None,
             microvm: MicrovmSettings::default(),
         }
@@ -352,6 +355,8 @@ pub enum RuntimeKind {
     Docker,
     /// MicroVMs; containers of a Docker daemon, if there is one, for Pods that ask for them
     Microvm,
+    /// Containers of another runtime that speaks CRI v1, such as containerd; nothing else
+    Cri,
     /// Nothing real: Pods are remembered, not run
     Fake,
 }
@@ -362,6 +367,7 @@ impl RuntimeKind {
         match self {
             Self::Docker => "docker",
             Self::Microvm => "microvm",
+            Self::Cri => "cri",
             Self::Fake => "fake",
         }
     }

@@ -26,7 +26,7 @@
 //! * [`function_server`] starts single replicas for a resource manager that asks by gRPC, past Kubernetes.
 //! * [`controller`] approves the serving certificates that nodes ask for, in `lambdalet controller`.
 //! * [`cri`] serves the runtime to crictl and to other kubelets, in `lambdalet cri`.
-//! * [`runtime`] is the seam: verbs with CRI's names and rules, and the drivers behind them: Docker, microVMs.
+//! * [`runtime`] is the seam: verbs with CRI's names and rules, and the drivers behind them: Docker, microVMs, CRI.
 //! * [`network`] gives each Pod an address and plugs its cable.
 //! * [`kubelet_api`] is the node's HTTPS API: logs, exec, attach, port-forward, Pods, health and metrics, for
 //!   those who may.
@@ -39,6 +39,7 @@
 //! * [`metrics`] is the registry behind `/metrics`.
 //! * [`memory`] lets go of code that is not run.
 //! * [`quantity`] reads and writes Kubernetes quantities exactly.
+//! * [`spdy`] reads and writes the frames of SPDY/3.1, for clients of the kubelet API and of a runtime's streams.
 //! * [`certificate`] reads and writes certificates, and says when one is to be renewed.
 //! * [`retry`] says when to try again, and tells a failure that goes on once a minute.
 //! * [`failpoint`] names the steps at which a test may kill the process.
@@ -68,5 +69,6 @@ pub mod quantity;
 pub mod retry;
 pub mod runtime;
 pub mod shutdown;
+pub mod spdy;
 pub mod telemetry;
 mod turns;

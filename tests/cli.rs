@@ -15,7 +15,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair,
 use tempfile::TempDir;
 
 /// Flags that scripts written for a kubelet rely on, and our own.
-const RUN_FLAGS: [&str; 49] = [
+const RUN_FLAGS: [&str; 50] = [
     "kubeconfig",
     "bootstrap-kubeconfig",
     "cert-dir",
@@ -48,6 +48,7 @@ const RUN_FLAGS: [&str; 49] = [
     "cni-bin-dir",
     "runtime",
     "docker-endpoint",
+    "container-runtime-endpoint",
     "sandbox-image",
     "insecure-registries",
     "guest-image",
@@ -188,7 +189,7 @@ fn completion_scripts_are_made_for_each_shell() {
 #[test]
 fn an_unknown_runtime_is_answered_with_those_there_are() {
     let stderr = refused(&["run", "--runtime", "podman"]);
-    assert!(stderr.contains("podman") && stderr.contains("docker, microvm, fake"), "{stderr}");
+    assert!(stderr.contains("podman") && stderr.contains("docker, microvm, cri, fake"), "{stderr}");
 }
 
 #[test]

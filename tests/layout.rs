@@ -20,6 +20,7 @@ const HEIGHTS: [&[&str]; 4] = [
         "quantity",
         "retry",
         "shutdown",
+        "spdy",
         "telemetry",
         "turns",
     ],

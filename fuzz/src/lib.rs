@@ -5,5 +5,5 @@
 pub mod channels;
 #[path = "../../src/runtime/microvm/agent/said.rs"]
 pub mod said;
-#[path = "../../src/kubelet_api/streaming/spdy/mod.rs"]
+#[path = "../../src/spdy/mod.rs"]
 pub mod spdy;

@@ -17,8 +17,6 @@ use anyhow::{Context as _, ensure};
 use clap::Parser;
 use futures::future::try_join_all;
 use lambdalet::network::bridge::Bridge;
-use lambdalet::runtime::SandboxRuntime as _;
-use lambdalet::runtime::docker::remove_cgroup_root;
 use lambdalet::runtime::microvm::agent::Agent;
 use lambdalet::runtime::microvm::host::{HostOptions, HostVms};
 use lambdalet::runtime::microvm::image;
@@ -31,6 +29,7 @@ use lambdalet::runtime::stats::StatsScope;
 use lambdalet::runtime::types::{
     MachineFiles, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxId, SandboxNetwork,
 };
+use lambdalet::runtime::{SandboxRuntime as _, remove_cgroup_root};
 use rustix::fs::inotify;
 use tokio::net::UnixStream;
 

@@ -3,7 +3,7 @@
 use anyhow::{Context, ensure};
 use bytes::{Buf as _, BufMut as _, BytesMut};
 use flate2::{Compress, Compression, FlushCompress};
-use lambdalet::kubelet_api::streaming::spdy::headers::DICTIONARY;
+use lambdalet::spdy::headers::DICTIONARY;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::client::{Client, PIECE, Tls};

@@ -24,11 +24,11 @@ use hyper_util::rt::TokioIo;
 use lambdalet::kubelet_api::{About, Access, Authorization, KubeletApi, Limits, Params, Serving, TlsParams};
 use lambdalet::metrics::Metrics;
 use lambdalet::pod::directory::Directory;
-use lambdalet::runtime::docker::{DockerOptions, DockerRuntime, NoCable, remove_cgroup_root};
+use lambdalet::runtime::docker::{DockerOptions, DockerRuntime, NoCable};
 use lambdalet::runtime::types::{
     ContainerConfig, MachineFiles, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxNetwork,
 };
-use lambdalet::runtime::{ImageStore as _, Runtime, SandboxRuntime as _};
+use lambdalet::runtime::{ImageStore as _, Runtime, SandboxRuntime as _, remove_cgroup_root};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;

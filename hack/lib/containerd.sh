@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # A containerd of one's own beside whatever else runs on the host. Sourced by the
-# scripts that measure or compare with one.
+# scripts that measure or compare with one, or have a node run Pods on one.
 #
 # D is the directory that holds what it keeps, R one for its sockets and state: a
 # socket's path may not be longer than 107 bytes, so R is short.
@@ -14,7 +14,8 @@ ctr_of() { # R ARGS...
 }
 
 # containerd_start D R [IMAGE...]: containerd answers CRI on R/containerd.sock, and has
-# these images of Docker's, where that has them.
+# these images of Docker's, where that has them. It plugs its Pods in as D/cni says, with
+# the plug-ins of the CNI project and those in D/bin.
 containerd_start() {
   local dir=$1 run=$2
   shift 2
@@ -34,14 +35,20 @@ state = "$run/state"
   # Without CAP_SYS_RESOURCE a score cannot be lowered, and runc dies of trying.
   restrict_oom_score_adj = true
 [plugins."io.containerd.cri.v1.runtime".cni]
-  bin_dirs = ["/usr/lib/cni"]
+  bin_dirs = ["/usr/lib/cni", "$dir/bin"]
   conf_dir = "$dir/cni"
 TOML
   say "starting containerd"
   # containerd looks for its shim in PATH.
   PATH=$(dirname "$(containerd_tool containerd)"):$PATH proc_start "$dir" containerd "$(containerd_tool containerd)" --config "$dir/containerd.toml"
   proc_ready "$dir" containerd 30 ctr_of "$run" version || fail "containerd does not start" "read $dir/containerd.log"
-  local image
+  containerd_copy "$dir" "$run" "$@"
+}
+
+# containerd_copy D R IMAGE...: it has these images of Docker's from now on, where that has them.
+containerd_copy() {
+  local dir=$1 run=$2 image
+  shift 2
   for image in "$@"; do
     docker image inspect "$image" >/dev/null 2>&1 || continue
     say "copying $image"
@@ -72,18 +79,22 @@ forward_bridge() { # -I or -D, BRIDGE
   iptables -w "$1" FORWARD -o "$2" -j ACCEPT 2>/dev/null || true
 }
 
-# containerd_stop D R BRIDGE: ends it and all that runs in it, and removes what it left on the host.
+# containerd_stop D R [BRIDGE]: ends it and all that runs in it, and removes what it left on the host.
 containerd_stop() {
-  local dir=$1 run=$2 bridge=$3 task mount
+  local dir=$1 run=$2 bridge=${3:-} task shim mount
   if proc_alive "$dir" containerd; then
     for task in $(ctr_of "$run" tasks ls -q); do ctr_of "$run" tasks rm -f "$task" >/dev/null 2>&1 || true; done
     say "stopping containerd"
     proc_stop "$dir" containerd
   fi
+  # It forgets shims of starts that were given up halfway.
+  for shim in $(pgrep -f -- "^[^ ]*containerd-shim-runc-v2 .*-address $run/containerd.sock"); do kill -KILL "$shim" 2>/dev/null || true; done
   findmnt -rno TARGET | awk -v a="$dir/" -v b="$run/" 'index($0, a) == 1 || index($0, b) == 1' | sort -r |
     while read -r mount; do umount -l "$mount"; done
-  forward_bridge -D "$bridge"
-  ip link delete "$bridge" 2>/dev/null || true
+  if [ -n "$bridge" ]; then
+    forward_bridge -D "$bridge"
+    ip link delete "$bridge" 2>/dev/null || true
+  fi
   rm -rf "$dir/containerd" "$run"
   # Made whatever the flags say; gone again unless somebody else uses them.
   rmdir /var/lib/cni/results /var/lib/cni 2>/dev/null || true

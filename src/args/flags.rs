@@ -372,7 +372,10 @@ pub(super) struct RuntimeArgs {
     /// The Docker daemon [default: unix:///var/run/docker.sock]
     #[arg(long, value_name = "URL")]
     docker_endpoint: Option<String>,
-    /// Image of the process that holds a Pod's namespaces [default: one made on the spot]
+    /// The runtime of --runtime cri [default: unix:///run/containerd/containerd.sock]
+    #[arg(long, value_name = "URL")]
+    container_runtime_endpoint: Option<String>,
+    /// Image of the process that holds a Pod's namespaces [default: one made on the spot; a CRI runtime has its own]
     #[arg(long, value_name = "IMAGE")]
     sandbox_image: Option<String>,
     /// Registries that are spoken to in plain HTTP
@@ -382,10 +385,11 @@ pub(super) struct RuntimeArgs {
 
 impl RuntimeArgs {
     pub(super) fn apply(self, settings: &mut Settings) {
-        let Self { runtime, docker_endpoint, sandbox_image, insecure_registries } = self;
+        let Self { runtime, docker_endpoint, container_runtime_endpoint, sandbox_image, insecure_registries } = self;
         let target = &mut settings.runtime;
         set(&mut target.kind, runtime);
         set(&mut target.docker_endpoint, docker_endpoint);
+        set(&mut target.cri_endpoint, container_runtime_endpoint);
         set(&mut target.sandbox_image, sandbox_image.map(Some));
         settings.images.insecure_registries = insecure_registries.iter().map(|host| host.as_str().to_owned()).collect();
     }

@@ -22,7 +22,7 @@ use super::flags::Plan;
 use super::identity;
 use crate::apiserver::ApiServer;
 use crate::apiserver::reload::Reload;
-use crate::config::{Settings, configuration};
+use crate::config::{RuntimeKind, Settings, configuration};
 use crate::events::{self, Events};
 use crate::function_server::Supply;
 use crate::kubelet_api::{self, KubeletApi};
@@ -52,8 +52,9 @@ use crate::pod::static_pods::source::{self, Folder};
 use crate::pod::translate::Host;
 use crate::pod::volumes::VolumeManager;
 use crate::pod::{self, Fronts, PodLoop, node_shutdown};
-use crate::runtime::Runtime;
-use crate::runtime::docker::{self, Keepers};
+use crate::retry::Retry;
+use crate::runtime::keepers::Keepers;
+use crate::runtime::{self, Runtime};
 use crate::shutdown::Tasks;
 
 /// How long tasks have to end when Pods are left running: time to finish a request, not to end a Pod.
@@ -272,7 +273,13 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
         Some((ipams, bridge)) => function_server::open(&parts, ipams, bridge).await,
         None => None,
     };
-    let shared = Arc::new(shared(&parts, addresses, drained).await?);
+    let mut shared = shared(&parts, addresses, drained).await?;
+    shared.runtime_name = tokio::select! {
+        // Cancel-safe: it only asks.
+        name = runtime_name(&parts) => name,
+        () = draining.cancelled() => return Ok(()),
+    };
+    let shared = Arc::new(shared);
     let images = collect_garbage(&parts, &shared);
     evict(&parts, &shared, images)?;
     await_shutdown(&parts, &shared);
@@ -291,9 +298,25 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
     Ok(())
 }
 
+/// What the ids of containers begin with. A CRI runtime tells its own name once it answers, and has no containers to tell
+/// of before; a kubelet does not even start without it.
+async fn runtime_name(parts: &Parts) -> String {
+    let kind = parts.settings.runtime.kind;
+    if kind != RuntimeKind::Cri {
+        return kind.name().to_owned();
+    }
+    let mut retry = Retry::new("learn the container runtime's name");
+    loop {
+        match parts.runtime.version().await {
+            Ok(version) => return version.name,
+            Err(error) => tokio::time::sleep(retry.failed(crate::telemetry::chain(&error))).await,
+        }
+    }
+}
+
 /// Removes the cgroups of Pods that nothing is in, and the owner's if nothing is left in that.
 fn remove_empty_cgroups(root: &str) {
-    if let Err(error) = docker::remove_empty_cgroup_root(root) {
+    if let Err(error) = runtime::remove_empty_cgroup_root(root) {
         warn!(error = crate::telemetry::chain(&error), "failed to remove the empty cgroups of sandboxes");
     }
 }
@@ -375,7 +398,7 @@ async fn take_down(shared: &pod::Shared, bridge: &watch::Sender<Option<Bridge>>)
     if let Err(error) = shared.volumes.close().await {
         tracing::warn!(error = crate::telemetry::chain(&error), "failed to unmount the Pods' secrets");
     }
-    if let Err(error) = docker::remove_cgroup_root(&shared.host.cgroup_root) {
+    if let Err(error) = runtime::remove_cgroup_root(&shared.host.cgroup_root) {
         tracing::warn!(error = crate::telemetry::chain(&error), "failed to remove the Pods' cgroup");
     }
 }

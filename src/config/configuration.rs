@@ -19,6 +19,7 @@ pub fn in_effect(settings: &Settings) -> Value {
     if let Some(most) = pulls.filter(|most| *most != 1) {
         all.push(("maxParallelImagePulls".to_owned(), json!(most)));
     }
+    all.push(("containerRuntimeEndpoint".to_owned(), json!(settings.runtime.cri_endpoint)));
     let garbage = &settings.images.garbage;
     all.push(("imageGCHighThresholdPercent".to_owned(), json!(garbage.high_percent)));
     all.push(("imageGCLowThresholdPercent".to_owned(), json!(garbage.low_percent)));
@@ -158,6 +159,7 @@ mod tests {
         settings.node.shutdown_grace.by_priority = BTreeMap::from([(7, Duration::from_secs(9))]);
         settings.pods.log_max_size = 12_345;
         settings.images.max_parallel_pulls = Some(4);
+        settings.runtime.cri_endpoint = "unix:///run/crio/crio.sock".to_owned();
         let (read, warnings) = read_back(&settings);
         assert_eq!(warnings, Vec::<String>::new());
         let (mut read, mut wanted) = (read, settings);

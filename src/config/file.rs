@@ -106,6 +106,7 @@ struct KubeletConfiguration {
     node_status_update_frequency: Option<GoDuration>,
     node_status_report_frequency: Option<GoDuration>,
     node_lease_duration_seconds: Option<u32>,
+    container_runtime_endpoint: Option<String>,
     container_log_max_size: Option<String>,
     container_log_max_files: Option<u32>,
     eviction_hard: Option<BTreeMap<String, String>>,
@@ -257,6 +258,9 @@ impl ConfigFile {
         let fields = std::mem::take(&mut self.fields);
         let mut overlay = Overlay { path: self.path, ignored: self.ignored };
         let mut warnings = apply_serving(&fields, settings);
+        // To a kubelet an empty one is a field that was not set.
+        let endpoint = fields.container_runtime_endpoint.clone().filter(|endpoint| !endpoint.is_empty());
+        set(&mut settings.runtime.cri_endpoint, endpoint);
         overlay.tls(&fields, settings)?;
         overlay.node(&fields, settings)?;
         overlay.pods(&fields, settings)?;

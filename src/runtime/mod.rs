@@ -6,6 +6,7 @@
 //! * [`docker`]: a sandbox is a small container that holds the namespaces, members join it;
 //! * [`handler`]: several drivers side by side, chosen per sandbox;
 //! * [`microvm`]: a sandbox is a virtual machine (in memory only so far: no flag chooses it);
+//! * [`cri`]: the sandboxes and containers of another runtime, such as containerd, which is spoken to in CRI v1;
 //! * [`fake`]: in memory, with fault knobs, for tests and `--runtime fake`.
 //!
 //! The runtime is the memory of the node: after a restart everything is found again by listing. So each verb is
@@ -13,17 +14,26 @@
 
 mod attached;
 mod blocking;
+mod cgroup;
+mod creates;
+pub mod cri;
 pub mod disk;
 pub mod docker;
 pub mod error;
 pub mod fake;
 pub mod handler;
+pub mod keepers;
 #[cfg(test)]
 mod kernel_v2;
+mod labels;
 pub mod late;
+mod loopback;
 pub mod microvm;
+mod oom;
+mod process;
 mod reference;
 mod registry;
+mod running;
 pub mod session;
 pub mod stats;
 pub mod traced;
@@ -38,6 +48,7 @@ use async_trait::async_trait;
 use futures::stream::BoxStream;
 
 use blocking::blocking;
+pub use cgroup::{remove_cgroup_root, remove_empty_cgroup_root};
 pub use error::{Kind, Result, RuntimeError};
 use session::{AttachRequest, Duplex, ExecRequest, Session};
 use stats::{ImageFs, SandboxStats, StatsScope};

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::{Buf, BufMut, BytesMut};
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress};
 use http::Method;
-use lambdalet::kubelet_api::streaming::spdy::headers::DICTIONARY;
+use lambdalet::spdy::headers::DICTIONARY;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
@@ -271,10 +271,10 @@ impl SpdyReader {
 }
 
 mod framer {
-    use lambdalet::kubelet_api::streaming::spdy::SpdyError;
-    use lambdalet::kubelet_api::streaming::spdy::connection::{Connection, Event};
-    use lambdalet::kubelet_api::streaming::spdy::frame::{Encoder, MAX_CONTROL, ResetReason};
-    use lambdalet::kubelet_api::streaming::spdy::headers::MAX_INFLATED;
+    use lambdalet::spdy::SpdyError;
+    use lambdalet::spdy::connection::{Connection, Event};
+    use lambdalet::spdy::frame::{Encoder, MAX_CONTROL, ResetReason};
+    use lambdalet::spdy::headers::MAX_INFLATED;
     use proptest::prelude::*;
 
     use super::*;

@@ -15,6 +15,7 @@ use futures::{FutureExt, TryStreamExt};
 use lambdalet::network::Cable;
 use lambdalet::network::bridge::Bridge;
 use lambdalet::runtime::Runtime;
+use lambdalet::runtime::cri::{CriOptions, CriRuntime};
 use lambdalet::runtime::docker::{DockerOptions, DockerRuntime, NoCable};
 use lambdalet::runtime::fake::FakeRuntime;
 use lambdalet::runtime::handler::{Handlers, Named};
@@ -30,6 +31,7 @@ use lambdalet::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, ImageId, LogChunk, LogOptions, MachineFiles, Mount,
     NamespaceMode, PodRef, Resources, SandboxConfig, SandboxId, SandboxNetwork,
 };
+use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 
@@ -45,6 +47,8 @@ const RANGE: &str = "10.99.0.0/24";
 const BRIDGE: &str = "lbcontract";
 /// What the containers of a machine can write, in bytes.
 pub(crate) const SCRATCH: u64 = 256 << 20;
+/// The socket of a containerd.
+const CONTAINERD: &str = "LAMBDALET_TEST_CONTAINERD";
 const BUSYBOX: &str = "/bin/busybox";
 const APPLETS: [&str; 8] = ["sh", "sleep", "cat", "hostname", "id", "head", "tail", "ls"];
 
@@ -61,6 +65,9 @@ pub(crate) struct Bench {
     handler: Option<String>,
     /// Whether a sandbox can be on the host's network.
     pub(crate) has_host_network: bool,
+    /// Whether its logs lose a carriage return before the end of a line, as those of containerd do.
+    pub(crate) drops_carriage_returns: bool,
+    fake: bool,
     machines: Option<Machines>,
     folder: TempDir,
 }
@@ -127,6 +134,8 @@ impl Bench {
             owner: String::new(),
             handler: None,
             has_host_network: true,
+            drops_carriage_returns: false,
+            fake: true,
             machines: None,
             folder: tempfile::tempdir().unwrap(),
         }
@@ -179,10 +188,51 @@ impl Bench {
             owner,
             handler: None,
             has_host_network: true,
+            drops_carriage_returns: false,
+            fake: false,
             machines: None,
             folder: tempfile::tempdir().unwrap(),
         };
         Some(bench)
+    }
+
+    /// A containerd, spoken to in CRI; `None` unless the environment names one.
+    pub(crate) async fn cri() -> Option<Self> {
+        let (Some(socket), Some(ctr)) = (std::env::var_os(CONTAINERD), std::env::var_os("LAMBDALET_TEST_CTR")) else {
+            println!("skipped: {CONTAINERD} and LAMBDALET_TEST_CTR name no containerd (hack/containerd starts one)");
+            return None;
+        };
+        let socket = PathBuf::from(socket);
+        let owner = format!("contract-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let folder = tempfile::tempdir().unwrap();
+        let (image, image_ref) = import_into(Path::new(&ctr), &socket, &owner, folder.path());
+        let connect = async |owner: &str| {
+            let options = CriOptions::new(owner, folder.path().join("logs").join(owner));
+            let options = CriOptions { endpoint: format!("unix://{}", socket.display()), ..options };
+            let runtime: Arc<dyn Runtime> = Arc::new(CriRuntime::connect(options, Arc::new(NoCable)).await.unwrap());
+            runtime
+        };
+        let runtime = connect(&owner).await;
+        let begun = Instant::now();
+        // Its CRI half hears of the import by an event.
+        while runtime.image_status(&image_ref).await.unwrap().is_none() {
+            assert!(begun.elapsed() < PATIENCE, "the image is not there");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Some(Self {
+            runtime,
+            stranger: connect(&format!("{owner}-other")).await,
+            image,
+            image_ref,
+            docker: None,
+            owner,
+            handler: None,
+            has_host_network: true,
+            drops_carriage_returns: true,
+            fake: false,
+            machines: None,
+            folder,
+        })
     }
 
     /// Machines of QEMU beside the Docker daemon, whose images they run, on one bridge; `None` unless the environment asks
@@ -293,7 +343,7 @@ impl Bench {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         left.extend(self.of_machines());
-        if self.docker.is_some() {
+        if !self.fake {
             for tree in std::fs::read_dir("/sys/fs/cgroup").unwrap() {
                 let root = tree.unwrap().path().join(&self.owner);
                 if root.is_dir() {
@@ -306,7 +356,7 @@ impl Bench {
     }
 
     pub(crate) fn is_fake(&self) -> bool {
-        self.docker.is_none()
+        self.fake
     }
 
     pub(crate) fn pod(&self, name: &str) -> PodRef {
@@ -519,27 +569,57 @@ fn directories(path: &Path) -> impl Iterator<Item = PathBuf> {
 
 /// An image of its own for each bench, so that one test's removal is no other's loss.
 async fn import_image(docker: &Docker, owner: &str) -> (ImageId, String) {
+    let options = CreateImageOptionsBuilder::new().from_src("-").repo("lambdalet.dev/contract").tag(owner).build();
+    let body = bollard::body_full(layer(owner).into());
+    docker.create_image(Some(options), Some(body), None).try_for_each(|_| async { Ok(()) }).await.unwrap();
+    let reference = format!("lambdalet.dev/contract:{owner}");
+    let id = docker.inspect_image(&reference).await.unwrap().id.unwrap();
+    (ImageId::from(id), reference)
+}
+
+/// The same for a containerd, as an archive that `docker save` would write.
+fn import_into(ctr: &Path, socket: &Path, owner: &str, folder: &Path) -> (ImageId, String) {
+    let reference = format!("lambdalet.dev/contract:{owner}");
+    let layer = layer(owner);
+    let digest = |bytes: &[u8]| Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+    let config = serde_json::json!({
+        "architecture": architecture, "os": "linux", "config": {},
+        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", digest(&layer))]},
+    });
+    let config = config.to_string().into_bytes();
+    let manifest = serde_json::json!([{"Config": "config.json", "RepoTags": [&reference], "Layers": ["layer.tar"]}]);
+    let mut archive = tar::Builder::new(Vec::new());
+    for (name, bytes) in
+        [("manifest.json", manifest.to_string().as_bytes()), ("config.json", &config), ("layer.tar", &layer)]
+    {
+        add(&mut archive, name, 0o644, bytes);
+    }
+    let path = folder.join("image.tar");
+    std::fs::write(&path, archive.into_inner().unwrap()).unwrap();
+    let (ctr, socket, path) = (ctr.to_str().unwrap(), socket.to_str().unwrap(), path.to_str().unwrap());
+    output(ctr, &["--address", socket, "--namespace", "k8s.io", "images", "import", path]);
+    (ImageId::from(format!("sha256:{}", digest(&config))), reference)
+}
+
+/// The files of an image. They differ per bench, and so does the image's id.
+fn layer(owner: &str) -> Vec<u8> {
     let busybox = std::fs::read(BUSYBOX).expect("a static busybox at /bin/busybox (Debian: busybox-static)");
     let mut archive = tar::Builder::new(Vec::new());
-    let mut header = tar::Header::new_gnu();
-    header.set_mode(0o755);
-    header.set_size(busybox.len() as u64);
-    archive.append_data(&mut header, "bin/busybox", busybox.as_slice()).unwrap();
+    add(&mut archive, "bin/busybox", 0o755, &busybox);
     for applet in APPLETS {
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(tar::EntryType::Symlink);
         header.set_size(0);
         archive.append_link(&mut header, format!("bin/{applet}"), "busybox").unwrap();
     }
-    // Differs per bench, and so does the image's id.
+    add(&mut archive, "etc/owner", 0o644, owner.as_bytes());
+    archive.into_inner().unwrap()
+}
+
+fn add(archive: &mut tar::Builder<Vec<u8>>, name: &str, mode: u32, bytes: &[u8]) {
     let mut header = tar::Header::new_gnu();
-    header.set_mode(0o644);
-    header.set_size(owner.len() as u64);
-    archive.append_data(&mut header, "etc/owner", owner.as_bytes()).unwrap();
-    let options = CreateImageOptionsBuilder::new().from_src("-").repo("lambdalet.dev/contract").tag(owner).build();
-    let body = bollard::body_full(archive.into_inner().unwrap().into());
-    docker.create_image(Some(options), Some(body), None).try_for_each(|_| async { Ok(()) }).await.unwrap();
-    let reference = format!("lambdalet.dev/contract:{owner}");
-    let id = docker.inspect_image(&reference).await.unwrap().id.unwrap();
-    (ImageId::from(id), reference)
+    header.set_mode(mode);
+    header.set_size(bytes.len() as u64);
+    archive.append_data(&mut header, name, bytes).unwrap();
 }

@@ -3,6 +3,7 @@
 //! The fake is always tested. Docker is when `LAMBDALET_TEST_DOCKER=1` (a daemon at /var/run/docker.sock, root, and a
 //! static /bin/busybox are needed); what is made there is owned by the test and removed with it. MicroVMs are when
 //! `LAMBDALET_TEST_GUEST` names a guest too (hack/guest), beside Docker and with its images, as on a node that has both.
+//! A containerd is, through CRI, when `LAMBDALET_TEST_CONTAINERD` names its socket (hack/containerd starts one).
 
 // Helpers of a test are test code too, but only what bears #[test] is spared by the lint.
 #![allow(clippy::unwrap_used)]
@@ -47,6 +48,12 @@ macro_rules! contract {
             $($(#[tokio::test]
             async fn $case() {
                 crate::bench::run(crate::bench::Bench::docker().await, crate::$room::$case).await;
+            })*)*
+        }
+        mod cri {
+            $($(#[tokio::test]
+            async fn $case() {
+                crate::bench::run(crate::bench::Bench::cri().await, crate::$room::$case).await;
             })*)*
         }
         mod microvm {

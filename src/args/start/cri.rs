@@ -14,7 +14,7 @@ use crate::cri::{About, Cri, Params, Plug, sandbox_files};
 use crate::metrics::Metrics;
 use crate::network::uplink::Uplink;
 use crate::node::owner;
-use crate::runtime::docker::Keepers;
+use crate::runtime::keepers::Keepers;
 use crate::shutdown::Tasks;
 
 /// What the flags come to.

@@ -10,9 +10,11 @@ use crate::config::{RuntimeKind, Settings};
 use crate::metrics::Metrics;
 use crate::network::uplink::Uplink;
 use crate::pod::drivers::{Drivers, MICROVM};
-use crate::runtime::docker::{DockerOptions, DockerRuntime, Keepers};
+use crate::runtime::cri::{CriOptions, CriRuntime};
+use crate::runtime::docker::{DockerOptions, DockerRuntime};
 use crate::runtime::fake::FakeRuntime;
 use crate::runtime::handler::{Handlers, Named};
+use crate::runtime::keepers::Keepers;
 use crate::runtime::late::Late;
 use crate::runtime::microvm::vmms::Survey;
 use crate::runtime::traced::Traced;
@@ -51,6 +53,10 @@ pub(super) async fn make(
         return Made { runtime: Arc::new(runtime), drivers: Drivers::only(kind.name()) };
     }
     let maker = Maker { settings, owner, keepers, uplink: Arc::new(uplink) };
+    if kind == RuntimeKind::Cri {
+        let runtime = metrics.register(|registry| Traced::new(maker.cri(), registry));
+        return Made { runtime: Arc::new(runtime), drivers: Drivers::only(kind.name()) };
+    }
     let survey = match kind {
         RuntimeKind::Microvm => Survey::of(&settings.runtime.microvm).await,
         _ => Survey::of_wanted(&settings.runtime.microvm).await,
@@ -113,6 +119,25 @@ impl Maker<'_> {
     pub(super) fn docker_socket(&self) -> String {
         let endpoint = &self.settings.runtime.docker_endpoint;
         endpoint.strip_prefix("unix://").unwrap_or(endpoint).to_owned()
+    }
+
+    fn cri(&self) -> Late {
+        let pods = &self.settings.pods;
+        let options = CriOptions {
+            endpoint: self.settings.runtime.cri_endpoint.clone(),
+            log_max_size: pods.log_max_size,
+            log_max_files: pods.log_max_files,
+            keepers: self.keepers.clone(),
+            ..CriOptions::new(self.owner, pods.root_dir.join("cri-logs"))
+        };
+        let cable = Arc::clone(&self.uplink);
+        Late::new(move || {
+            let (options, cable) = (options.clone(), cable.clone());
+            Box::pin(async move {
+                let cri: Arc<dyn Runtime> = Arc::new(CriRuntime::connect(options, cable).await?);
+                Ok(cri)
+            })
+        })
     }
 
     fn docker(&self) -> Late {

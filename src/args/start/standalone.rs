@@ -22,7 +22,7 @@ use crate::metrics::Metrics;
 use crate::network::uplink::Uplink;
 use crate::node::{self, owner};
 use crate::pod::directory::Directory;
-use crate::runtime::docker::Keepers;
+use crate::runtime::keepers::Keepers;
 use crate::shutdown::Tasks;
 
 /// Name of the file below the root directory.

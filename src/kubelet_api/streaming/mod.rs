@@ -9,7 +9,7 @@
 //! [`plain`] does the same without TLS for those who were given a ticket, as the CRI has it.
 //!
 //! The protocols are those of KK staging/src/k8s.io/cri-streaming/pkg/streaming; what a kubelet's clients send of SPDY
-//! and WebSocket is in [`spdy`] and [`websocket`].
+//! and WebSocket is in [`crate::spdy`] and [`websocket`].
 
 pub(super) mod endpoints;
 mod idle;
@@ -18,7 +18,6 @@ pub mod plain;
 mod port_forward;
 mod remote_command;
 mod session;
-pub mod spdy;
 pub(super) mod upgrade;
 pub mod websocket;
 

@@ -12,10 +12,10 @@ use tracing::debug;
 
 use super::idle::{HangUp, Idle};
 use super::pipe::{Budget, Feed, Inbox, Outbox, WRITES_WAITING, Write, stream};
-use super::spdy::SpdyError;
-use super::spdy::connection::{Connection, Event};
-use super::spdy::frame::{Encoder, MAX_PIECE, ResetReason};
-use super::spdy::headers::Headers;
+use crate::spdy::SpdyError;
+use crate::spdy::connection::{Connection, Event};
+use crate::spdy::frame::{Encoder, MAX_PIECE, ResetReason};
+use crate::spdy::headers::Headers;
 use crate::telemetry::chain;
 
 /// Room that is made for each read.

@@ -56,6 +56,19 @@ pub(super) fn unbind(held: &Held, config: HostConfig) -> HostConfig {
     }
 }
 
+/// Lowering an oom_score_adj takes CAP_SYS_RESOURCE. Where the daemon lacks it (inside some virtual machines and
+/// containers) runc fails the whole start over a negative value, so there the wish is cut to what can be had: this is the
+/// lowest score a child of the process `pid` can be given; `None` if there is no floor. What cannot be read counts
+/// as unrestricted, since that is the rule.
+pub(super) fn floor(pid: i32) -> Option<i64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    if effective(&status)? & SYS_RESOURCE != 0 {
+        return None;
+    }
+    let own = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).ok()?;
+    Some(own.trim().parse::<i64>().ok()?.max(0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -56,7 +56,7 @@ impl DockerRuntime {
         let name = labels::container_name(self.owner(), config);
         let extras = self.extras(config).await?;
         let around = Surroundings {
-            cgroup_parent: self.cgroups.docker_parent(&config.cgroup_parent),
+            cgroup_parent: self.cgroups.engine_parent(&config.cgroup_parent),
             oom_floor: self.oom_floor,
             held: self.held.clone(),
             labels: labels::of_container(self.owner(), sandbox, config),

@@ -10,10 +10,8 @@
 //! As with `docker exec`, the exit code is there when the process has ended, and its output ends within two seconds of
 //! that, also if something it left in the background still holds its streams.
 
-use std::future::poll_fn;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::Context;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -21,7 +19,6 @@ use bollard::Docker;
 use bollard::exec::{CreateExecOptions, ResizeExecOptions};
 use futures::FutureExt;
 use tokio::sync::oneshot;
-use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::failure::{failed, is_absent, status as http_status, words};
@@ -53,29 +50,6 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How often a process that cannot be seen from here (a daemon on another host) is asked about.
 const UNSEEN_PAUSE: Duration = Duration::from_millis(200);
-
-/// The tasks that look after running execs, and other work that nobody waits for. Clones share them; they end with the
-/// last.
-#[derive(Clone, Debug, Default)]
-pub struct Keepers(Arc<Mutex<JoinSet<()>>>);
-
-impl Keepers {
-    /// Resolves once none is left: with every session dropped, when the processes of all execs have ended. Cancel-safe.
-    pub async fn idle(&self) {
-        let next = |cx: &mut Context<'_>| {
-            let mut tasks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            tasks.poll_join_next(cx)
-        };
-        while poll_fn(next).await.is_some() {}
-    }
-
-    pub(super) fn spawn(&self, keeper: impl Future<Output = ()> + Send + 'static) {
-        // A set of tasks is never half changed, so a panic elsewhere does not spoil it.
-        let mut tasks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn(keeper);
-    }
-}
 
 impl DockerRuntime {
     pub(super) async fn run_exec(&self, id: &ContainerId, request: &ExecRequest) -> Result<Session> {

@@ -63,61 +63,9 @@ fn of_transport(error: &Error) -> Kind {
     }
 }
 
-/// Class of a failed pull from Docker's words: the daemon passes on what the registry said, mostly as a 500 or inside
-/// the progress stream.
-pub(super) fn of_pull(words: &str) -> Kind {
-    let words = words.to_ascii_lowercase();
-    let says = |any: &[&str]| any.iter().any(|part| words.contains(part));
-    if says(&["invalid reference format", "invalid repository name", "repository name must be lowercase"]) {
-        Kind::Invalid
-    } else if says(&[
-        "unauthorized",
-        "access denied",
-        "denied:",
-        "authentication required",
-        "no basic auth",
-        "forbidden",
-    ]) {
-        Kind::Unauthorized
-    } else if says(&["manifest unknown", "name unknown", "not found", "no matching manifest"]) {
-        Kind::NotFound
-    } else if says(&[
-        "connection refused",
-        "no such host",
-        "timeout",
-        "deadline exceeded",
-        "connection reset",
-        "server misbehaving",
-        "unreachable",
-        "http response to https client",
-        "certificate",
-        "eof",
-        "service unavailable",
-        "toomanyrequests",
-    ]) {
-        Kind::Unavailable
-    } else {
-        Kind::Internal
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_pull_is_classed_by_the_registrys_words() {
-        for (words, kind) in [
-            ("manifest for busybox:nope not found: manifest unknown: manifest unknown", Kind::NotFound),
-            ("pull access denied for x, repository does not exist or may require 'docker login'", Kind::Unauthorized),
-            ("Get \"https://r:5000/v2/\": dial tcp 10.0.0.1:5000: connect: connection refused", Kind::Unavailable),
-            ("Get \"https://r/v2/\": http: server gave HTTP response to HTTPS client", Kind::Unavailable),
-            ("invalid reference format", Kind::Invalid),
-            ("something new", Kind::Internal),
-        ] {
-            assert_eq!(of_pull(words), kind, "{words}");
-        }
-    }
 
     #[test]
     fn the_message_has_dockers_words_once() {

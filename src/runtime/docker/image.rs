@@ -13,7 +13,7 @@ use super::container::INSPECTS_IN_FLIGHT;
 use super::failure::{self, failed, is_absent, status as http_status};
 use super::{DockerRuntime, http, plain_registry};
 use crate::runtime::reference::parse;
-use crate::runtime::registry::{others_may_succeed, tries};
+use crate::runtime::registry::{of_words, others_may_succeed, tries};
 use crate::runtime::types::{Image, ImageId, RegistryAuth};
 use crate::runtime::{Kind, Result, RuntimeError};
 
@@ -64,7 +64,7 @@ impl DockerRuntime {
         let target = format!("/images/create?fromImage={}", http::query_value(&name));
         let classed = |error: RuntimeError| match error.kind() {
             Kind::Unavailable => error,
-            _ => RuntimeError::new(failure::of_pull(&error.to_string()), error.to_string()),
+            _ => RuntimeError::new(of_words(&error.to_string()), error.to_string()),
         };
         let body = http::request(&self.options.socket, &tried, Method::POST, &target, credentials.as_deref())
             .await
@@ -72,7 +72,7 @@ impl DockerRuntime {
         let mut steps = http::json_lines::<Progress>(body, "failed to read a pull's progress");
         while let Some(step) = steps.try_next().await? {
             if let Some(words) = step.error {
-                return Err(RuntimeError::new(failure::of_pull(&words), format!("{tried}: {words}")));
+                return Err(RuntimeError::new(of_words(&words), format!("{tried}: {words}")));
             }
         }
         let image = self.inspect_image(&name).await?;

@@ -3,36 +3,30 @@
 //! ```text
 //! sandbox    a container of one tiny process that holds the network, IPC and UTS namespaces (sandbox, pause)
 //! container  joins them by NetworkMode/IpcMode "container:<id>"                           (container, spec)
-//! cgroup     one per Pod above its containers, made here                                  (cgroup)
+//! cgroup     one per Pod above its containers, made here                                  (runtime::cgroup)
 //! cable      from the sandbox's empty network namespace to the node's bridge              (trait Cable)
 //! streams    hijacked connections to the daemon, their frames read here                   (exec, attach, wire, process)
 //! ports      sockets made inside the sandbox's network namespace                          (forward)
 //! figures    the kernel's files, not the daemon                                           (stats)
-//! memory     Docker's labels; nothing else survives a restart of this process             (labels)
+//! memory     Docker's labels; nothing else survives a restart of this process             (runtime::labels)
 //! ```
 //! A Docker container id is the id of the sandbox or container. Names are deterministic, so what a verb left half done
 //! is found by the next one through the name being taken.
 
 mod attach;
 mod capabilities;
-mod cgroup;
 mod container;
-mod creates;
 mod events;
 mod exec;
 mod failure;
-mod forward;
 mod freeze;
 mod http;
 pub(super) mod image;
 mod io;
-mod labels;
 mod left;
 mod limits;
-mod oom;
 mod pause;
 mod plain_registry;
-mod process;
 mod records;
 mod sandbox;
 mod spec;
@@ -51,18 +45,18 @@ use bollard::{API_DEFAULT_VERSION, Docker};
 use futures::stream::BoxStream;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use self::cgroup::Cgroups;
-use self::creates::Creates;
-pub use self::exec::Keepers;
 use self::failure::failed;
 use self::stats::Statistics;
+use super::cgroup::Cgroups;
+use super::creates::Creates;
+use super::keepers::Keepers;
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope};
 use super::types::{
     CgroupDriver, ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions,
     RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
-use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime};
+use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime, labels, oom, process};
 use crate::network::inside::Sockets;
 use crate::network::{Cable, NetworkError};
 
@@ -129,23 +123,6 @@ impl DockerOptions {
     }
 }
 
-/// Removes the cgroup above those of every Pod, for a node that leaves this host with every Pod ended.
-///
-/// # Errors
-/// A process still runs in it.
-pub fn remove_cgroup_root(name: &str) -> std::io::Result<()> {
-    // Whichever way Docker made them: the other one finds nothing.
-    [false, true].into_iter().try_for_each(|systemd| Cgroups::of_host(systemd).remove(name))
-}
-
-/// The same for a node that leaves its Pods running: only if there is none.
-///
-/// # Errors
-/// The kernel's refusal, for another reason than that Pods are there.
-pub fn remove_empty_cgroup_root(name: &str) -> std::io::Result<()> {
-    [false, true].into_iter().try_for_each(|systemd| Cgroups::of_host(systemd).remove_if_empty(name))
-}
-
 /// Runs Pods on one Docker daemon.
 pub struct DockerRuntime {
     docker: Docker,
@@ -195,7 +172,7 @@ impl DockerRuntime {
         let version = docker.client_version();
         let daemon = http::peer_pid(&options.socket).await.unwrap_or_else(std::process::id).cast_signed();
         let runtime = Self {
-            oom_floor: oom::floor(daemon),
+            oom_floor: capabilities::floor(daemon),
             held: capabilities::held(daemon),
             verdicts: oom::Verdicts::default(),
             restores_newlines: (version.major_version, version.minor_version) < API_WITH_WHOLE_LINES,

@@ -8,6 +8,7 @@
 //! a name on it, and removing that removes the rest.
 
 use std::net::IpAddr;
+use std::pin::Pin;
 use std::time::Duration;
 
 use bollard::models::ContainerInspectResponse;
@@ -21,8 +22,9 @@ use super::spec::{self, Surroundings};
 use super::{DockerRuntime, pause, turn};
 use crate::network::NetworkError;
 use crate::network::cni::Attachment;
+use crate::runtime::session::Duplex;
 use crate::runtime::types::{PodRef, SandboxConfig, SandboxId, SandboxNetwork, SandboxState, SandboxStatus};
-use crate::runtime::{Kind, Result, RuntimeError, blocking};
+use crate::runtime::{Kind, Result, RuntimeError, blocking, loopback};
 
 /// How often a create is tried anew after what held its name was removed, or its name was taken by something that is
 /// not to be seen yet (a create whose answer nobody waited for).
@@ -93,7 +95,7 @@ impl DockerRuntime {
 
     async fn create_sandbox(&self, name: &str, config: &SandboxConfig) -> Result<Created> {
         let around = Surroundings {
-            cgroup_parent: self.cgroups.docker_parent(&config.cgroup_parent),
+            cgroup_parent: self.cgroups.engine_parent(&config.cgroup_parent),
             oom_floor: self.oom_floor,
             held: None,
             labels: labels::of_sandbox(self.owner(), config),
@@ -327,6 +329,17 @@ impl DockerRuntime {
             addresses,
             pid: pid(&seen.inspect),
         }
+    }
+
+    pub(super) async fn connect_inside(&self, id: &SandboxId, port: u16) -> Result<Pin<Box<dyn Duplex>>> {
+        let tried = loopback::tried(id, port);
+        let seen = self.see(id.as_str()).await?.filter(|seen| seen.facts.sandbox_itself);
+        let seen =
+            seen.ok_or_else(|| RuntimeError::new(Kind::NotFound, format!("{tried}: there is no such sandbox")))?;
+        let holder = pid(&seen.inspect);
+        let holder =
+            holder.ok_or_else(|| RuntimeError::new(Kind::Invalid, format!("{tried}: the sandbox does not run")))?;
+        loopback::connect(&self.sockets, holder, port, &tried).await
     }
 
     pub(super) async fn list_sandboxes(&self, pod_uid: Option<&str>) -> Result<Vec<SandboxStatus>> {

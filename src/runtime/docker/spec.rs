@@ -23,7 +23,7 @@ const HOLDER_CPU_SHARES: i64 = 2;
 pub(super) struct Surroundings {
     /// Docker's form of the Pod's cgroup.
     pub(super) cgroup_parent: String,
-    /// [`super::oom::floor`].
+    /// [`capabilities::floor`].
     pub(super) oom_floor: Option<i64>,
     /// [`capabilities::held`].
     pub(super) held: Option<Held>,

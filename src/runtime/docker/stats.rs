@@ -11,16 +11,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::{StreamExt, TryStreamExt, stream};
-use jiff::Timestamp;
 
 use super::DockerRuntime;
 use super::container::{INSPECTS_IN_FLIGHT, pid, timestamp};
-use super::labels::{self, Facts};
+use super::labels;
 use super::sandbox::Seen;
 use crate::runtime::disk::Disk;
-use crate::runtime::stats::{ContainerStats, ImageFs, SandboxStats, StatsScope, Usage};
-use crate::runtime::types::{ContainerId, SandboxId};
-use crate::runtime::usage::{Trees, interfaces};
+use crate::runtime::running::{Member, Members, collect};
+use crate::runtime::stats::{ImageFs, SandboxStats, StatsScope};
+use crate::runtime::usage::Trees;
 use crate::runtime::{Result, blocking};
 
 /// What is known for statistics.
@@ -42,23 +41,6 @@ struct Known {
     /// [`Statistics::changes`] as of the list, if there was one.
     as_of: Option<u64>,
     members: Members,
-}
-
-type Members = Arc<HashMap<String, Arc<Member>>>;
-
-/// A running sandbox or container.
-#[derive(Debug)]
-struct Member {
-    facts: Facts,
-    id: String,
-    started_at: Option<Timestamp>,
-    pid: Option<i32>,
-    /// Its own, from the trees' roots: as long as it is there, something runs.
-    cgroup: PathBuf,
-    /// Of the Pod, on a sandbox that has one.
-    pod_cgroup: Option<PathBuf>,
-    layer: Option<PathBuf>,
-    log: PathBuf,
 }
 
 impl Statistics {
@@ -181,54 +163,6 @@ fn layer_bytes(images: &Path) -> Option<u64> {
         }
     }
     sum
-}
-
-fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: StatsScope) -> Vec<SandboxStats> {
-    let mut containers: HashMap<&str, Vec<ContainerStats>> = HashMap::new();
-    let own = members.values().filter(|member| !member.facts.sandbox_itself).map(|member| &member.cgroup);
-    // Sandboxes may share one: then it is read once.
-    let shared =
-        members.values().filter_map(|member| member.pod_cgroup.as_ref().filter(|_| member.facts.sandbox_itself));
-    let usages = trees.usages(&own.chain(shared).map(PathBuf::as_path).collect(), scope);
-    let everything = scope == StatsScope::All;
-    for member in members.values().filter(|member| !member.facts.sandbox_itself) {
-        let Some(usage) = usages.get(member.cgroup.as_path()).copied() else { continue };
-        let facts = &member.facts;
-        containers.entry(&facts.sandbox).or_default().push(ContainerStats {
-            id: ContainerId::from(member.id.as_str()),
-            name: facts.container.clone(),
-            attempt: facts.attempt,
-            image_ref: facts.image_ref.clone(),
-            started_at: member.started_at,
-            cgroup: shown(&member.cgroup),
-            usage,
-            writable_layer: member.layer.as_ref().filter(|_| everything).and_then(|layer| disk.usage(layer)),
-            log: everything.then(|| disk.usage(&member.log)).flatten(),
-        });
-    }
-    let of_sandbox = |member: &Arc<Member>| {
-        if !trees.exists(&member.cgroup) {
-            return None;
-        }
-        let nothing = || Usage { time: Timestamp::now(), ..Usage::default() };
-        let usage =
-            member.pod_cgroup.as_ref().map_or_else(|| Some(nothing()), |path| usages.get(path.as_path()).copied())?;
-        let own_network = everything && (!member.facts.addresses.is_empty() || member.facts.by_plugins);
-        Some(SandboxStats {
-            id: SandboxId::from(member.id.as_str()),
-            pod: member.facts.pod.clone(),
-            started_at: member.started_at,
-            cgroup: member.pod_cgroup.as_deref().map_or_else(String::new, shown),
-            usage,
-            network: member.pid.filter(|_| own_network).and_then(interfaces),
-            containers: containers.remove(member.id.as_str()).unwrap_or_default(),
-        })
-    };
-    members.values().filter(|member| member.facts.sandbox_itself).filter_map(of_sandbox).collect()
-}
-
-fn shown(cgroup: &Path) -> String {
-    Path::new("/").join(cgroup).to_string_lossy().into_owned()
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::pair::Pair;
 use crate::kubelet_api::streaming::STREAM_CREATION;
 use crate::kubelet_api::streaming::pipe::{Inbox, Outbox};
-use crate::kubelet_api::streaming::spdy::headers::Headers;
+use crate::spdy::headers::Headers;
 
 /// What a stream is of a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use super::*;
 /// They skip themselves on hosts without cgroups of version 2.
 const TESTS: [&str; 3] = [
     "runtime::usage::tests::version_2_of_a_kernel_is_read",
-    "runtime::docker::cgroup::tests::version_2_of_a_kernel_holds_a_pod_to_its_limits",
+    "runtime::cgroup::tests::version_2_of_a_kernel_holds_a_pod_to_its_limits",
     "runtime::microvm::machine::cgroup::tests::version_2_of_a_kernel_holds_a_vmm_to_its_limits",
 ];
 

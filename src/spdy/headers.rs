@@ -146,34 +146,43 @@ impl HeaderReader {
     }
 }
 
-/// Writes the only block that a server of streams has to send: no headers at all.
+/// Writes the few headers that this side has to send: none at all as a server of streams, what a stream is for as a
+/// client.
 ///
 /// They are stored blocks of a zlib stream that begins with the first one, so there is nothing to compress and no window
 /// of a quarter of a megabyte to keep.
 #[derive(Debug, Default)]
-pub struct NoHeaders {
+pub struct HeaderWriter {
     begun: bool,
 }
 
-impl NoHeaders {
+impl HeaderWriter {
     /// Header of a zlib stream without a preset dictionary (RFC 1950).
     const BEGIN: [u8; 2] = [0x78, 0x01];
-    /// A stored block (RFC 1951, section 3.2.4) of four bytes, the count zero; and an empty one, which ends a flush: Go
-    /// hands nothing on before it.
-    const STORED: [u8; 14] = [0, 4, 0, 0xfb, 0xff, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff];
+    /// An empty stored block (RFC 1951, section 3.2.4), which ends a flush: Go hands nothing on before it.
+    const FLUSH: [u8; 5] = [0, 0, 0, 0xff, 0xff];
 
-    /// How long the next block will be.
-    pub fn length(&self) -> usize {
-        Self::STORED.len() + if self.begun { 0 } else { Self::BEGIN.len() }
-    }
-
-    /// Writes it.
-    pub fn write(&mut self, out: &mut BytesMut) {
+    /// The next block. All of it is at most 65,535 bytes.
+    pub fn block(&mut self, headers: &[(&str, &str)]) -> BytesMut {
+        let mut plain = BytesMut::new();
+        let length = |length: usize| u32::try_from(length).unwrap_or_default();
+        plain.put_u32(length(headers.len()));
+        for text in headers.iter().flat_map(|(name, value)| [name, value]) {
+            plain.put_u32(length(text.len()));
+            plain.put_slice(text.as_bytes());
+        }
+        let mut block = BytesMut::new();
         if !self.begun {
             self.begun = true;
-            out.put_slice(&Self::BEGIN);
+            block.put_slice(&Self::BEGIN);
         }
-        out.put_slice(&Self::STORED);
+        let stored = u16::try_from(plain.len()).unwrap_or_default();
+        block.put_u8(0);
+        block.put_u16_le(stored);
+        block.put_u16_le(!stored);
+        block.put_slice(&plain);
+        block.put_slice(&Self::FLUSH);
+        block
     }
 }
 
@@ -192,13 +201,11 @@ mod tests {
     }
 
     #[test]
-    fn blocks_without_headers_are_read_back_one_after_the_other() {
-        let (mut writer, mut reader, mut out) = (NoHeaders::default(), HeaderReader::default(), BytesMut::new());
-        for _ in 0..3 {
-            let length = writer.length();
-            writer.write(&mut out);
-            assert_eq!(out.len(), length);
-            assert_eq!(reader.read(&out.split()).unwrap(), Headers::default());
+    fn blocks_are_read_back_one_after_the_other() {
+        let (mut writer, mut reader) = (HeaderWriter::default(), HeaderReader::default());
+        for pairs in [&[][..], &[("streamtype", "stdin"), ("port", "")], &[], &[("streamtype", "error")]] {
+            let wanted = pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            assert_eq!(reader.read(&writer.block(pairs)).unwrap(), wanted);
         }
     }
 

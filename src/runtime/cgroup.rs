@@ -1,12 +1,15 @@
 //! The cgroup of a Pod: made before its sandbox starts, removed with it.
 //!
-//! Docker makes and removes the cgroups of containers; the one above them, which holds the Pod to its sum, is ours.
+//! Engines make and remove the cgroups of containers; the one above them, which holds the Pod to its sum, is ours.
 //! Both cgroup versions are served: v1 as one tree per controller below `/sys/fs/cgroup`, v2 as a single tree.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::runtime::types::{CgroupDriver, Resources};
 
@@ -17,8 +20,28 @@ const POD_LEVEL: u32 = 2;
 /// A process just killed keeps its cgroup busy for a moment: how often and how long to wait for it.
 const RMDIR_TRIES: u32 = 20;
 const RMDIR_PAUSE: Duration = Duration::from_millis(10);
+/// A process that is in the kernel is frozen when it leaves it: how often and how long to wait for that.
+const FREEZE_TRIES: u32 = 500;
+const FREEZE_PAUSE: Duration = Duration::from_millis(10);
 
-/// The host's cgroups, as Docker uses them.
+/// Removes the cgroup above those of every Pod, for a node that leaves this host with every Pod ended.
+///
+/// # Errors
+/// A process still runs in it.
+pub fn remove_cgroup_root(name: &str) -> io::Result<()> {
+    // Whichever way an engine names them: the other one finds nothing.
+    [false, true].into_iter().try_for_each(|systemd| Cgroups::of_host(systemd).remove(name))
+}
+
+/// The same for a node that leaves its Pods running: only if there is none.
+///
+/// # Errors
+/// The kernel's refusal, for another reason than that Pods are there.
+pub fn remove_empty_cgroup_root(name: &str) -> io::Result<()> {
+    [false, true].into_iter().try_for_each(|systemd| Cgroups::of_host(systemd).remove_if_empty(name))
+}
+
+/// The host's cgroups, as an engine uses them.
 #[derive(Clone, Debug)]
 pub(super) struct Cgroups {
     root: PathBuf,
@@ -27,7 +50,7 @@ pub(super) struct Cgroups {
 }
 
 impl Cgroups {
-    /// The host's own. `systemd` is whether Docker asks systemd for cgroups (its "cgroup driver").
+    /// The host's own. `systemd` is whether the engine asks systemd for cgroups (its "cgroup driver").
     pub(super) fn of_host(systemd: bool) -> Self {
         Self::at(Path::new(ROOT), systemd)
     }
@@ -36,19 +59,88 @@ impl Cgroups {
         Self { root: root.into(), unified: root.join("cgroup.controllers").exists(), systemd }
     }
 
-    /// How Docker names them.
+    /// How the engine names them.
     pub(super) fn driver(&self) -> CgroupDriver {
         if self.systemd { CgroupDriver::Systemd } else { CgroupDriver::Cgroupfs }
     }
 
-    /// What Docker wants as the parent of a container's cgroup.
-    pub(super) fn docker_parent(&self, path: &str) -> String {
+    /// What the engine wants as the parent of a container's cgroup.
+    pub(super) fn engine_parent(&self, path: &str) -> String {
         if self.systemd { slices(path).pop().unwrap_or_default() } else { path.to_owned() }
     }
 
     /// Where Docker puts a container, below each tree's root.
     pub(super) fn container(&self, parent: &str, id: &str) -> PathBuf {
         self.relative(parent).join(if self.systemd { format!("docker-{id}.scope") } else { id.to_owned() })
+    }
+
+    /// Where the cgroup is that an OCI spec names (`linux.cgroupsPath`), below each tree's root: a path, or
+    /// `slice:prefix:name` for systemd.
+    pub(super) fn of_spec(&self, path: &str) -> PathBuf {
+        let mut words = path.split(':');
+        let (Some(slice), Some(prefix), Some(name), None) = (words.next(), words.next(), words.next(), words.next())
+        else {
+            return parts(path).collect();
+        };
+        let mut relative = PathBuf::new();
+        // A slice lies in those that its name begins with.
+        let ends = slice.match_indices('-').map(|(at, _)| at).chain([slice.len().saturating_sub(".slice".len())]);
+        relative.extend(ends.filter_map(|end| Some(format!("{}.slice", slice.get(..end)?))));
+        relative.join(format!("{prefix}-{name}.scope"))
+    }
+
+    /// The processes in it, itself and not those below; none if there is no such cgroup.
+    pub(super) fn processes(&self, relative: &Path) -> Vec<i32> {
+        let tree = if self.unified { self.root.clone() } else { self.root.join("memory") };
+        let listed = fs::read_to_string(tree.join(relative).join("cgroup.procs")).unwrap_or_default();
+        listed.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    /// Kills what runs in it and below it. The root of the tree is no cgroup of anybody's, so nothing is killed there.
+    pub(super) fn kill(&self, relative: &Path) {
+        if relative.as_os_str().is_empty() {
+            return;
+        }
+        let tree = if self.unified { self.root.clone() } else { self.root.join("memory") };
+        for entry in fs::read_dir(tree.join(relative)).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|found| found.is_dir()) {
+                self.kill(&relative.join(entry.file_name()));
+            }
+        }
+        for pid in self.processes(relative) {
+            // It may have ended since.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+
+    /// Whether its processes are frozen.
+    pub(super) fn is_frozen(&self, relative: &Path) -> bool {
+        let (file, frozen, _) = self.freezer(relative);
+        fs::read_to_string(file).is_ok_and(|text| text.lines().any(|line| line == frozen))
+    }
+
+    /// Freezes its processes, or thaws them, and waits until they are.
+    pub(super) fn set_frozen(&self, relative: &Path, frozen: bool) -> io::Result<()> {
+        let (_, _, file) = self.freezer(relative);
+        let words = if self.unified { ["0", "1"] } else { ["THAWED", "FROZEN"] };
+        fs::write(file, words[usize::from(frozen)])?;
+        for _ in 0..FREEZE_TRIES {
+            if self.is_frozen(relative) == frozen {
+                return Ok(());
+            }
+            std::thread::sleep(FREEZE_PAUSE);
+        }
+        Err(io::ErrorKind::TimedOut.into())
+    }
+
+    /// The file that tells its state, the line there that says "frozen", and the file that changes it.
+    fn freezer(&self, relative: &Path) -> (PathBuf, &'static str, PathBuf) {
+        if self.unified {
+            let directory = self.root.join(relative);
+            return (directory.join("cgroup.events"), "frozen 1", directory.join("cgroup.freeze"));
+        }
+        let file = self.root.join("freezer").join(relative).join("freezer.state");
+        (file.clone(), "FROZEN", file)
     }
 
     /// The directory below each tree's root.
@@ -226,6 +318,15 @@ mod tests {
     }
 
     #[test]
+    fn a_cgroup_is_found_by_what_its_spec_says() {
+        let cgroups = Cgroups::at(Path::new("/none"), false);
+        assert_eq!(cgroups.of_spec("/l/pod1/c1"), Path::new("l/pod1/c1"));
+        let scope = cgroups.of_spec("l_1-burstable-podx.slice:cri-containerd:c1");
+        let wanted = "l_1.slice/l_1-burstable.slice/l_1-burstable-podx.slice/cri-containerd-c1.scope";
+        assert_eq!(scope, Path::new(wanted));
+    }
+
+    #[test]
     fn a_path_cannot_climb_out_of_the_tree() {
         assert_eq!(parts("/../a/./b").collect::<Vec<_>>(), ["a", "b"]);
     }
@@ -268,6 +369,27 @@ mod tests {
         child.wait_with_output().unwrap();
         cgroups.remove(&name).unwrap();
         assert!(!kernel_v2::directory(&name).exists());
+    }
+
+    #[test]
+    fn what_is_left_in_a_cgroup_is_killed_and_nothing_beside_it() {
+        let root = tempfile::tempdir().unwrap();
+        let mut children = ["memory/l/pod1/c1", "memory/l/pod2", "memory"].map(|place| {
+            let child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+            let directory = root.path().join(place);
+            fs::create_dir_all(&directory).unwrap();
+            fs::write(directory.join("cgroup.procs"), format!("{}\n", child.id())).unwrap();
+            child
+        });
+        let cgroups = Cgroups::at(root.path(), false);
+        cgroups.kill(&cgroups.relative("/"));
+        cgroups.kill(&cgroups.relative("/l/pod1"));
+        assert!(!children[0].wait().unwrap().success());
+        for child in &mut children[1..] {
+            assert_eq!(child.try_wait().unwrap(), None, "it is another's");
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
     }
 
     #[test]

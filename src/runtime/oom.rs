@@ -1,32 +1,27 @@
-//! Want of memory: how far a container's oom_score_adj may be lowered on this host, and who was killed for it.
-//!
-//! Lowering the score takes CAP_SYS_RESOURCE. Where the daemon lacks it (inside some virtual machines and containers) runc
-//! fails the whole start over a negative value, so there the wish is cut to what can be had.
+//! Who was killed for want of memory.
 
 use std::collections::VecDeque;
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::OFlag;
 
-use super::capabilities;
-
 /// Containers whose end is remembered; those before were looked at long ago.
 const REMEMBERED: usize = 512;
 /// Longest record of the kernel's log.
 const LONGEST_RECORD: usize = 8 << 10;
 
-/// Which containers were killed for want of memory, where Docker does not know.
+/// Which containers were killed for want of memory, where their engine does not know.
 ///
-/// Docker learns it from its shim, which loses the notice when it has to take the cgroup away first: on a busy machine
+/// Docker and containerd learn it from their shims, which lose the notice when they have to take the cgroup away first: on a busy machine
 /// that is the rule. The kernel's own log names the container's cgroup, and is written before the process is killed.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Verdicts(Arc<Mutex<VecDeque<(String, bool)>>>);
 
 impl Verdicts {
-    /// Remembers that Docker told of it, in an event.
+    /// Remembers that the engine told of it, in an event.
     pub(super) fn convict(&self, id: &str) {
         let mut verdicts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         verdicts.retain(|(known, _)| known != id);
@@ -46,7 +41,7 @@ impl Verdicts {
         }
         let wanted = id.to_owned();
         let read = tokio::task::spawn_blocking(move || kernel_log_names(&wanted));
-        // A log that may not be read says nothing: Docker's word stands.
+        // A log that may not be read says nothing: the engine's word stands.
         let verdict = read.await.ok().and_then(Result::ok).unwrap_or(false);
         let mut verdicts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(verdict) = known(&verdicts) {
@@ -80,17 +75,6 @@ fn kernel_log_names(id: &str) -> io::Result<bool> {
 
 fn is_kill_in(record: &str, id: &str) -> bool {
     record.contains("oom-kill:") && record.split(',').any(|part| part.starts_with("task_memcg=") && part.contains(id))
-}
-
-/// The lowest score a child of the process `pid` can be given; `None` if there is no floor. What cannot be read counts
-/// as unrestricted, since that is the rule.
-pub(super) fn floor(pid: i32) -> Option<i64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    if capabilities::effective(&status)? & capabilities::SYS_RESOURCE != 0 {
-        return None;
-    }
-    let own = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).ok()?;
-    Some(own.trim().parse::<i64>().ok()?.max(0))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What is written on each Docker object, so that a restart finds everything again by listing.
+//! What is written on each object of an engine, so that a restart finds everything again by listing.
 //!
 //! Only facts of ours are written, never the Pod's own labels: other programs on the host reap Docker containers by
 //! labels of theirs, and a Pod may carry those.
@@ -26,15 +26,16 @@ pub(super) const KIND_CONTAINER: &str = "container";
 
 const POD_NAMESPACE: &str = "lambdalet.dev/pod-namespace";
 const POD_NAME: &str = "lambdalet.dev/pod-name";
-const CONTAINER: &str = "lambdalet.dev/container";
-const ATTEMPT: &str = "lambdalet.dev/attempt";
-const ADDRESS: &str = "lambdalet.dev/address";
+pub(super) const CONTAINER: &str = "lambdalet.dev/container";
+pub(super) const ATTEMPT: &str = "lambdalet.dev/attempt";
+/// Its addresses, on a sandbox that this node gives some.
+pub(crate) const ADDRESS: &str = "lambdalet.dev/address";
 /// On a sandbox: who makes its network, if it is not this node.
 const NETWORK: &str = "lambdalet.dev/network";
 /// Value of [`NETWORK`]: CNI plugins.
 const PLUGINS: &str = "cni";
 const IMAGE_REF: &str = "lambdalet.dev/image-ref";
-const ANNOTATION_PREFIX: &str = "annotation.lambdalet.dev/";
+pub(super) const ANNOTATION_PREFIX: &str = "annotation.lambdalet.dev/";
 
 /// The labels of a sandbox.
 pub(super) fn of_sandbox(owner: &str, config: &SandboxConfig) -> HashMap<String, String> {

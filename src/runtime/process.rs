@@ -1,7 +1,7 @@
 //! The process of an exec, as the host sees it: its end is told by the kernel, and it can be ended.
 //!
-//! Docker has no verb to end an exec. It tells the process' number on the host; a pidfd opened from that, and checked
-//! against the container's cgroup, stays the same process whatever becomes of the number.
+//! Neither Docker nor CRI has a verb to end an exec. What is known is the process' number on the host; a pidfd opened from
+//! that, and checked against the container's cgroup, stays the same process whatever becomes of the number.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::sleep;
@@ -39,10 +39,17 @@ impl Process {
         is_inside(pid, container).then(|| Self { pid, container: container.to_owned(), handle })
     }
 
-    /// Returns once it has ended.
+    /// Returns once it has ended. Cancel-safe.
     pub(super) async fn ended(&self) {
         // A pidfd becomes readable at the end, and only then; it cannot fail before.
         let _ = self.handle.readable().await;
+    }
+
+    /// Sends this process a signal, and nothing if it has ended.
+    pub(super) fn send(&self, signal: Signal) {
+        if let Some(signal) = rustix::process::Signal::from_named_raw(signal as i32) {
+            let _ = pidfd_send_signal(self.handle.get_ref(), signal);
+        }
     }
 
     /// Ends the process and what it has started, as the kernel does when a terminal goes away: SIGHUP, and SIGCONT for

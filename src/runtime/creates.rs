@@ -1,6 +1,6 @@
-//! Creates on their way to the daemon.
+//! Creates on their way to an engine.
 //!
-//! A create cannot be taken back: the daemon carries it out whether or not somebody still waits for the answer. So it
+//! A create cannot be taken back: the engine carries it out whether or not somebody still waits for the answer. So it
 //! runs on when its caller is dropped, and whoever lists a Pod's objects (to remove them, say) waits for the Pod's
 //! creates to land first. Otherwise a Pod deleted at the wrong moment would leave a container that nobody looks for.
 

@@ -3,7 +3,7 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::SpdyError;
-use super::headers::{HeaderReader, Headers, NoHeaders};
+use super::headers::{HeaderReader, HeaderWriter, Headers};
 
 /// Bytes before the payload of any frame.
 const HEAD: usize = 8;
@@ -42,7 +42,7 @@ pub enum ResetReason {
     Internal = 6,
 }
 
-/// What a client sent. Frames that say nothing to a server of streams (SETTINGS, WINDOW_UPDATE, HEADERS, SYN_REPLY and
+/// What the other side sent. Frames that say nothing here (SETTINGS, WINDOW_UPDATE, HEADERS, SYN_REPLY and
 /// unknown ones) are read and left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Frame {
@@ -227,10 +227,10 @@ fn stream_id(word: u32) -> Result<u32, SpdyError> {
     if word == 0 { Err(SpdyError::StreamZero) } else { Ok(word) }
 }
 
-/// Writes the frames that a server of streams sends.
+/// Writes the frames that this side sends.
 #[derive(Debug, Default)]
 pub struct Encoder {
-    headers: NoHeaders,
+    headers: HeaderWriter,
 }
 
 impl Encoder {
@@ -242,11 +242,22 @@ impl Encoder {
         out.put_slice(bytes);
     }
 
+    /// SYN_STREAM, open in both directions. A client's ids are odd and rise.
+    pub fn open(&mut self, out: &mut BytesMut, id: u32, headers: &[(&str, &str)]) {
+        let block = self.headers.block(headers);
+        control(out, kind::SYN_STREAM, 10 + block.len());
+        out.put_u32(id);
+        // Belongs to no other stream; the highest priority, no credential.
+        out.put_slice(&[0; 6]);
+        out.put_slice(&block);
+    }
+
     /// SYN_REPLY without headers.
     pub fn reply(&mut self, out: &mut BytesMut, id: u32) {
-        control(out, kind::SYN_REPLY, 4 + self.headers.length());
+        let block = self.headers.block(&[]);
+        control(out, kind::SYN_REPLY, 4 + block.len());
         out.put_u32(id);
-        self.headers.write(out);
+        out.put_slice(&block);
     }
 
     /// RST_STREAM.

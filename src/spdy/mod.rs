@@ -1,13 +1,14 @@
 //! SPDY/3.1 as Kubernetes' clients speak it: many streams over one upgraded connection.
 //!
 //! ```text
-//! bytes -> frame::Decoder -> connection::Connection -> reader task (`streaming::session`) -> a stream's Inbox
-//! bytes <- frame::Encoder <--------------------------- writer task (`streaming::session`) <- a stream's Outbox
+//! bytes -> frame::Decoder -> connection::Connection -> kubelet_api::streaming, which serves kubectl and API servers
+//! bytes <- frame::Encoder <--------------------------- the same
+//! bytes <> frame::Decoder, frame::Encoder <----------> runtime::cri, a client of what a CRI runtime serves
 //! ```
 //!
 //! This room is pure, and names no other: `fuzz/` builds it alone.
 //!
-//! The document is "SPDY Protocol - Draft 3.1" (chromium.org). Its flow control is left out, as the one client there is
+//! The document is "SPDY Protocol - Draft 3.1" (chromium.org). Its flow control is left out, as the one other side there is
 //! (moby/spdystream, in kubectl, client-go and the API server) leaves it out: it sends no WINDOW_UPDATE, minds none,
 //! and would hang after 64 KiB if this side kept windows. What holds a fast sender up is the connection: this side
 //! reads no further while a stream's queue is full.

@@ -1,0 +1,80 @@
+//! What runs, as far as statistics need it, and what it uses: for the drivers whose containers are cgroups of this host.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use super::disk::Disk;
+use super::labels::Facts;
+use super::stats::{ContainerStats, SandboxStats, StatsScope, Usage};
+use super::types::{ContainerId, SandboxId};
+use super::usage::{Trees, interfaces};
+
+/// By id.
+pub(super) type Members = Arc<HashMap<String, Arc<Member>>>;
+
+/// A running sandbox or container.
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) facts: Facts,
+    pub(super) id: String,
+    pub(super) started_at: Option<Timestamp>,
+    pub(super) pid: Option<i32>,
+    /// Its own, from the trees' roots: as long as it is there, something runs.
+    pub(super) cgroup: PathBuf,
+    /// Of the Pod, on a sandbox that has one.
+    pub(super) pod_cgroup: Option<PathBuf>,
+    pub(super) layer: Option<PathBuf>,
+    pub(super) log: PathBuf,
+}
+
+/// What the members use now; those whose cgroup is gone have ended.
+pub(super) fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: StatsScope) -> Vec<SandboxStats> {
+    let mut containers: HashMap<&str, Vec<ContainerStats>> = HashMap::new();
+    let own = members.values().filter(|member| !member.facts.sandbox_itself).map(|member| &member.cgroup);
+    // Sandboxes may share one: then it is read once.
+    let shared =
+        members.values().filter_map(|member| member.pod_cgroup.as_ref().filter(|_| member.facts.sandbox_itself));
+    let usages = trees.usages(&own.chain(shared).map(PathBuf::as_path).collect(), scope);
+    let everything = scope == StatsScope::All;
+    for member in members.values().filter(|member| !member.facts.sandbox_itself) {
+        let Some(usage) = usages.get(member.cgroup.as_path()).copied() else { continue };
+        let facts = &member.facts;
+        containers.entry(&facts.sandbox).or_default().push(ContainerStats {
+            id: ContainerId::from(member.id.as_str()),
+            name: facts.container.clone(),
+            attempt: facts.attempt,
+            image_ref: facts.image_ref.clone(),
+            started_at: member.started_at,
+            cgroup: shown(&member.cgroup),
+            usage,
+            writable_layer: member.layer.as_ref().filter(|_| everything).and_then(|layer| disk.usage(layer)),
+            log: everything.then(|| disk.usage(&member.log)).flatten(),
+        });
+    }
+    let of_sandbox = |member: &Arc<Member>| {
+        if !trees.exists(&member.cgroup) {
+            return None;
+        }
+        let nothing = || Usage { time: Timestamp::now(), ..Usage::default() };
+        let usage =
+            member.pod_cgroup.as_ref().map_or_else(|| Some(nothing()), |path| usages.get(path.as_path()).copied())?;
+        let own_network = everything && (!member.facts.addresses.is_empty() || member.facts.by_plugins);
+        Some(SandboxStats {
+            id: SandboxId::from(member.id.as_str()),
+            pod: member.facts.pod.clone(),
+            started_at: member.started_at,
+            cgroup: member.pod_cgroup.as_deref().map_or_else(String::new, shown),
+            usage,
+            network: member.pid.filter(|_| own_network).and_then(interfaces),
+            containers: containers.remove(member.id.as_str()).unwrap_or_default(),
+        })
+    };
+    members.values().filter(|member| member.facts.sandbox_itself).filter_map(of_sandbox).collect()
+}
+
+fn shown(cgroup: &Path) -> String {
+    Path::new("/").join(cgroup).to_string_lossy().into_owned()
+}
