@@ -21,7 +21,7 @@ use crate::harness::wait::{SOON, poll};
 use crate::harness::{Case, DEBIAN, on_own_node, on_shared_node};
 
 /// How kubectl is told which protocol to speak to the API server.
-const PROTOCOLS: [(&str, &str); 2] = [("WebSocket", "true"), ("SPDY", "false")];
+pub(crate) const PROTOCOLS: [(&str, &str); 2] = [("WebSocket", "true"), ("SPDY", "false")];
 
 /// Echoes on port 8080, many connections at once, each until the end of what comes.
 const ECHO: &str = r#"use IO::Socket::INET; $SIG{CHLD} = "IGNORE"; $| = 1;

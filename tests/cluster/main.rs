@@ -18,6 +18,7 @@ mod queries;
 mod admission;
 mod bad_input;
 mod cni;
+mod containerd;
 mod debug;
 mod deletion;
 mod environment;

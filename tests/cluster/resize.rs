@@ -5,7 +5,7 @@ use kube::ResourceExt as _;
 use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 
-use crate::harness::pods::{STAY, busybox_with, pod_condition, status};
+use crate::harness::pods::{STAY, bare, busybox_with, pod_condition, status};
 use crate::harness::{Case, on_shared_node};
 use crate::resources::value;
 
@@ -44,7 +44,7 @@ fn a_pod_is_resized_as_it_runs_and_the_kernel_knows() {
             let main = status(&pod, "main").unwrap();
             assert_eq!((main.restart_count, main.container_id.as_ref()), (0, Some(&id)));
             assert_eq!(main.allocated_resources.as_ref().unwrap()["cpu"].0, cpu);
-            for group in [id.trim_start_matches("docker://").to_owned(), format!("pod{}", pod.uid().unwrap())] {
+            for group in [bare(&id).to_owned(), format!("pod{}", pod.uid().unwrap())] {
                 assert_eq!(value(&group, "memory.limit_in_bytes", "memory.max"), bytes.to_string(), "{group}");
                 let found = value(&group, "cpu.cfs_quota_us", "cpu.max");
                 assert_eq!(found.split(' ').next(), Some(quota), "{group}: {found}");
@@ -67,7 +67,7 @@ fn a_resize_policy_restarts_the_container_and_only_that() {
         let again = |pod: &Pod| status(pod, "main").is_some_and(|main| main.restart_count == 1 && main.ready);
         let pod = t.until("restarts", "restarted", again).await;
         let id = status(&pod, "main").unwrap().container_id.clone().unwrap();
-        let limit = value(id.trim_start_matches("docker://"), "memory.limit_in_bytes", "memory.max");
+        let limit = value(bare(&id), "memory.limit_in_bytes", "memory.max");
         assert_eq!(limit, (64u64 << 20).to_string());
         resized(t, "restarts", "64Mi").await;
     });

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::harness::node::output;
 use crate::harness::on_shared_node;
-use crate::harness::pods::{STAY, busybox_with, container, sleeper, status, with};
+use crate::harness::pods::{STAY, bare, busybox_with, container, sleeper, status, with};
 
 /// The value of a file in a cgroup directory whose path ends in or contains `name`.
 pub(crate) fn value(name: &str, v1: &str, v2: &str) -> String {
@@ -31,7 +31,7 @@ fn limits_are_in_the_containers_cgroup() {
         t.pod("limited", json!({"containers": [busybox_with(STAY, resources)]})).await;
         let pod = t.running("limited").await;
         let id = status(&pod, "main").unwrap().container_id.clone().unwrap();
-        let id = id.trim_start_matches("docker://");
+        let id = bare(&id);
         assert_eq!(value(id, "memory.limit_in_bytes", "memory.max"), (64u64 << 20).to_string());
         assert!(["256", "10"].contains(&value(id, "cpu.shares", "cpu.weight").as_str()), "a quarter of 1024");
         assert!(["50000", "50000 100000"].contains(&value(id, "cpu.cfs_quota_us", "cpu.max").as_str()), "half a core");

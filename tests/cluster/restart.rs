@@ -150,11 +150,9 @@ fn fifty_kills_at_random_moments_lose_restart_and_leak_nothing() {
         for number in 0..KILLS - 4 {
             t.gone(&format!("pod-{number}"), SOON).await;
         }
-        let label = format!("label=lambdalet.dev/pod-namespace={}", t.namespace);
         poll("exactly the four Pods' containers on the host", SOON, async || {
-            let names =
-                crate::harness::node::output("docker", &["ps", "-a", "--filter", &label, "--format", "{{.Names}}"]);
-            if names.lines().count() == 8 { Ok(()) } else { Err(names) }
+            let there = Leaks::of(&t.node).containers;
+            if there.len() == 8 { Ok(()) } else { Err(there.join("\n")) }
         })
         .await;
         for number in KILLS - 4..KILLS {
@@ -167,10 +165,14 @@ fn fifty_kills_at_random_moments_lose_restart_and_leak_nothing() {
     });
 }
 
-/// The process kills itself at the step; then one without the failpoint takes over.
 fn killed_at(step: &str) {
+    killed_at_on(&format!("at-{step}"), step, Options::default());
+}
+
+/// The process of a node of that name kills itself at the step; then one without the failpoint takes over.
+pub(crate) fn killed_at_on(name: &str, step: &str, options: Options) {
     assert!(lambdalet::failpoint::NAMES.contains(&step), "no such failpoint: {step}");
-    on_own_node(&format!("at-{step}"), Options::default(), async |t| {
+    on_own_node(name, options, async |t| {
         let before = Leaks::of(&t.node);
         t.config_map("settings", json!({"a": "1"})).await;
         t.pod("old", sleeper()).await;

@@ -10,7 +10,7 @@ use super::wait::{SOON, poll};
 /// Everything of one node on the host, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Leaks {
-    /// Docker containers, sandboxes included.
+    /// Containers of Docker or containerd, sandboxes included.
     pub(crate) containers: Vec<String>,
     /// Docker networks.
     pub(crate) networks: Vec<String>,
@@ -50,15 +50,20 @@ impl Leaks {
     pub(crate) fn of(node: &Node) -> Self {
         let Some(owner) = node.owner() else { return Self::default() };
         let label = format!("label=lambdalet.dev/owner={owner}");
+        let in_docker = lines(&output("docker", &["ps", "-a", "--filter", &label, "--format", "{{.Names}}"]));
+        let in_containerd = node.containerd().map(|containerd| containerd.containers(&owner)).unwrap_or_default();
         Self {
-            containers: lines(&output("docker", &["ps", "-a", "--filter", &label, "--format", "{{.Names}}"])),
+            containers: [in_docker, in_containerd].concat(),
             networks: lines(&output("docker", &["network", "ls", "--filter", &label, "--format", "{{.Name}}"])),
             links: ports(&node.bridge().unwrap()),
             guards: guards(&node.bridge().unwrap()),
             routes: lines(&output("ip", &["route", "show", "dev", &node.bridge().unwrap()])),
             addresses: [held(&node.root.join("addresses")), held(&node.root.join("addresses6"))].concat(),
             mounts: mounts_below(&node.root),
-            directories: [entries(&node.root.join("pods")), entries(&node.root.join("secrets"))].concat(),
+            directories: ["pods", "secrets", "cri-logs"]
+                .iter()
+                .flat_map(|place| entries(&node.root.join(place)))
+                .collect(),
             cgroups: pod_cgroups(&owner),
             namespaces: namespaces(node),
             machines: [entries(&node.root.join("microvm/vms/default")), entries(&node.root.join("microvm/sandboxes"))]
@@ -141,15 +146,21 @@ fn pod_cgroups(owner: &str) -> Vec<String> {
     lines(&text)
 }
 
-/// Docker's network namespaces in which an address of the node's range lives. The host's own is `default` to Docker.
+/// Docker's network namespaces, and containerd's, in which an address of the node's range lives. The host's own is `default`
+/// to Docker.
 fn namespaces(node: &Node) -> Vec<String> {
-    let directory = Path::new("/var/run/docker/netns");
-    let lives_here = |name: &String| {
-        let net = format!("--net={}", directory.join(name).display());
-        let addresses = output("nsenter", &[&net, "ip", "-o", "-4", "address"]);
+    let lives_here = |path: &String| {
+        let addresses = output("nsenter", &[&format!("--net={path}"), "ip", "-o", "-4", "address"]);
         addresses.split_whitespace().any(|word| node.has_address(word))
     };
-    entries(directory).into_iter().filter(|name| name != "default" && lives_here(name)).collect()
+    let all = ["/var/run/docker/netns", "/var/run/netns"].into_iter().flat_map(|directory| {
+        let directory = Path::new(directory);
+        entries(directory)
+            .into_iter()
+            .filter(|name| name != "default")
+            .map(move |name| directory.join(name).to_string_lossy().into_owned())
+    });
+    all.filter(lives_here).collect()
 }
 
 /// What is left on the host of Pods that should be gone, each a line; Pods are known by UID and namespace.

@@ -1,6 +1,7 @@
 //! What every test stands on: a cluster, nodes, a namespace per test, and waiting that ends.
 
 pub(crate) mod cluster;
+pub(crate) mod containerd;
 pub(crate) mod docker;
 pub(crate) mod http;
 pub(crate) mod leaks;

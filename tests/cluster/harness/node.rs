@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 use sha2::{Digest as _, Sha256};
 
 use super::cluster::Cluster;
+use super::containerd::Containerd;
 use super::wait::{SOON, poll, watch_until};
 
 /// Time for a node to appear and be Ready.
@@ -67,6 +68,8 @@ impl Node {
     /// Everything a node needs, without the process.
     pub(crate) fn prepare(cluster: &Cluster, name: &str, flags: &[String]) -> Self {
         let name = format!("{name}-{}", std::process::id());
+        let more = std::env::var("LAMBDALET_TEST_NODE_FLAGS").unwrap_or_default();
+        let more = more.split_whitespace().map(str::to_owned).filter(|flag| !flags.contains(flag));
         let root = std::env::temp_dir().join(format!("lambdalet-{name}"));
         std::fs::create_dir_all(&root).unwrap();
         Self {
@@ -75,7 +78,7 @@ impl Node {
             name,
             port: free_port(),
             range: Some(Range::claim()),
-            flags: flags.to_vec(),
+            flags: flags.iter().cloned().chain(more).collect(),
             config: String::new(),
             kubeconfig: OnceLock::new(),
             process: Mutex::new(None),
@@ -245,6 +248,11 @@ impl Node {
         Some(Sha256::digest(identity).iter().take(6).map(|byte| format!("{byte:02x}")).collect())
     }
 
+    /// What its Pods run on, if that is not Docker.
+    pub(crate) fn containerd(&self) -> Option<Containerd> {
+        self.flags.iter().any(|flag| flag == "--runtime=cri").then(Containerd::from_environment).flatten()
+    }
+
     /// Name of the bridge its Pods hang on.
     pub(crate) fn bridge(&self) -> Option<String> {
         self.owner().map(|owner| format!("ll{}", &owner[..8]))
@@ -266,6 +274,9 @@ impl Node {
         let ids: Vec<&str> = ids.split_whitespace().collect();
         if !ids.is_empty() {
             output("docker", &[&["rm", "-f"], &ids[..]].concat());
+        }
+        if let Some(containerd) = self.containerd() {
+            containerd.remove(&owner);
         }
         let bridge = self.bridge().unwrap();
         for (command, table) in

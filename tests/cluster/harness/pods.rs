@@ -107,6 +107,11 @@ pub(crate) fn pod_message(pod: &Pod) -> &str {
     pod.status.as_ref().and_then(|s| s.message.as_deref()).unwrap_or("")
 }
 
+/// A container's id without the name of what runs it.
+pub(crate) fn bare(id: &str) -> &str {
+    id.split_once("://").map_or(id, |(_, bare)| bare)
+}
+
 /// What identifies a run of a container: a restart changes it.
 pub(crate) fn identity(pod: &Pod, container: &str) -> (String, String, i32, String) {
     let status = status(pod, container).unwrap();
