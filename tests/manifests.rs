@@ -89,8 +89,8 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// For Grafana and Prometheus, and `tests/dashboard.rs`.
-const NOT_FOR_KUBERNETES: &str = "manifests/grafana";
+/// For Grafana and Prometheus (and `tests/dashboard.rs`), and for containerd's network.
+const NOT_FOR_KUBERNETES: [&str; 2] = ["manifests/grafana", "manifests/cni"];
 
 /// Every `.yaml` below `manifests/` that is for Kubernetes, in order.
 fn files() -> Vec<PathBuf> {
@@ -99,7 +99,7 @@ fn files() -> Vec<PathBuf> {
         for entry in fs::read_dir(&folder).expect("manifests can be read") {
             let path = entry.expect("its entries can be read").path();
             match path.extension().and_then(|extension| extension.to_str()) {
-                _ if path == root().join(NOT_FOR_KUBERNETES) => {}
+                _ if NOT_FOR_KUBERNETES.iter().any(|folder| path == root().join(folder)) => {}
                 _ if path.is_dir() => folders.push(path),
                 Some("yaml") => files.push(path.strip_prefix(root()).expect("it is below the root").to_owned()),
                 Some("md") => {}
