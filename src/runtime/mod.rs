@@ -46,6 +46,7 @@ use std::pin::Pin;
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use blocking::blocking;
 pub use cgroup::{remove_cgroup_root, remove_empty_cgroup_root};
@@ -235,6 +236,12 @@ pub trait ImageStore: Send + Sync + 'static {
     /// # Errors
     /// [`Kind::AlreadyExists`] if a container still uses it.
     async fn remove_image(&self, id: &ImageId) -> Result<()>;
+}
+
+/// Waits for a turn at something that only so many may do at once. The drivers' semaphores live as long as they do and are
+/// never closed.
+async fn turn(semaphore: &Semaphore) -> Result<SemaphorePermit<'_>> {
+    semaphore.acquire().await.map_err(|error| RuntimeError::new(Kind::Unavailable, "shutting down").with_source(error))
 }
 
 /// A driver that is both.

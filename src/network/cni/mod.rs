@@ -239,16 +239,13 @@ impl Cni {
         self.inner.work.spawn(turn).await.map_err(|_| ended())?
     }
 
-    async fn plug_in(self, sandbox: String, pid: i32, attachment: Attachment) -> Result<Vec<IpAddr>, NetworkError> {
-        match self.inner.records.read(&sandbox)? {
-            Some(Record { network, result: Some(result), complete: true, .. }) => {
-                return Ok(addresses(&network, &result)?);
-            }
-            Some(_) => self.clone().take_out(sandbox.clone()).await?,
+    async fn plug_in(self, record: Record, pid: i32) -> Result<Vec<IpAddr>, NetworkError> {
+        match self.inner.records.read(&record.sandbox)? {
+            Some(there) if there.complete => return Ok(addresses(&there)?),
+            Some(_) => self.clone().take_out(record.sandbox.clone()).await?,
             None => {}
         }
         let _permit = self.permit().await?;
-        let record = self.record(&sandbox, &attachment)?;
         self.inner.records.write(&record)?;
         failpoint::hit("cni-record");
         self.finish(record, pid).await
@@ -310,8 +307,13 @@ impl Cni {
         Ok(())
     }
 
-    fn record(&self, sandbox: &str, attachment: &Attachment) -> Result<Record, CniError> {
+    /// What is to be plugged in; it waits for the node's ranges, if a plugin asks for them.
+    async fn record(&self, sandbox: &str, attachment: &Attachment) -> Result<Record, CniError> {
         let network = config::load(&self.inner.conf_dir)?;
+        if network.wants("ipRanges") {
+            // The sender lives as long as this does.
+            let _ = self.inner.ranges.subscribe().wait_for(Option::is_some).await;
+        }
         let mut capabilities = capabilities(&attachment.wish);
         capabilities.append(&mut self.ranges());
         for (name, _) in capabilities.iter().filter(|(name, _)| *name != "ipRanges" && !network.wants(name)) {
@@ -328,7 +330,7 @@ impl Cni {
         let namespace = on_thread(move || namespaces.keep(&name, pid)).await?;
         self.add(&mut record, &namespace).await?;
         failpoint::hit("cni");
-        let addresses = addresses(&record.network, record.result.as_ref().unwrap_or(&Value::Null))?;
+        let addresses = addresses(&record)?;
         record.complete = true;
         self.inner.records.write(&record)?;
         Ok(addresses)
@@ -349,7 +351,9 @@ fn garbled(plugin: &str, command: &'static str, reason: String) -> CniError {
     CniError::Garbled { plugin: plugin.to_owned(), command, reason }
 }
 
-fn addresses(network: &Network, result: &Value) -> Result<Vec<IpAddr>, CniError> {
+/// What the last of a sandbox's plugins has answered.
+fn addresses(record: &Record) -> Result<Vec<IpAddr>, CniError> {
+    let (network, result) = (&record.network, record.result.as_ref().unwrap_or(&Value::Null));
     let last = network.types().next_back().unwrap_or_default();
     let addresses = result::addresses(result).map_err(|reason| garbled(last, "ADD", reason))?;
     if addresses.is_empty() {
@@ -400,19 +404,20 @@ impl Cable for Cni {
     }
 
     async fn attach(&self, pid: i32, sandbox: &str, attachment: &Attachment) -> Result<Vec<IpAddr>, NetworkError> {
-        if config::load(&self.inner.conf_dir)?.wants("ipRanges") {
-            // The sender lives as long as this does.
-            let _ = self.inner.ranges.subscribe().wait_for(Option::is_some).await;
+        if let Some(there) = self.inner.records.read(sandbox)?.filter(|there| there.complete) {
+            return Ok(addresses(&there)?);
         }
-        let attachment = attachment.clone();
-        self.whole(sandbox, |cni, sandbox| cni.plug_in(sandbox, pid, attachment)).await
+        let record = self.record(sandbox, attachment).await?;
+        self.whole(sandbox, |cni, _| cni.plug_in(record, pid)).await
     }
 
     async fn attached(&self, sandbox: &str) -> Result<Vec<IpAddr>, NetworkError> {
         let half = || CniError::HalfPlugged { sandbox: sandbox.to_owned() };
         let record = self.inner.records.read(sandbox)?.ok_or_else(half)?;
-        let result = record.result.as_ref().filter(|_| record.complete).ok_or_else(half)?;
-        let addresses = addresses(&record.network, result)?;
+        if !record.complete {
+            return Err(half().into());
+        }
+        let addresses = addresses(&record)?;
         let _permit = self.permit().await?;
         // Plugins in use say no of sandboxes that work (Debian's portmap of those with two families), so this ends none.
         if let Err(error) = self.check(&record).await {

@@ -260,6 +260,22 @@ fn a_plugin_that_hangs_is_killed_with_all_it_has_started() {
 }
 
 #[test]
+fn a_sandbox_that_is_plugged_in_needs_no_configuration_any_more() {
+    on_a_host(async || {
+        let (bench, pod) = (Bench::new(), Namespace::new());
+        let cni = bench.open();
+        let addresses = cni.attach(pod.tid, "s1", &attachment()).await.unwrap();
+        bench.calls();
+        fs::write(bench.path("conf/10-pods.conflist"), "{").unwrap();
+        assert_eq!(cni.attach(pod.tid, "s1", &attachment()).await.unwrap(), addresses);
+        assert!(bench.calls().is_empty(), "nothing is done again");
+        cni.attach(pod.tid, "s2", &attachment()).await.unwrap_err();
+        cni.unplug("s1").await.unwrap();
+        assert!(bench.is_clean());
+    });
+}
+
+#[test]
 fn what_nobody_waits_for_any_more_is_undone_to_the_end_and_once() {
     on_a_host(async || {
         let (bench, pod) = (Bench::new(), Namespace::new());

@@ -88,7 +88,7 @@ impl Function {
     pub(super) fn phase(&self, pod: &Pod) -> FunctionPhase<'_> {
         match (&self.front, self.drained) {
             (_, true) => FunctionPhase::Drained,
-            (Some(front), false) if self.made_of != images(pod) => FunctionPhase::Outdated(&front.sandbox),
+            (Some(front), false) if !images(pod).eq(&self.made_of) => FunctionPhase::Outdated(&front.sandbox),
             (Some(front), false) => FunctionPhase::Serving(&front.sandbox),
             (None, false) => FunctionPhase::Idle,
         }
@@ -144,8 +144,8 @@ impl Worker {
     fn take_images(&mut self, pod: &Pod, serving: &Image) {
         let Some(function) = &mut self.function else { return };
         function.image = Some(config_of(serving));
-        let before = std::mem::replace(&mut function.made_of, images(pod));
-        let renewed = before != function.made_of;
+        let made_of = images(pod).cloned().collect();
+        let renewed = std::mem::replace(&mut function.made_of, made_of) != function.made_of;
         self.retune();
         if let Some(pool) = self.function.as_ref().and_then(|function| function.pool.as_ref()).filter(|_| renewed) {
             pool.service.replace_all();
@@ -309,10 +309,10 @@ fn ports(pod: &Pod) -> Vec<u16> {
 }
 
 /// The images that the Pod's environments are to be made of.
-fn images(pod: &Pod) -> Vec<String> {
+fn images(pod: &Pod) -> impl Iterator<Item = &String> {
     let spec = pod.spec.iter();
     let containers = spec.flat_map(|spec| spec.init_containers.iter().flatten().chain(&spec.containers));
-    containers.filter_map(|container| container.image.clone()).collect()
+    containers.filter_map(|container| container.image.as_ref())
 }
 
 fn labels_of(pod: &PodRef) -> FunctionLabels {

@@ -14,10 +14,10 @@ use super::client::{CriClient, ask};
 use super::container::Looked;
 use super::info::Place;
 use super::streams::{self, EndOfInput, SpdyTerminal, Stdin, Streams, Wanted};
+use crate::runtime::Result;
 use crate::runtime::process::Process;
 use crate::runtime::session::{AttachRequest, Session};
 use crate::runtime::types::{ContainerId, LogSource};
-use crate::runtime::{Kind, Result, RuntimeError};
 
 /// The runtime takes note of an end a moment after the kernel told it.
 const ASK: Duration = Duration::from_millis(20);
@@ -27,12 +27,7 @@ const UNSEEN: Duration = Duration::from_millis(500);
 impl CriRuntime {
     pub(super) async fn join_streams(&self, id: &ContainerId, request: &AttachRequest) -> Result<Session> {
         let tried = format!("failed to attach to container {id}");
-        let looked = self.look_at(id).await?;
-        let looked =
-            looked.ok_or_else(|| RuntimeError::new(Kind::NotFound, format!("{tried}: there is no such container")))?;
-        let place = if looked.running() { self.place(id.as_str()).await? } else { None };
-        let place =
-            place.ok_or_else(|| RuntimeError::new(Kind::Invalid, format!("{tried}: the container does not run")))?;
+        let (looked, place) = self.look_at_running(id, &tried).await?;
         let (tty, open) = (looked.has("tty"), looked.has("stdin"));
         let stdin = request.stdin && open;
         let stderr = request.stderr && !tty;

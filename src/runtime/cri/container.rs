@@ -16,7 +16,7 @@ use super::{CriRuntime, spec};
 use crate::runtime::labels::{self, Facts};
 use crate::runtime::process::Process;
 use crate::runtime::types::{ContainerConfig, ContainerId, ContainerState, ContainerStatus, Grace, ImageId, SandboxId};
-use crate::runtime::{Kind, Result, RuntimeError, blocking};
+use crate::runtime::{Kind, Result, RuntimeError, blocking, turn};
 
 /// How long a removal that someone else began may take.
 const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
@@ -161,6 +161,17 @@ impl CriRuntime {
         Ok(facts.map(|facts| Looked { status, facts }))
     }
 
+    /// A container that runs, and where; begins the message with `tried` if there is none or it does not.
+    pub(super) async fn look_at_running(&self, id: &ContainerId, tried: &str) -> Result<(Looked, Arc<Place>)> {
+        let looked = self.look_at(id).await?;
+        let looked =
+            looked.ok_or_else(|| RuntimeError::new(Kind::NotFound, format!("{tried}: there is no such container")))?;
+        let place = if looked.running() { self.place(id.as_str()).await? } else { None };
+        let place =
+            place.ok_or_else(|| RuntimeError::new(Kind::Invalid, format!("{tried}: the container does not run")))?;
+        Ok((looked, place))
+    }
+
     /// Process and cgroup of a running container; `None` if there is none, or it does not run.
     pub(super) async fn place(&self, id: &str) -> Result<Option<Arc<Place>>> {
         if let Some(place) = self.places.get(id) {
@@ -195,7 +206,7 @@ impl CriRuntime {
             }
         }
         let started = {
-            let _turn = self.turn().await?;
+            let _turn = turn(&self.starts).await?;
             let request = v1::StartContainerRequest { container_id: id.to_string() };
             ask!(self.client.runtime, start_container(request), tried).await
         };

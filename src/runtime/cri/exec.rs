@@ -40,12 +40,7 @@ impl CriRuntime {
     pub(super) async fn run_exec(&self, id: &ContainerId, request: &ExecRequest) -> Result<Session> {
         let tried =
             format!("failed to execute {:?} in container {id}", request.command.first().map_or("", |name| name));
-        let looked = self.look_at(id).await?;
-        let looked =
-            looked.ok_or_else(|| RuntimeError::new(Kind::NotFound, format!("{tried}: there is no such container")))?;
-        let place = if looked.running() { self.place(id.as_str()).await? } else { None };
-        let place =
-            place.ok_or_else(|| RuntimeError::new(Kind::Invalid, format!("{tried}: the container does not run")))?;
+        let (_, place) = self.look_at_running(id, &tried).await?;
         if self.cgroups.is_frozen(&place.cgroup) {
             return Err(RuntimeError::new(Kind::Invalid, format!("{tried}: the container is paused")));
         }

@@ -38,7 +38,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 use lambdalet_proto::cri::v1;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use self::client::ask;
@@ -174,12 +174,6 @@ impl CriRuntime {
     fn unstarted(&self) -> MutexGuard<'_, HashSet<String>> {
         // As above.
         self.unstarted.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits for a turn to start something. The semaphore lives as long as the runtime and is never closed.
-    async fn turn(&self) -> Result<SemaphorePermit<'_>> {
-        let closed = |error| RuntimeError::new(Kind::Unavailable, "shutting down").with_source(error);
-        self.starts.acquire().await.map_err(closed)
     }
 }
 

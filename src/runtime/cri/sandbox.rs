@@ -23,7 +23,7 @@ use super::info::{self, Place};
 use super::{CriRuntime, spec};
 use crate::runtime::labels::{self, Facts};
 use crate::runtime::types::{ContainerId, SandboxConfig, SandboxId, SandboxNetwork, SandboxState, SandboxStatus};
-use crate::runtime::{Kind, Result, RuntimeError, blocking};
+use crate::runtime::{Kind, Result, RuntimeError, blocking, turn};
 
 /// How often a create is tried anew after what held its name was removed, or while another holds it.
 pub(super) const CREATE_TRIES: u32 = 50;
@@ -80,7 +80,7 @@ impl CriRuntime {
         let (client, lost) = (self.client.runtime.clone(), format!("lost the sandbox of {}", config.pod));
         let run = async move { ask!(client, run_pod_sandbox(request), || tried.clone()).await };
         let made = {
-            let _turn = self.turn().await?;
+            let _turn = turn(&self.starts).await?;
             self.creates.run(&config.pod.uid, run).await
         };
         let made = made.map_err(|error| RuntimeError::new(Kind::Internal, lost).with_source(error))?;

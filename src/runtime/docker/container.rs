@@ -20,11 +20,11 @@ use super::failure::{failed, is_absent, status as http_status};
 use super::limits::limits_of;
 use super::sandbox::{CREATE_PAUSE, CREATE_TRIES, Created, Seen};
 use super::spec::{self, Extras, Surroundings};
-use super::{DockerRuntime, labels, turn};
+use super::{DockerRuntime, labels};
 use crate::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, Grace, ImageId, Profile, SandboxId,
 };
-use crate::runtime::{Kind, Result, RuntimeError};
+use crate::runtime::{Kind, Result, RuntimeError, turn};
 
 /// Inspects in flight during one list: each takes about a millisecond, most of it in the daemon.
 pub(super) const INSPECTS_IN_FLIGHT: usize = 8;

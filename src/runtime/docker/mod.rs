@@ -43,7 +43,7 @@ use async_trait::async_trait;
 use bollard::models::SystemInfoCgroupDriverEnum;
 use bollard::{API_DEFAULT_VERSION, Docker};
 use futures::stream::BoxStream;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::Semaphore;
 
 use self::failure::failed;
 use self::stats::Statistics;
@@ -56,7 +56,7 @@ use super::types::{
     CgroupDriver, ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions,
     RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
-use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime, labels, oom, process};
+use super::{ImageStore, Result, SandboxRuntime, labels, oom, process};
 use crate::network::inside::Sockets;
 use crate::network::{Cable, NetworkError};
 
@@ -160,7 +160,7 @@ impl DockerRuntime {
     /// owner left running.
     ///
     /// # Errors
-    /// [`Kind::Unavailable`] if it does not answer.
+    /// [`Kind::Unavailable`](super::Kind::Unavailable) if it does not answer.
     pub async fn connect(options: DockerOptions, cable: Arc<dyn Cable>) -> Result<Self> {
         let tried = || format!("failed to connect to Docker at {}", options.socket.display());
         let socket = options.socket.to_string_lossy();
@@ -206,11 +206,6 @@ impl DockerRuntime {
         // As above.
         self.unstarted.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Waits for a turn. The semaphores live as long as the runtime and are never closed.
-async fn turn(semaphore: &Semaphore) -> Result<SemaphorePermit<'_>> {
-    semaphore.acquire().await.map_err(|error| RuntimeError::new(Kind::Unavailable, "shutting down").with_source(error))
 }
 
 #[async_trait]

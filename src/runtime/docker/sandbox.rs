@@ -19,12 +19,12 @@ use super::container::{INSPECTS_IN_FLIGHT, pid, timestamp};
 use super::failure::{failed, is_absent, status as http_status};
 use super::labels::{self, Facts};
 use super::spec::{self, Surroundings};
-use super::{DockerRuntime, pause, turn};
+use super::{DockerRuntime, pause};
 use crate::network::NetworkError;
 use crate::network::cni::Attachment;
 use crate::runtime::session::Duplex;
 use crate::runtime::types::{PodRef, SandboxConfig, SandboxId, SandboxNetwork, SandboxState, SandboxStatus};
-use crate::runtime::{Kind, Result, RuntimeError, blocking, loopback};
+use crate::runtime::{Kind, Result, RuntimeError, blocking, loopback, turn};
 
 /// How often a create is tried anew after what held its name was removed, or its name was taken by something that is
 /// not to be seen yet (a create whose answer nobody waited for).

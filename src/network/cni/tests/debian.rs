@@ -102,7 +102,7 @@ fn a_crash_between_debians_plugins_leaves_nothing_once_it_is_undone() {
         let before = traces(&bench);
         let pod = Namespace::new();
         // The bridge's part is done, the record has no result: as after kill -9.
-        let record = cni.record("sandbox", &wish(8082)).unwrap();
+        let record = cni.record("sandbox", &wish(8082)).await.unwrap();
         cni.inner.records.write(&record).unwrap();
         let namespaces = cni.inner.namespaces.clone();
         let namespace = on_thread({
