@@ -37,6 +37,7 @@
 //! * [`telemetry`] writes log lines, and errors with their whole chain of causes.
 //! * [`events`] writes events on Pods and on the Node.
 //! * [`metrics`] is the registry behind `/metrics`.
+//! * `file` replaces and removes files of our own.
 //! * [`memory`] lets go of code that is not run.
 //! * [`quantity`] reads and writes Kubernetes quantities exactly.
 //! * [`spdy`] reads and writes the frames of SPDY/3.1, for clients of the kubelet API and of a runtime's streams.
@@ -57,6 +58,7 @@ pub mod controller;
 pub mod cri;
 pub mod events;
 pub mod failpoint;
+mod file;
 pub mod function;
 pub mod function_server;
 pub mod kubelet_api;

@@ -14,6 +14,7 @@ const HEIGHTS: [&[&str]; 4] = [
         "config",
         "events",
         "failpoint",
+        "file",
         "lib",
         "memory",
         "metrics",

@@ -8,8 +8,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,6 +19,7 @@ use sha2::{Digest as _, Sha256};
 use tracing::warn;
 
 use super::failure::CriError;
+use crate::file::{self, Synced};
 use crate::runtime::types::{ContainerStatus, SandboxStatus};
 use crate::telemetry::chain;
 
@@ -167,7 +168,7 @@ impl<R: Record> Shelf<R> {
             inner.ids.retain(|_, known| known != key);
         }
         let place = self.place(key);
-        if let Err(cause) = remove(&place) {
+        if let Err(cause) = file::remove_tree(&place) {
             warn!(path = %place.display(), error = chain(&cause), "failed to remove a record");
         }
     }
@@ -186,7 +187,7 @@ impl<R: Record> Shelf<R> {
         for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
             let path = entry.path();
             if !known.contains(&path)
-                && let Err(cause) = remove(&path)
+                && let Err(cause) = file::remove_tree(&path)
             {
                 warn!(path = %path.display(), error = chain(&cause), "failed to remove what is left of a record");
             }
@@ -208,21 +209,7 @@ fn read<R: Record>(path: &Path) -> io::Result<(Key, R)> {
 /// Writes a file that is either there whole or not at all.
 pub(super) fn write(place: &Path, unfinished: &str, name: &str, bytes: &[u8]) -> Result<(), CriError> {
     let (aside, path) = (place.join(unfinished), place.join(name));
-    let written = || {
-        let mut options = fs::OpenOptions::new();
-        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
-        file.write_all(bytes)?;
-        fs::rename(&aside, &path)
-    };
-    written().map_err(CriError::file("write", &path))
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotADirectory => fs::remove_file(path),
-        done => done,
-    }
+    file::replace(&path, &aside, bytes, Synced::No).map_err(CriError::file("write", &path))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use rustix::fs::{FlockOperation, flock};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::failure::CriError;
+use crate::file;
 
 /// Who may connect.
 const MODE: u32 = 0o600;
@@ -36,7 +37,7 @@ impl Socket {
         }
         // Under another name until nobody else may connect.
         let aside = path.with_extension(format!("{}.new", std::process::id()));
-        remove(&aside).map_err(failed("remove", &aside))?;
+        file::remove(&aside).map_err(failed("remove", &aside))?;
         let listener = UnixListener::bind(&aside).map_err(failed("listen on", &aside))?;
         let ready = || {
             fs::set_permissions(&aside, fs::Permissions::from_mode(MODE))?;
@@ -60,13 +61,6 @@ impl Drop for Socket {
 fn inode(path: &Path) -> io::Result<u64> {
     use std::os::unix::fs::MetadataExt as _;
     Ok(fs::symlink_metadata(path)?.ino())
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        done => done,
-    }
 }
 
 /// Takes a root directory for this process, until the file is dropped.

@@ -8,6 +8,7 @@
 
 mod attributes;
 mod auth;
+mod body;
 mod cache;
 mod health;
 mod identity;
@@ -35,7 +36,7 @@ use std::time::Instant;
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use http::{StatusCode, Uri, header};
@@ -143,6 +144,7 @@ impl KubeletApi {
             room: Room::new(params.limits.streams, params.limits.stream_idle),
         };
         let router = routes()
+            .layer(from_fn(body::read_and_forget))
             .layer(from_fn_with_state(Arc::new(gate), auth::gate))
             .layer(from_fn_with_state(app.clone(), observe))
             .with_state(app);

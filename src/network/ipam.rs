@@ -10,8 +10,8 @@
 //! `<address>.quarantined` and that address stays out of use until the file is removed or the address is adopted.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::NetworkError;
+use crate::file::{self, Synced};
 
 /// How long a released address rests by default: clients that keep connections by address must have noticed.
 pub const DEFAULT_COOL_DOWN: Duration = Duration::from_secs(60);
@@ -362,21 +363,14 @@ fn write(dir: &Path, address: IpAddr, record: &Record) -> Result<(), NetworkErro
     let path = dir.join(address.to_string());
     let temporary = dir.join(format!("{TEMPORARY}{address}"));
     let write = || -> io::Result<()> {
-        let mut file = File::create(&temporary)?;
-        file.write_all(&serde_json::to_vec(record)?)?;
-        // The content must be on disk before the name is. The directory itself is not synced: a process crash cannot
-        // undo a rename, and after a power cut no sandbox is left that could have the address.
-        file.sync_data()?;
-        fs::rename(&temporary, &path)
+        // The name need not be on disk: after a power cut no sandbox is left that could have the address.
+        file::replace(&path, &temporary, &serde_json::to_vec(record)?, Synced::Content)
     };
     write().map_err(|source| file_error("write", &path, source))
 }
 
 fn remove(path: &Path) -> Result<(), NetworkError> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file_error("remove", path, error)),
-        _ => Ok(()),
-    }
+    file::remove(path).map_err(|error| file_error("remove", path, error))
 }
 
 fn file_error(action: &'static str, path: &Path, source: io::Error) -> NetworkError {

@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use tracing::{info, warn};
 
 use crate::apiserver::{ApiServer, RequestError, Trouble};
+use crate::file::{self, Synced};
 use crate::telemetry::chain;
 
 /// Wait between two questions to an API server that cannot be reached.
@@ -141,7 +142,6 @@ fn read(path: &Path) -> Result<Option<Record>, OwnerError> {
     }
 }
 
-/// Written aside, then renamed: a crash leaves the old state or the new.
 fn write(path: &Path, record: &Record) -> Result<(), OwnerError> {
     let failed = |source| OwnerError::File { action: "write", path: path.to_owned(), source };
     let text = serde_json::to_vec(record).map_err(io::Error::from).map_err(failed)?;
@@ -149,7 +149,7 @@ fn write(path: &Path, record: &Record) -> Result<(), OwnerError> {
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).map_err(failed)?;
     }
-    std::fs::write(&aside, text).and_then(|()| std::fs::rename(&aside, path)).map_err(failed)
+    file::replace(path, &aside, &text, Synced::No).map_err(failed)
 }
 
 /// The cgroup right below the cgroup root that all of an owner's are in.

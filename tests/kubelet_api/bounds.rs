@@ -8,7 +8,7 @@ use lambdalet::kubelet_api::Limits;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{Node, Setup, request};
+use crate::support::{Node, Setup, request, tls};
 
 fn limited(limits: Limits) -> Setup {
     Setup { limits, ..Setup::default() }
@@ -100,6 +100,31 @@ async fn a_request_head_too_large_is_431() {
     // A long token is no bomb.
     let mut client = node.connect(None).await.unwrap();
     assert_eq!(client.status("/healthz", Some(&"t".repeat(30_000))).await, 401);
+    assert_eq!(node.get("/healthz").await.0, 200);
+}
+
+/// Sends a request with a body by hand, and another on the same connection; the answers' codes, as far as they come.
+async fn with_body(node: &Node, length: usize, sent: usize) -> Vec<String> {
+    let identity = Some(node.authority.api_server());
+    let mut io = tls(node.address, identity, rustls::ALL_VERSIONS, &["http/1.1"]).await.unwrap();
+    let head = format!("POST /checkpoint/ns/none/c HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n");
+    io.write_all(head.as_bytes()).await.unwrap();
+    // Whoever does not want all of it may close the connection meanwhile.
+    let _ = io.write_all(&vec![b'x'; sent]).await;
+    let _ = io.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await;
+    let mut answers = Vec::new();
+    let _ = io.read_to_end(&mut answers).await;
+    let answers = String::from_utf8_lossy(&answers).into_owned();
+    answers.lines().filter_map(|line| line.strip_prefix("HTTP/1.1 ")).map(|line| line[..3].to_owned()).collect()
+}
+
+#[tokio::test]
+async fn a_body_that_nobody_wants_is_read_before_the_answer() {
+    let node = Node::start(Setup::default()).await;
+    node.cluster.granted.lock().unwrap().push("checkpoint");
+    assert_eq!(with_body(&node, 200_000, 200_000).await, ["404", "200"]);
+    // Not without end.
+    assert_eq!(with_body(&node, 1 << 30, 300_000).await, ["404"]);
     assert_eq!(node.get("/healthz").await.0, 200);
 }
 

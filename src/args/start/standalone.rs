@@ -4,8 +4,6 @@
 //! file that only the node's own user can read, and whoever shows it (or a certificate of `--client-ca-file`) may do
 //! everything.
 
-use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -18,6 +16,7 @@ use super::drivers::{self, Made};
 use super::{DRAIN_PATIENCE, PATIENCE, Parts, events, function_server, network, raise_open_files, serve};
 use crate::apiserver::ApiServer;
 use crate::config::Settings;
+use crate::file::{self, Synced};
 use crate::metrics::Metrics;
 use crate::network::uplink::Uplink;
 use crate::node::{self, owner};
@@ -85,11 +84,7 @@ fn token(root: &Path) -> anyhow::Result<String> {
     }
     let token: String = rand::random::<[u8; TOKEN_BYTES]>().iter().map(|byte| format!("{byte:02x}")).collect();
     let aside = path.with_extension("new");
-    // Whoever left a file there may be able to read it.
-    let _ = std::fs::remove_file(&aside);
-    let mut file =
-        std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside).with_context(tried)?;
-    file.write_all(token.as_bytes()).and_then(|()| std::fs::rename(&aside, &path)).with_context(tried)?;
+    file::replace(&path, &aside, token.as_bytes(), Synced::No).with_context(tried)?;
     Ok(token)
 }
 

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns};
 
+use crate::file;
 use crate::network::NetworkError;
 use crate::network::netlink::Netlink;
 
@@ -62,10 +63,7 @@ impl Namespaces {
         while is_namespace(&path) {
             umount2(&path, MntFlags::MNT_DETACH).map_err(|errno| failed("unmount", errno.into()))?;
         }
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", error)),
-            _ => Ok(()),
-        }
+        file::remove(&path).map_err(|error| failed("remove", error))
     }
 }
 

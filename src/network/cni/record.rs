@@ -1,8 +1,8 @@
 //! What was plugged in, as files: written before the first plugin is called, so that whatever a crash leaves half done is
 //! taken away by the same plugins with the same configuration.
 
-use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use tracing::warn;
 
 use super::config::Network;
+use crate::file::{self, Synced};
 use crate::network::NetworkError;
 
 /// Ends the name of a record.
@@ -54,25 +55,20 @@ impl Records {
 
     /// What plugins have in files of their own outlives a power cut, and so does what is written here.
     pub(super) fn write(&self, record: &Record) -> Result<(), NetworkError> {
-        self.put(record, |file| file.sync_data())?;
-        let synced = File::open(&self.dir).and_then(|dir| dir.sync_all());
-        synced.map_err(|source| failed("write", &self.path(&record.sandbox, RECORD), source))
+        self.put(record, Synced::Name)
     }
 
     /// Writes a step between; after a power cut the one before it may be found. What it says more is of the kernel's
     /// rules, which are gone then too.
     pub(super) fn note(&self, record: &Record) -> Result<(), NetworkError> {
-        self.put(record, |_| Ok(()))
+        self.put(record, Synced::No)
     }
 
-    fn put(&self, record: &Record, finish: impl FnOnce(&File) -> io::Result<()>) -> Result<(), NetworkError> {
+    fn put(&self, record: &Record, synced: Synced) -> Result<(), NetworkError> {
         let (path, temporary) = (self.path(&record.sandbox, RECORD), self.path(&record.sandbox, TEMPORARY));
         let write = || -> io::Result<()> {
             fs::create_dir_all(&self.dir)?;
-            let mut file = File::create(&temporary)?;
-            file.write_all(&serde_json::to_vec(record)?)?;
-            finish(&file)?;
-            fs::rename(&temporary, &path)
+            file::replace(&path, &temporary, &serde_json::to_vec(record)?, synced)
         };
         write().map_err(|source| failed("write", &path, source))
     }
@@ -98,10 +94,7 @@ impl Records {
 
     pub(super) fn remove(&self, sandbox: &str) -> Result<(), NetworkError> {
         let path = self.path(sandbox, RECORD);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", &path, error)),
-            _ => Ok(()),
-        }
+        file::remove(&path).map_err(|error| failed("remove", &path, error))
     }
 
     /// The sandboxes that have one.

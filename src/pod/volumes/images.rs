@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::Mutex;
 
 use super::{VolumeError, blocking, component, host_error, places};
+use crate::file;
 use crate::runtime::types::ImageId;
 use crate::runtime::{ImageStore, RuntimeError};
 use crate::telemetry::chain;
@@ -157,10 +158,7 @@ fn point(link: &Path, target: &Path) -> io::Result<()> {
     if fs::read_link(link).is_ok_and(|there| there == target) {
         return Ok(());
     }
-    match fs::remove_file(link) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    file::remove(link)?;
     if let Some(parent) = link.parent() {
         fs::create_dir_all(parent)?;
     }

@@ -20,6 +20,7 @@ use tokio::time::{Instant, sleep};
 
 use super::CriRuntime;
 use super::client::CriClient;
+use crate::file;
 use crate::runtime::process::Process;
 use crate::runtime::types::{ContainerId, LogChunk, LogOptions, LogSource};
 use crate::runtime::{Kind, Result, RuntimeError, blocking};
@@ -54,7 +55,8 @@ impl LogFiles {
 
     /// Removes the log of one attempt. Its directory stays: the next attempt may be about to start in it.
     pub(super) fn remove(&self, uid: &str, name: &str, attempt: u32) -> io::Result<()> {
-        segments(&self.of_container(uid, name, attempt))?.into_iter().try_for_each(fs::remove_file)
+        // Another call may be removing it too.
+        segments(&self.of_container(uid, name, attempt))?.iter().try_for_each(|segment| file::remove(segment))
     }
 
     /// Removes the directories of a Pod's logs that no log is in.
@@ -374,6 +376,30 @@ mod tests {
 
     fn text(reader: &mut Reader) -> String {
         all(reader).into_iter().map(|(_, _, text)| text).collect()
+    }
+
+    #[test]
+    fn a_log_that_two_remove_at_once_is_gone_for_both() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = LogFiles::new(folder.path().to_owned());
+        let path = files.of_container("u", "c", 0);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        for _ in 0..200 {
+            for name in ["0.log", "0.log.1", "0.log.2"] {
+                fs::write(path.with_file_name(name), "").unwrap();
+            }
+            let start = std::sync::Barrier::new(2);
+            std::thread::scope(|scope| {
+                let removal = || {
+                    start.wait();
+                    files.remove("u", "c", 0)
+                };
+                let (one, other) = (scope.spawn(removal), scope.spawn(removal));
+                one.join().unwrap().unwrap();
+                other.join().unwrap().unwrap();
+            });
+            assert_eq!(segments(&path).unwrap(), Vec::<PathBuf>::new());
+        }
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! What the driver remembers of a sandbox: one file each, written aside, then renamed.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::slots::Slots;
 use super::vm::GuestState;
 use super::volumes::Volume;
+use crate::file::{self, Synced};
 use crate::runtime::types::{
     ContainerConfig, ContainerState, ContainerStatus, ImageId, PodRef, Resources, SandboxConfig,
 };
@@ -198,11 +199,7 @@ impl SandboxRecord {
     /// Writes it to its directory, which exists. Waits for the disk.
     pub(super) fn save(&self, directory: &Path) -> io::Result<()> {
         let aside = directory.join(format!("{FILE}.new"));
-        let mut file = File::create(&aside)?;
-        file.write_all(&serde_json::to_vec(self)?)?;
-        file.sync_all()?;
-        fs::rename(aside, directory.join(FILE))?;
-        File::open(directory)?.sync_all()
+        file::replace(&directory.join(FILE), &aside, &serde_json::to_vec(self)?, Synced::Name)
     }
 
     /// Reads that of a directory; `None` if there is none, or it is another owner's.

@@ -9,6 +9,7 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use tokio::process::Command;
 
+use crate::file;
 use crate::runtime::{Kind, Result, RuntimeError};
 
 /// Without a journal: what is on it is of no use to anybody after its machine has ended. It never grows, and the room to do
@@ -43,10 +44,7 @@ pub(super) async fn make_blank(path: PathBuf, size: u64) -> Result<PathBuf> {
 /// # Errors
 /// The kernel's.
 pub(super) fn copy(from: &Path, to: &Path) -> io::Result<()> {
-    match fs::remove_file(to) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    file::remove(to)?;
     let from = File::open(from)?;
     let size = from.metadata()?.len();
     // New: whatever a VMM put there before is not written to.

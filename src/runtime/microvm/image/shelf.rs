@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layer::digest_of;
 use super::{config, erofs};
+use crate::file;
 use crate::runtime::types::ImageId;
 use crate::telemetry::chain;
 
@@ -76,7 +77,7 @@ impl Shelf {
             builder.create(root.join(part))?;
         }
         for left in fs::read_dir(root.join("tmp"))? {
-            remove(&left?.path())?;
+            file::remove_tree(&left?.path())?;
         }
         let shelf = Self { root: root.to_owned(), next: AtomicU64::new(0) };
         let mut found = Found::default();
@@ -86,7 +87,7 @@ impl Shelf {
                 Ok((id, stored)) => drop(found.images.insert(id, stored)),
                 Err(error) => {
                     tracing::warn!(image = %path.display(), error = chain(&error), "a damaged image is dropped");
-                    remove(&path)?;
+                    file::remove_tree(&path)?;
                 }
             }
         }
@@ -129,7 +130,7 @@ impl Shelf {
         write(&making.path().join(RECORD), &serde_json::to_vec(&record)?)?;
         sync(making.path())?;
         let place = self.place(id);
-        remove(&place)?;
+        file::remove_tree(&place)?;
         fs::rename(making.path(), &place)?;
         making.keep();
         sync(&self.root.join("images"))?;
@@ -144,7 +145,7 @@ impl Shelf {
             _ => {}
         }
         // From here on the image is gone; names without one are dropped at the next start, whatever happens now.
-        names.iter().try_for_each(|name| remove(&self.name_file(name)))
+        names.iter().try_for_each(|name| file::remove(&self.name_file(name)))
     }
 
     /// Lets a name mean an image, whatever it meant before.
@@ -187,7 +188,7 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         let Some(path) = self.path.take() else { return };
         let clear = move || {
-            if let Err(error) = remove(&path) {
+            if let Err(error) = file::remove_tree(&path) {
                 tracing::warn!(path = %path.display(), error = chain(&error), "failed to clean up after an image");
             }
         };
@@ -215,19 +216,6 @@ fn stored(path: &Path) -> io::Result<(ImageId, Stored)> {
         return Err(broken("its file system is not the one that was made"));
     }
     Ok((ImageId::from(digest), Stored { path: rootfs, config: Arc::new(config), size: record.size }))
-}
-
-/// Removes a file, or a directory with everything in it; Ok if there is none.
-fn remove(path: &Path) -> io::Result<()> {
-    let removed = match fs::symlink_metadata(path) {
-        Ok(found) if found.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(error) => Err(error),
-    };
-    match removed {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {

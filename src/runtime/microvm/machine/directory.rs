@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
 use super::error::{MachineError, Result};
+use crate::file::{self, Synced};
 
 /// containerd's limit on identifiers.
 const LONGEST: usize = 76;
@@ -268,12 +269,11 @@ impl VmDir {
         }
     }
 
-    /// Writes the checkpoint, then renames it. The disk is not waited for: after another boot of the host no machine of it
+    /// Writes the checkpoint. The disk is not waited for: after another boot of the host no machine of it
     /// runs.
     pub(super) fn write_checkpoint(&self, checkpoint: &Checkpoint) -> Result<()> {
         let path = self.checkpoint_path();
-        let written = write_beside(&path, checkpoint).and_then(|(fresh, _)| fs::rename(fresh, &path));
-        written.map_err(MachineError::file("write", &path))
+        write_json(&path, checkpoint, Synced::No).map_err(MachineError::file("write", &path))
     }
 
     /// What is remembered of the machine; `None` if nothing is, or it cannot be read.
@@ -319,24 +319,13 @@ fn open_without_links(directory: &Path, name: &str, flags: OFlags) -> io::Result
     Ok(openat2(&dir, name, flags | OFlags::CLOEXEC, Mode::empty(), resolve)?)
 }
 
-/// Writes a file of its own beside the place, and once that is on the disk puts it there.
-pub(super) fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
-    let (fresh, file) = write_beside(path, value)?;
-    file.sync_data()?;
-    fs::rename(&fresh, path)
-}
-
-fn write_beside(path: &Path, value: &impl Serialize) -> io::Result<(PathBuf, File)> {
-    let fresh = path.with_extension("new");
-    let mut options = fs::OpenOptions::new();
-    options.write(true).create(true).truncate(true).mode(0o600);
-    let mut file = options.open(&fresh)?;
-    file.write_all(&serde_json::to_vec(value)?)?;
-    Ok((fresh, file))
+pub(super) fn write_json(path: &Path, value: &impl Serialize, synced: Synced) -> io::Result<()> {
+    file::replace(path, &path.with_extension("new"), &serde_json::to_vec(value)?, synced)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
     use std::os::unix::fs::{PermissionsExt, symlink};
     use std::os::unix::net::UnixListener;
 

@@ -20,6 +20,7 @@ use sha2::{Digest, Sha256};
 use super::directory::write_json;
 use super::error::{MachineError, Result};
 use super::{MachineSpec, VmId};
+use crate::file::Synced;
 
 const DESCRIPTION: &str = "template.json";
 /// What has been half made for so long, nobody is making any more.
@@ -117,7 +118,8 @@ impl Template {
         let sealed = |path: &Path| seal(path).map_err(MachineError::file("look at", path));
         let (memory_seal, state_seal) = (sealed(&self.memory())?, sealed(&self.state())?);
         let path = self.path.join(DESCRIPTION);
-        write_json(&path, &Description { kind, memory_seal, state_seal }).map_err(MachineError::file("write", &path))
+        let description = Description { kind, memory_seal, state_seal };
+        write_json(&path, &description, Synced::Content).map_err(MachineError::file("write", &path))
     }
 
     /// # Errors

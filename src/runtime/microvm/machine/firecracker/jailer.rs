@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use crate::file;
 use crate::runtime::microvm::machine::jail::VmmUser;
 use crate::runtime::microvm::machine::{Asset, MachineError, Result, VmDir};
 
@@ -59,23 +60,16 @@ pub(super) fn show(asset: &Asset, root: &Path, name: &str) -> Result<()> {
 pub(super) fn make_blank(root: &Path, name: &str, size: u64) -> Result<()> {
     let path = root.join(name);
     let make = || -> io::Result<()> {
-        remove_file(&path)?;
+        file::remove(&path)?;
         // Not through a link that a VMM before has left: there is none any more.
         File::create_new(&path)?.set_len(size)
     };
     make().map_err(MachineError::file("make", &path))
 }
 
-fn remove_file(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
-}
-
 fn show_file(file: &File, root: &Path, name: &str) -> io::Result<()> {
     let target = root.join(name);
-    remove_file(&target)?;
+    file::remove(&target)?;
     // By its descriptor, so that it is the file which was looked at.
     let open = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file));
     let flags = rustix::fs::AtFlags::SYMLINK_FOLLOW;
