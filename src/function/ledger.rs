@@ -142,6 +142,11 @@ impl Ledger {
         self.borrowed_of(pool, |_| true)
     }
 
+    /// Whether any pool has borrowed anything.
+    pub fn lends(&self) -> bool {
+        self.loans.keys().any(|pool| self.borrowed(pool) != Size::default())
+    }
+
     fn borrowed_of(&self, pool: &str, counts: impl Fn(&Loan) -> bool) -> Size {
         let loans = self.loans.get(pool).into_iter().flat_map(BTreeMap::values);
         let uses = loans.filter(|loan| counts(loan)).map(|loan| loan.size).fold(Size::default(), sum);

@@ -23,9 +23,11 @@ fn a_request_pays_for_the_first_replicas_and_the_rest_is_borrowed() {
     assert_eq!(ledger.bind("f", size(1000, 100)), []);
     ledger.lend("f", ReplicaId(0), size(1000, 100)).unwrap();
     assert_eq!((ledger.borrowed("f"), ledger.used()), (NOTHING, size(1000, 100)));
+    assert!(!ledger.lends(), "what was requested is not borrowed");
     for id in 1..4 {
         ledger.lend("f", ReplicaId(id), size(1000, 100)).unwrap();
     }
+    assert!(ledger.lends());
     assert_eq!((ledger.borrowed("f"), ledger.free()), (size(3000, 300), NOTHING));
     let denied = ledger.lend("f", ReplicaId(4), size(1000, 100)).unwrap_err();
     assert_eq!(denied, Denied { wanted: size(1000, 100), missing: size(1000, 100) });
@@ -222,6 +224,8 @@ impl Model {
         assert_eq!(self.ledger.used(), self.used(&[]));
         assert_eq!(self.ledger.shortage(), excess(self.used(&[]), self.allocatable));
         assert_eq!(self.ledger.free(), excess(self.allocatable, self.used(&[])));
+        let requested = self.pods.values().copied().fold(NOTHING, sum);
+        assert_eq!(self.ledger.lends(), self.used(&[]) != requested, "what is used and not requested is borrowed");
     }
 }
 

@@ -55,6 +55,15 @@ impl Pool {
         best.map(|(_, _, id)| id)
     }
 
+    /// A call ended with its environment, as far as anybody can tell.
+    pub(super) fn call_lost(&mut self, call: CallId, now: Instant, actions: &mut Vec<Action>) {
+        let id = self.running.get(&call).map(|running| running.environment);
+        if let Some(environment) = id.and_then(|id| self.environment_mut(id)) {
+            environment.broke.get_or_insert(now);
+        }
+        self.call_ended(call, false, now, actions);
+    }
+
     pub(super) fn call_ended(&mut self, call: CallId, reuse: bool, now: Instant, actions: &mut Vec<Action>) {
         let Some(Running { environment: id, .. }) = self.running.remove(&call) else { return };
         let Some(environment) = self.environment_mut(id) else { return };

@@ -55,8 +55,14 @@ pub enum Event {
         /// Whether the environment can take another; if not it is replaced.
         reuse: bool,
     },
+    /// A granted call broke off, or did not get through: its environment does not answer, and is replaced. Most likely
+    /// it has ended by itself, which [`Event::EnvironmentDied`] may still say until it is stopped.
+    CallLost {
+        /// Its number.
+        call: CallId,
+    },
     /// The client of a call has gone. A waiting call is forgotten; a granted one goes on to hold its place in the
-    /// environment until [`Event::CallEnded`].
+    /// environment until [`Event::CallEnded`] or [`Event::CallLost`].
     ClientGone {
         /// Its number.
         call: CallId,
@@ -107,7 +113,7 @@ pub enum Event {
         ready: bool,
     },
     /// An environment could not start, ended by itself, or must not be used (an adopted one that cannot be known to be
-    /// idle). Answered by [`Action::StopEnvironment`].
+    /// idle). Answered by [`Action::StopEnvironment`], unless a lost call was before.
     EnvironmentDied {
         /// Which.
         environment: EnvironmentId,
@@ -218,7 +224,7 @@ pub enum Action {
         /// Why, and when to come again.
         try_again: TryAgain,
     },
-    /// A granted call's environment died: its caller gets 502 with the reason. No [`Event::CallEnded`] is due.
+    /// A granted call's environment died: its caller gets 502 with the reason. No word of the call's end is due.
     FailCall {
         /// Which call.
         call: CallId,

@@ -28,6 +28,8 @@
 //! * A replica that was idle for the idle timeout is removed, the longest idle first, never below the minimum, never
 //!   one that holds a call or a visitor.
 //! * After a crash starts wait (the kubelet's back-off); calls that could not be served in time are refused at once.
+//! * An environment that broke off a call is stopped at once; should it turn out to have ended by itself, that is a
+//!   crash, of the moment at which it broke.
 
 mod backoff;
 mod end;
@@ -174,6 +176,7 @@ impl Pool {
         match event {
             Event::CallArrived { call } => self.call_arrived(call, now, actions),
             Event::CallEnded { call, reuse } => self.call_ended(call, reuse, now, actions),
+            Event::CallLost { call } => self.call_lost(call, now, actions),
             Event::ClientGone { call } => self.client_gone(call),
             Event::VisitArrived { visit } => {
                 self.visits.insert(visit, Visit { since: now, environment: None });
@@ -267,9 +270,13 @@ impl Pool {
 
     fn environment_died(&mut self, id: EnvironmentId, exit: Exit, now: Instant, actions: &mut Vec<Action>) {
         let Some(replica) = self.replicas.get_mut(&id.replica) else { return };
-        // One that is being stopped stays until it is.
-        let alive = |environment: &Environment| environment.state != State::Stopping;
-        if !replica.environments.get(&id.ordinal).is_some_and(alive) {
+        let Some(environment) = replica.environments.get_mut(&id.ordinal) else { return };
+        if environment.state == State::Stopping {
+            // It stays until it is stopped. It ended because of that, unless it broke off a call before.
+            let started = environment.started;
+            if let Some(broke) = environment.broke.take() {
+                self.note_crash(started, exit, broke);
+            }
             return;
         }
         let Some(environment) = replica.environments.remove(&id.ordinal) else { return };
@@ -277,7 +284,7 @@ impl Pool {
         self.fail_calls(&environment.calls, &exit, actions);
         actions.push(Action::StopEnvironment { environment: id });
         if environment.state != State::Unknown {
-            self.note_crash(environment.started, exit, now);
+            self.note_crash(environment.started, exit, environment.broke.unwrap_or(now));
         }
     }
 
@@ -289,10 +296,12 @@ impl Pool {
         }
     }
 
-    fn note_crash(&mut self, started: Instant, exit: Exit, now: Instant) {
+    /// Something that was started then crashed at a moment that may lie a little back: what has replaced it since is no
+    /// part of this crash.
+    fn note_crash(&mut self, started: Instant, exit: Exit, at: Instant) {
         self.crashes = self.crashes.saturating_add(1);
         self.crash = Some(exit);
-        self.backoff.crashed(started, now);
+        self.backoff.crashed(started, at);
     }
 
     /// Every replica drains; [`Pool::grow`] makes others as there is room for them.
@@ -304,6 +313,17 @@ impl Pool {
 
     fn environment_mut(&mut self, id: EnvironmentId) -> Option<&mut Environment> {
         self.replicas.get_mut(&id.replica)?.environments.get_mut(&id.ordinal)
+    }
+
+    /// Whether an environment broke off a call, and how it ended is not known.
+    pub fn broke(&self, id: EnvironmentId) -> bool {
+        let environment = self.replicas.get(&id.replica).and_then(|replica| replica.environments.get(&id.ordinal));
+        environment.is_some_and(|environment| environment.broke.is_some())
+    }
+
+    /// Where a visitor is.
+    pub fn visited(&self, visit: VisitId) -> Option<EnvironmentId> {
+        self.visits.get(&visit)?.environment
     }
 
     /// Replicas that start or are ready.

@@ -45,6 +45,8 @@ pub(super) struct Environment {
     pub(super) used: Instant,
     /// Its probes have failed: it gets no new call.
     pub(super) unready: bool,
+    /// When it first broke off a call; `None`: it did not, or how it ended is known.
+    pub(super) broke: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,8 +86,8 @@ impl Replica {
     pub(super) fn insert(&mut self, ordinal: u32, state: State, now: Instant) {
         self.next_ordinal = self.next_ordinal.max(ordinal.saturating_add(1));
         let ready = matches!(state, State::Ready | State::Frozen).then_some(now);
-        let environment = Environment { state, calls: Vec::new(), started: now, ready, used: now, unready: false };
-        self.environments.insert(ordinal, environment);
+        let (calls, started, used, unready, broke) = (Vec::new(), now, now, false, None);
+        self.environments.insert(ordinal, Environment { state, calls, started, ready, used, unready, broke });
     }
 
     /// The number that the next environment gets.
@@ -112,7 +114,7 @@ impl Replica {
     }
 
     /// Since when it has nothing to do: every environment is idle or frozen. `None`: it is busy, or something in it
-    /// starts, thaws or is unknown. One without environments is idle since ever.
+    /// starts, thaws, is unknown or may be about to tell of a crash. One without environments is idle since ever.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         if self.phase != Phase::Ready {
             return None;
@@ -121,16 +123,16 @@ impl Replica {
         for environment in self.environments.values() {
             match environment.state {
                 State::Ready | State::Frozen if environment.calls.is_empty() => since = since.max(environment.used),
-                State::Stopping => {}
+                State::Stopping if environment.broke.is_none() => {}
                 _ => return None,
             }
         }
         Some(since)
     }
 
-    /// Whether nothing in it can take a call, now or soon.
+    /// Whether nothing in it can take a call, now or soon, nor tell of a crash.
     pub(super) fn is_empty(&self) -> bool {
-        self.environments.values().all(|environment| environment.state == State::Stopping)
+        self.environments.values().all(|e| e.state == State::Stopping && e.broke.is_none())
     }
 
     /// How many environments it has that can take a call, now or soon.

@@ -353,6 +353,45 @@ fn an_environment_that_must_not_be_reused_is_replaced() {
 }
 
 #[test]
+fn what_ended_under_a_call_that_broke_off_before_is_a_crash_of_that_moment() {
+    let mut hand = Hand::new(|s| s.max = 2).with_idle(1);
+    let broke = |call| Event::CallLost { call: CallId(call) };
+    hand.call(0, 1);
+    let stopped = Action::StopEnvironment { environment: env(0, 0) };
+    assert_eq!(hand.at(10, broke(1)), [stopped, start(1)], "and its replica stays until more is known");
+    assert_eq!((hand.pool.broke(env(0, 0)), hand.summary().crashes), (true, 0));
+    assert_eq!(hand.died(15, env(0, 0)), [stop(0, Why::Empty)]);
+    assert_eq!((hand.summary().crashes, hand.pool.last_crash()), (1, Some(&exit())));
+    assert_eq!(hand.died(16, env(0, 0)), [], "once");
+    hand.started(20, 1);
+    hand.ready(30, env(1, 0));
+    hand.call(40, 2);
+    assert_eq!(hand.at(50, broke(2)).len(), 1, "there may be no more replicas");
+    hand.died(60, env(1, 0));
+    let crash = hand.pool.summary(hand.start + Duration::from_millis(60)).crash.unwrap();
+    let until = hand.start + Duration::from_millis(10_050);
+    assert_eq!(crash.until, Some(until), "what replaced the first one was started after its crash");
+}
+
+#[test]
+fn what_broke_off_a_call_and_had_not_ended_is_no_crash() {
+    let mut hand = Hand::new(|s| s.max = 1).with_idle(1);
+    hand.call(0, 1);
+    hand.at(10, Event::CallLost { call: CallId(1) });
+    let stopped = Event::EnvironmentStopped { environment: env(0, 0) };
+    assert_eq!(hand.at(1_010, stopped), [start_environment(env(0, 1))]);
+    assert_eq!(hand.summary().crashes, 0);
+}
+
+#[test]
+fn what_ends_because_it_is_stopped_is_no_crash() {
+    let mut hand = Hand::new(|s| s.max = 1).with_idle(1);
+    hand.call(0, 1);
+    hand.at(10, Event::CallEnded { call: CallId(1), reuse: false });
+    assert_eq!((hand.died(11, env(0, 0)), hand.summary().crashes), (vec![], 0));
+}
+
+#[test]
 fn an_environment_may_take_several_calls_where_it_can() {
     let mut hand = Hand::new(|s| (s.calls, s.max) = (2, 1)).with_idle(1);
     assert_eq!(hand.call(0, 1), [grant(1, env(0, 0))]);

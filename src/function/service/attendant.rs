@@ -25,6 +25,8 @@ const WARM_UP_PATIENCE: Duration = Duration::from_secs(30);
 /// Between two looks whether an environment listens: at first, and at most.
 const FIRST_LOOK: Duration = Duration::from_millis(1);
 const LAST_LOOK: Duration = Duration::from_millis(25);
+/// How long it may take to hear of the end of an environment that broke off a call, before it is stopped.
+const END_PATIENCE: Duration = Duration::from_secs(1);
 /// How long an adopted environment may take to become known to be idle; then it is replaced.
 const IDLE_PATIENCE: Duration = Duration::from_secs(900);
 
@@ -40,7 +42,10 @@ pub(super) enum Order {
     },
     Freeze,
     Thaw,
-    Stop,
+    Stop {
+        /// It broke off a call: should it have ended by itself, the pool wants to know how.
+        broke: bool,
+    },
 }
 
 /// What a replica's attendant is to do.
@@ -176,8 +181,11 @@ impl Desk {
                     Ok(()) => self.feed(Event::EnvironmentReady { environment: id }),
                     Err(exit) => self.lost(id, exit),
                 },
-                Order::Stop => {
-                    // Its end is what was asked for, so nobody is told of it.
+                Order::Stop { broke } => {
+                    if broke {
+                        self.hear_end(id, &mut life, &mut orders).await;
+                    }
+                    // From here on its end is what was asked for, so nobody is told of it.
                     drop(life);
                     self.replicas.stop_environment(id).await;
                     if let Some(service) = self.service.upgrade() {
@@ -207,6 +215,20 @@ impl Desk {
                     News::Ready(ready) => self.feed(Event::EnvironmentProbed { environment: id, ready }),
                 },
             }
+        }
+    }
+
+    /// Tells the pool how an environment ended that may have. That its connections broke is known before.
+    async fn hear_end(&self, id: EnvironmentId, life: &mut Life, orders: &mut mpsc::Receiver<Order>) {
+        if life.ended.is_none() {
+            return;
+        }
+        tokio::select! {
+            biased;
+            exit = life.end() => self.lost(id, exit),
+            // Its replica is to go, or the service has: there is nobody to wait for. An order that is lost is to stop.
+            _ = orders.recv() => {}
+            () = sleep(END_PATIENCE) => {}
         }
     }
 

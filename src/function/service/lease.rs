@@ -47,9 +47,7 @@ struct Waiting<'a> {
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         if !self.answered {
-            // Outside the lock: should the lease be there already, dropping it feeds the pool.
-            let waiting = self.service.inner().waiting.remove(&self.call);
-            drop(waiting);
+            // Its place goes with this. A lease that is there already has gone with its receiver, and fed the pool.
             self.service.feed(Event::ClientGone { call: self.call });
         }
     }
@@ -91,13 +89,12 @@ impl Service {
     }
 
     fn call_ended(self: &Arc<Self>, call: CallId, outcome: &Outcome) {
-        let reuse = match outcome.leaves() {
-            Leaves::Idle => true,
+        self.feed(match outcome.leaves() {
+            Leaves::Idle => Event::CallEnded { call, reuse: true },
             // A plain server was told to stop by the closing of the connection; RIE cannot be told.
-            Leaves::Unknown => self.protocol() == Protocol::Http,
-            Leaves::Broken => false,
-        };
-        self.feed(Event::CallEnded { call, reuse });
+            Leaves::Unknown => Event::CallEnded { call, reuse: self.protocol() == Protocol::Http },
+            Leaves::Broken => Event::CallLost { call },
+        });
     }
 }
 

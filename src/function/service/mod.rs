@@ -108,7 +108,7 @@ struct Afterwards {
     answers: Vec<(Caller, Answer)>,
     entries: Vec<(Visitor, Result<EnvironmentId, TryAgain>)>,
     lost: Vec<(Arc<Environment>, String)>,
-    /// Replicas that became busy or idle.
+    /// A replica that became busy or idle.
     touched: Option<ReplicaId>,
 }
 
@@ -214,6 +214,7 @@ impl Service {
         for Adopted { environment: id, found, .. } in &found {
             by_replica.entry(id.replica).or_default().push((id.ordinal, *found));
         }
+        let adopted: Vec<_> = by_replica.keys().copied().collect();
         {
             let mut inner = self.inner();
             for (replica, environments) in by_replica {
@@ -232,6 +233,11 @@ impl Service {
             }
         }
         self.feed(Event::Tick);
+        // What is frozen has no more to say of itself.
+        for replica in adopted {
+            let since = self.inner().pool.idle_since(replica);
+            self.replicas.set_idle(replica, since);
+        }
     }
 
     /// Takes an event in and carries out what follows from it.
@@ -245,9 +251,7 @@ impl Service {
             Event::ReplicaDenied { .. } => Some(Scaled::Limited),
             _ => None,
         };
-        if let Event::CallEnded { call, .. } = &event {
-            after.touched = inner.running.remove(call).map(|environment| environment.replica);
-        }
+        after.touched = inner.touched(&event).map(|environment| environment.replica);
         if let Some(scaled) = scaled {
             self.say(scaled);
         }
@@ -261,7 +265,7 @@ impl Service {
             inner.armed = deadline;
             self.alarm.notify_one();
         }
-        let summary = inner.pool.summary(now);
+        let (summary, drained) = (inner.pool.summary(now), inner.pool.is_drained());
         self.reserve.send_if_modified(|before| match before {
             Some(reserve) if !Arc::ptr_eq(reserve, inner.pool.reserve()) => {
                 *reserve = Arc::clone(inner.pool.reserve());
@@ -276,7 +280,8 @@ impl Service {
         self.summary.send_if_modified(|before| {
             let differs = outline(before) != outline(&summary);
             *before = summary;
-            differs
+            // The last of a drain may be a call that waited, which is not worth a word otherwise.
+            differs || drained
         });
         after.finish();
     }
@@ -324,6 +329,7 @@ impl Service {
                 }
             }
             Action::Enter { visit, environment } => {
+                after.touched = Some(environment.replica);
                 let visitor = inner.visitors.remove(&visit);
                 after.entries.extend(visitor.map(|visitor| (visitor, Ok(environment))));
             }
@@ -364,12 +370,8 @@ impl Service {
         self.feed(Event::EnvironmentReady { environment });
     }
 
-    /// An environment has ended by itself; its calls are told before the pool is.
+    /// An environment has ended by itself. The pool is told before its calls are: woken, they may want another.
     fn lost(self: &Arc<Self>, environment: EnvironmentId, exit: Exit) {
-        let front = self.inner().environments.get_mut(&environment).and_then(|place| place.front.take());
-        if let Some(front) = front {
-            front.lose(exit.to_string());
-        }
         self.feed(Event::EnvironmentDied { environment, exit });
     }
 
@@ -402,6 +404,24 @@ impl Service {
 }
 
 impl Inner {
+    /// Notes which calls come to their end with an event. Returns the environment that it makes busy or idle, before
+    /// anything is decided.
+    fn touched(&mut self, event: &Event) -> Option<EnvironmentId> {
+        match event {
+            Event::CallEnded { call, .. } | Event::CallLost { call } => self.running.remove(call),
+            Event::ClientGone { call } => {
+                // With its place in the pool's queue, under one lock: a grant always finds its caller.
+                self.waiting.remove(call);
+                None
+            }
+            Event::EnvironmentReady { environment }
+            | Event::EnvironmentDied { environment, .. }
+            | Event::EnvironmentStopped { environment } => Some(*environment),
+            Event::VisitEnded { visit } => self.pool.visited(*visit),
+            _ => None,
+        }
+    }
+
     fn order(&self, environment: EnvironmentId, order: Order) {
         if let Some(place) = self.environments.get(&environment) {
             give(&place.orders, order);
@@ -414,7 +434,7 @@ impl Inner {
             let front = place.front.take();
             after.lost.extend(front.map(|front| (front, "the environment was stopped".to_owned())));
         }
-        self.order(environment, Order::Stop);
+        self.order(environment, Order::Stop { broke: self.pool.broke(environment) });
     }
 
     /// Its environments first; the replica's attendant waits for theirs.

@@ -39,6 +39,8 @@ struct Table {
     /// So many starts of environments without a script never end by themselves.
     stuck: usize,
     prepared: BTreeSet<EnvironmentId>,
+    /// What the ledger is told of them.
+    idle: BTreeMap<ReplicaId, bool>,
     /// What probes say.
     probes: BTreeMap<EnvironmentId, mpsc::UnboundedSender<bool>>,
     /// Chance decides how long things take, and how they go.
@@ -212,12 +214,19 @@ impl Replicas for Stage {
         Ok(())
     }
 
-    fn set_idle(&self, _replica: ReplicaId, _since: Option<Instant>) {}
+    fn set_idle(&self, replica: ReplicaId, since: Option<Instant>) {
+        self.table().idle.insert(replica, since.is_some());
+    }
 }
 
 fn settings(min: u32, max: u32, environments: u32) -> Settings {
     let idle_timeout = Duration::from_millis(50);
     Settings { min, max, environments, idle_timeout, ..Settings::of(Protocol::Rie) }
+}
+
+/// Without an idle timeout that matters.
+fn lasting(settings: Settings) -> Settings {
+    Settings { idle_timeout: Duration::from_secs(60), ..settings }
 }
 
 async fn door(stage: &Arc<Stage>, settings: Settings, found: Vec<Adopted>) -> (Door, mpsc::Receiver<Scaled>) {
@@ -333,6 +342,146 @@ async fn who_leaves_the_queue_takes_nothing_along() {
     let again = door.lease().await.unwrap();
     assert_eq!(again.environment().address().ip(), place(EnvironmentId { replica: ReplicaId(0), ordinal: 0 }));
     again.finish(Outcome::Answered);
+    drained(&door, &stage, GRACE).await;
+}
+
+#[tokio::test]
+async fn who_leaves_just_as_the_grant_comes_leaves_the_environment_to_others() {
+    let stage = Stage::new().await;
+    let (door, _news) = door(&stage, lasting(settings(0, 1, 1)), vec![]).await;
+    let mut held = door.lease().await.unwrap();
+    for round in 0..2_000 {
+        let mut waiting = Box::pin(door.lease());
+        assert!(futures::poll!(&mut waiting).is_pending());
+        let start = std::sync::Barrier::new(2);
+        std::thread::scope(|threads| {
+            threads.spawn(|| {
+                start.wait();
+                drop(waiting);
+            });
+            start.wait();
+            held.finish(Outcome::Answered);
+        });
+        let next = timeout(Duration::from_secs(5), door.lease()).await;
+        held = next.unwrap_or_else(|_| panic!("busy for ever after {round}: {}", door.0.summary_now())).unwrap();
+    }
+    held.finish(Outcome::Answered);
+    drained(&door, &stage, GRACE).await;
+}
+
+#[tokio::test]
+async fn whoever_leaves_the_queue_of_the_pool_leaves_that_of_the_callers_at_once() {
+    let stage = Stage::new().await;
+    stage.table().stuck = 1;
+    let (door, _news) = door(&stage, settings(0, 1, 1), vec![]).await;
+    let mut waiting = Box::pin(door.lease());
+    assert!(futures::poll!(&mut waiting).is_pending());
+    let call = *door.0.inner().waiting.keys().next().unwrap();
+    door.0.feed(Event::ClientGone { call });
+    assert!(door.0.inner().waiting.is_empty());
+    drop(waiting);
+    drained(&door, &stage, GRACE).await;
+}
+
+#[tokio::test]
+async fn a_drain_ends_with_the_last_call_that_waits_also_where_nothing_could_start() {
+    let stage = Stage::new().await;
+    stage.table().replicas.push_back(Err(NotStarted::Denied));
+    let (door, mut news) = door(&stage, Settings { queue_timeout: GRACE, ..settings(0, 1, 1) }, vec![]).await;
+    let (refused, ()) = tokio::join!(door.lease(), async {
+        assert_eq!(news.recv().await, Some(Scaled::Limited));
+        let drain = door.0.drain(Instant::now() + Duration::from_secs(60));
+        timeout(Duration::from_secs(10), drain).await.expect("nothing is left");
+    });
+    assert_eq!(refused.unwrap_err().reason, Reason::ShuttingDown);
+    stage.nothing_is_left();
+}
+
+#[tokio::test]
+async fn an_environment_that_ends_right_after_its_call_broke_off_has_crashed() {
+    for outcome in [Outcome::Lost("connection reset".into()), Outcome::Unreachable("connection refused".into())] {
+        let stage = Stage::new().await;
+        let (door, _news) = door(&stage, lasting(settings(0, 1, 1)), vec![]).await;
+        let lease = door.lease().await.unwrap();
+        let first = stage.only();
+        lease.finish(outcome);
+        stage.kill(first, exit("OOMKilled"));
+        let mut summary = door.0.summary();
+        let crashed = summary.wait_for(|summary| summary.crashes == 1);
+        let crash = timeout(Duration::from_secs(10), crashed).await.unwrap().unwrap().crash.clone();
+        assert_eq!(crash.unwrap().exit, exit("OOMKilled"));
+        let next = door.lease().await.unwrap();
+        assert_ne!(stage.only(), first);
+        next.finish(Outcome::Answered);
+        assert_eq!(door.0.summary_now().crash, None, "what came after it serves");
+        drained(&door, &stage, GRACE).await;
+    }
+}
+
+#[tokio::test]
+async fn an_environment_that_broke_off_a_call_and_lives_is_stopped_and_no_crash() {
+    let stage = Stage::new().await;
+    let (door, _news) = door(&stage, lasting(settings(0, 1, 1)), vec![]).await;
+    let lease = door.lease().await.unwrap();
+    let first = stage.only();
+    lease.finish(Outcome::Lost("connection reset".into()));
+    let next = door.lease().await.unwrap();
+    assert_ne!(stage.only(), first);
+    assert_eq!(door.0.summary_now().crashes, 0);
+    next.finish(Outcome::Answered);
+    drained(&door, &stage, GRACE).await;
+}
+
+/// Calls again in the very moment in which a call is told that its environment is lost.
+struct Again {
+    door: Arc<Door>,
+    refused: Mutex<Vec<Reason>>,
+}
+
+impl std::task::Wake for Again {
+    fn wake(self: Arc<Self>) {
+        if let Some(Err(refused)) = self.door.lease().now_or_never() {
+            self.refused.lock().unwrap().push(refused.reason);
+        }
+    }
+}
+
+#[tokio::test]
+async fn who_hears_of_the_end_of_an_environment_is_not_sent_there_again() {
+    let stage = Stage::new().await;
+    let (door, _news) = door(&stage, lasting(Settings { calls: 2, ..settings(0, 1, 1) }), vec![]).await;
+    let door = Arc::new(door);
+    let lease = door.lease().await.unwrap();
+    let again = Arc::new(Again { door: Arc::clone(&door), refused: Mutex::default() });
+    {
+        let mut lost = std::pin::pin!(lease.environment().lost());
+        let waker = std::task::Waker::from(Arc::clone(&again));
+        assert!(lost.as_mut().poll(&mut std::task::Context::from_waker(&waker)).is_pending());
+        stage.kill(stage.only(), exit("Error"));
+        let mut summary = door.0.summary();
+        timeout(Duration::from_secs(10), summary.wait_for(|summary| summary.crashes == 1)).await.unwrap().unwrap();
+        assert!(lost.now_or_never().is_some());
+    }
+    assert_eq!(*again.refused.lock().unwrap(), []);
+    drop(lease);
+    drained(&door, &stage, GRACE).await;
+}
+
+#[tokio::test]
+async fn the_ledger_knows_who_is_idle_without_a_call() {
+    let stage = Stage::new().await;
+    let frozen = EnvironmentId { replica: ReplicaId(4), ordinal: 0 };
+    let found = vec![Adopted { found: Found::Frozen, ..stage.adopted(frozen, std::future::pending()) }];
+    let (door, _news) = door(&stage, lasting(settings(2, 3, 1)), found).await;
+    assert_eq!(stage.table().idle, BTreeMap::from([(ReplicaId(4), true)]));
+    timeout(Duration::from_secs(10), door.0.summary().wait_for(|summary| summary.ready == 2)).await.unwrap().unwrap();
+    let fresh = ReplicaId(5);
+    assert_eq!(stage.table().idle.get(&fresh), Some(&true));
+    let visit = door.0.visit().await.unwrap();
+    let visited = visit.environment().replica;
+    assert_eq!(stage.table().idle.get(&visited), Some(&false));
+    drop(visit);
+    assert_eq!(stage.table().idle.get(&visited), Some(&true));
     drained(&door, &stage, GRACE).await;
 }
 

@@ -61,6 +61,8 @@ struct Environment {
     ready: Option<Instant>,
     spent: bool,
     unready: bool,
+    /// Since when it is known not to answer, and not how it ended.
+    broke: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -72,8 +74,17 @@ struct Replica {
 }
 
 impl Environment {
+    fn new(state: State, now: Instant) -> Self {
+        Self { state, started: now, used: now, ready: None, spent: false, unready: false, broke: None }
+    }
+
     fn is_gone(&self) -> bool {
         matches!(self.state, State::Stopping | State::Dead)
+    }
+
+    /// Whether nothing more is to be heard of it.
+    fn is_silent(&self) -> bool {
+        self.is_gone() && self.broke.is_none()
     }
 }
 
@@ -91,6 +102,9 @@ struct World {
     next: u64,
     denied: Option<Instant>,
     drain: Option<Instant>,
+    /// Ever.
+    crashed: u64,
+    /// In a row.
     crashes: u32,
     last_crash: Option<Instant>,
     hold: Option<Instant>,
@@ -114,6 +128,7 @@ impl World {
             next: 0,
             denied: None,
             drain: None,
+            crashed: 0,
             crashes: 0,
             last_crash: None,
             hold: None,
@@ -143,8 +158,7 @@ impl World {
                 Found::Unknown => (State::Unknown, None),
             };
             self.used_ids.insert(id);
-            let environment = Environment { state, started: now, used: now, ready, spent: false, unready: false };
-            self.environments.insert(id, environment);
+            self.environments.insert(id, Environment { ready, ..Environment::new(state, now) });
         }
     }
 

@@ -12,14 +12,13 @@ impl World {
                 self.queue.push_back(*call);
             }
             Event::CallEnded { call, reuse } => self.note_end(*call, *reuse),
-            Event::ClientGone { call } => {
-                let Some(known) = self.calls.get_mut(call) else { return };
-                known.client_gone = true;
-                if known.place == Place::Waiting {
-                    known.place = Place::Done;
-                    self.queue.retain(|waiting| waiting != call);
+            Event::CallLost { call } => {
+                if let Some(Place::Running(id)) = self.calls.get(call).map(|call| call.place) {
+                    self.environments.get_mut(&id).unwrap().broke.get_or_insert(self.now);
                 }
+                self.note_end(*call, false);
             }
+            Event::ClientGone { call } => self.note_gone(*call),
             Event::VisitArrived { visit } => {
                 self.visits.insert(*visit, (self.now, None));
             }
@@ -63,6 +62,15 @@ impl World {
             Event::Outdated => self.note_outdated(),
             Event::Drain { until } => self.drain = Some(self.drain.map_or(*until, |before| before.min(*until))),
             Event::Tick => {}
+        }
+    }
+
+    fn note_gone(&mut self, call: CallId) {
+        let Some(known) = self.calls.get_mut(&call) else { return };
+        known.client_gone = true;
+        if known.place == Place::Waiting {
+            known.place = Place::Done;
+            self.queue.retain(|waiting| *waiting != call);
         }
     }
 
@@ -112,35 +120,40 @@ impl World {
         let living = self.within(replica).filter(|(_, e)| e.state != State::Dead);
         let started = living.map(|(_, e)| e.started).max();
         let started = started.unwrap_or(self.replicas[&replica].started).max(self.replicas[&replica].started);
-        self.note_crash(started);
+        self.note_crash(started, self.now);
         self.replicas.get_mut(&replica).unwrap().failed = true;
         self.drop_calls_without_client(|id| id.replica == replica);
     }
 
     pub(super) fn note_died(&mut self, id: EnvironmentId) {
         let Some(environment) = self.environments.get(&id).copied() else { return };
+        self.environments.get_mut(&id).unwrap().broke = None;
         if environment.is_gone() {
+            if let Some(broke) = environment.broke {
+                self.note_crash(environment.started, broke);
+            }
             return;
         }
         self.owed += usize::from(self.calls_in(id) > 0 && self.is_kept(id.replica));
         if environment.state != State::Unknown {
-            self.note_crash(environment.started);
+            self.note_crash(environment.started, environment.broke.unwrap_or(self.now));
         }
         self.drop_calls_without_client(|other| other == id);
         self.environments.get_mut(&id).unwrap().state = State::Dead;
     }
 
     /// The first restart at once, then 10 s, 20 s, ... 300 s; what was started before the last crash is part of it.
-    pub(super) fn note_crash(&mut self, started: Instant) {
+    pub(super) fn note_crash(&mut self, started: Instant, at: Instant) {
+        self.crashed += 1;
         if self.last_crash.is_some_and(|last| started < last) {
             return;
         }
-        if self.last_crash.is_some_and(|last| self.now - last > Duration::from_secs(600)) {
+        if self.last_crash.is_some_and(|last| at - last > Duration::from_secs(600)) {
             self.crashes = 0;
         }
         let wait = [0, 10, 20, 40, 80, 160, 300][self.crashes.min(6) as usize];
-        self.hold = (wait > 0).then(|| self.now + Duration::from_secs(wait));
+        self.hold = (wait > 0).then(|| at + Duration::from_secs(wait));
         self.crashes += 1;
-        self.last_crash = Some(self.now);
+        self.last_crash = Some(at);
     }
 }

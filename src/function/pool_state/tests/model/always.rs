@@ -7,7 +7,7 @@ impl World {
         let summary = self.pool.summary(self.now);
         let running = self.calls.values().filter(|call| matches!(call.place, Place::Running(_))).count();
         assert_eq!((summary.queued, summary.running), (self.queue.len(), running));
-        assert_eq!(summary.replicas, self.replicas.len());
+        assert_eq!((summary.replicas, summary.crashes), (self.replicas.len(), self.crashed));
         for id in self.environments.keys() {
             assert!(
                 self.calls_in(*id) <= self.settings.calls as usize || self.was_lowered(),

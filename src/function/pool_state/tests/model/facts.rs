@@ -90,7 +90,7 @@ impl World {
     pub(super) fn idle(&self) -> BTreeSet<(Instant, ReplicaId)> {
         let quiet = |id: EnvironmentId, e: &Environment| match e.state {
             State::Ready | State::Frozen => self.calls_in(id) == 0,
-            State::Stopping | State::Dead => true,
+            State::Stopping | State::Dead => e.is_silent(),
             State::Starting | State::Thawing | State::Unknown => false,
         };
         let ready = self.replicas.iter().filter(|(id, r)| r.phase == Phase::Ready && !self.drains(**id));
@@ -100,6 +100,6 @@ impl World {
     }
 
     pub(super) fn has_nothing(&self, id: ReplicaId) -> bool {
-        self.within(id).all(|(_, e)| e.is_gone())
+        self.within(id).all(|(_, e)| e.is_silent())
     }
 }

@@ -15,6 +15,7 @@ pub(super) enum Move {
         at: Index,
         reuse: bool,
     },
+    Breaks(Index),
     ClientGoes(Index),
     Visit,
     VisitEnds(Index),
@@ -75,7 +76,8 @@ impl World {
     pub(super) fn event(&mut self, next: Move) -> Option<Event> {
         use Phase as P;
         use State as S;
-        let alive = [S::Starting, S::Ready, S::Frozen, S::Thawing, S::Unknown];
+        // Also one that is being stopped may be heard to have ended.
+        let mortal = [S::Starting, S::Ready, S::Frozen, S::Thawing, S::Unknown, S::Stopping];
         let replica = |at: Index, of: Vec<ReplicaId>| (!of.is_empty()).then(|| *at.get(&of));
         let environment = |at: Index, of: Vec<EnvironmentId>| (!of.is_empty()).then(|| *at.get(&of));
         let call = |at: Index, of: Vec<CallId>| (!of.is_empty()).then(|| *at.get(&of));
@@ -86,6 +88,7 @@ impl World {
             }
             Move::Call => Event::CallArrived { call: CallId(self.number()) },
             Move::End { at, reuse } => Event::CallEnded { call: call(at, self.open_calls(false))?, reuse },
+            Move::Breaks(at) => Event::CallLost { call: call(at, self.open_calls(false))? },
             Move::ClientGoes(at) => Event::ClientGone { call: call(at, self.open_calls(true))? },
             Move::Visit => Event::VisitArrived { visit: VisitId(self.number()) },
             Move::VisitEnds(at) => {
@@ -107,7 +110,7 @@ impl World {
                 Event::EnvironmentProbed { environment, ready }
             }
             Move::Dies(at) => {
-                let environment = environment(at, self.environments_in(&alive))?;
+                let environment = environment(at, self.environments_in(&mortal))?;
                 Event::EnvironmentDied { environment, exit: exit() }
             }
             Move::EnvironmentStops(at) => Event::EnvironmentStopped {
@@ -181,6 +184,7 @@ pub(super) fn moves() -> impl Strategy<Value = Move> {
         6 => prop_oneof![0_u64..20, 0_u64..2_000, 0_u64..400_000].prop_map(Move::Wait),
         16 => Just(Move::Call),
         12 => (at(), prop::bool::weighted(0.9)).prop_map(|(at, reuse)| Move::End { at, reuse }),
+        2 => at().prop_map(Move::Breaks),
         2 => at().prop_map(Move::ClientGoes),
         1 => Just(Move::Visit),
         1 => at().prop_map(Move::VisitEnds),
@@ -189,7 +193,7 @@ pub(super) fn moves() -> impl Strategy<Value = Move> {
         1 => at().prop_map(Move::ReplicaFails),
         4 => at().prop_map(Move::ReplicaStops),
         12 => at().prop_map(Move::Ready),
-        2 => at().prop_map(Move::Dies),
+        3 => at().prop_map(Move::Dies),
         4 => (any::<Index>(), any::<bool>()).prop_map(|(at, ready)| Move::Probed(at, ready)),
         3 => at().prop_map(Move::EnvironmentStops),
         1 => Just(Move::CapacityFreed),

@@ -73,9 +73,7 @@ impl World {
         assert!(id.ordinal == 0 || self.used_ids.insert(id), "numbers are not used twice");
         self.used_ids.insert(id);
         assert!(!warm_up || (self.settings.warm_up && self.queue.is_empty()), "a no-op must not delay a call");
-        let now = self.now;
-        let environment =
-            Environment { state: State::Starting, started: now, used: now, ready: None, spent: false, unready: false };
+        let environment = Environment::new(State::Starting, self.now);
         assert!(self.environments.insert(id, environment).is_none());
     }
 
@@ -83,6 +81,8 @@ impl World {
         assert_eq!(self.calls_in(id), 0, "no environment is stopped under a call");
         let environment = self.environments.get_mut(&id).unwrap();
         assert!(environment.state != State::Stopping, "once");
+        let stays = self.pool.replicas.get(&id.replica).is_some_and(|replica| replica.phase != pool::Phase::Stopping);
+        assert!(!stays || self.pool.broke(id) == environment.broke.is_some(), "who stops it knows what to listen for");
         if environment.state != State::Dead {
             environment.state = State::Stopping;
         }
