@@ -32,14 +32,15 @@ impl Capacity {
         Self { inner: Mutex::new(Inner { ledger, pools: HashMap::new() }), freed: Notify::new() }
     }
 
-    /// A Pod was let in. Returns once what pools had borrowed of its share is given back.
+    /// A Pod was let in. Returns once what pools had borrowed of its share is given back. Where nothing is borrowed and
+    /// Pods alone have more than there is, there is nothing to wait for: whoever let them in has decided so.
     pub(super) async fn bind(&self, uid: &str, spec: &PodSpec) {
         let recalls = self.inner().ledger.bind(uid, size(&pod_requests(spec)));
         self.recall(recalls);
         loop {
             let mut freed = std::pin::pin!(self.freed.notified());
             freed.as_mut().enable();
-            if self.inner().ledger.shortage() == Size::default() {
+            if self.inner().is_settled() {
                 return;
             }
             freed.await;
@@ -97,9 +98,14 @@ impl Capacity {
 
     /// A replica is gone.
     pub(super) fn give_back(&self, uid: &str, replica: ReplicaId) {
-        let room = self.inner().ledger.give_back(uid, replica);
+        let (room, settled) = {
+            let mut inner = self.inner();
+            (inner.ledger.give_back(uid, replica), inner.is_settled())
+        };
         if room {
             self.tell_freed();
+        } else if settled {
+            self.freed.notify_waiters();
         }
     }
 
@@ -132,11 +138,59 @@ impl Capacity {
     }
 }
 
+impl Inner {
+    /// Whether no pool owes a Pod anything.
+    fn is_settled(&self) -> bool {
+        self.ledger.shortage() == Size::default() || !self.ledger.lends()
+    }
+}
+
 /// What of a list of resources a ledger counts.
 fn size(list: &ResourceList) -> Size {
     let whole = |number: i64| u64::try_from(number).unwrap_or(0);
     Size {
         cpu_millis: list.get("cpu").map_or(0, |cpu| whole(cpu.milli_value())),
         memory_bytes: list.get("memory").map_or(0, |memory| whole(memory.value())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+    use serde_json::json;
+
+    use super::*;
+    use crate::quantity::Quantity;
+
+    const CORE: Size = Size { cpu_millis: 1000, memory_bytes: 0 };
+
+    fn of_cores(cores: i64) -> Capacity {
+        Capacity::new(&[("cpu".to_owned(), Quantity::from_units(cores))].into())
+    }
+
+    fn asking(cpu: &str) -> PodSpec {
+        let resources = json!({ "requests": { "cpu": cpu } });
+        serde_json::from_value(json!({ "containers": [{ "name": "c", "resources": resources }] })).unwrap()
+    }
+
+    #[test]
+    fn nobody_waits_for_what_no_pool_can_give_back() {
+        let capacity = of_cores(4);
+        capacity.adopt("found after a restart", &asking("8"));
+        assert!(capacity.bind("late", &asking("0")).now_or_never().is_some());
+    }
+
+    #[test]
+    fn a_pod_waits_as_long_as_a_pool_has_borrowed_of_what_is_short() {
+        for (adopted, why) in [("3", "that leaves room enough"), ("8", "the rest is not owed by a pool")] {
+            let capacity = of_cores(4);
+            assert!(capacity.lend("pool", ReplicaId(0), CORE));
+            capacity.adopt("found after a restart", &asking(adopted));
+            let late = asking("1");
+            let mut bound = Box::pin(capacity.bind("late", &late));
+            assert!((&mut bound).now_or_never().is_none());
+            capacity.give_back("pool", ReplicaId(0));
+            assert!((&mut bound).now_or_never().is_some(), "{why}");
+        }
     }
 }

@@ -54,6 +54,8 @@ pub(super) struct Crew {
     uid: String,
     pod: watch::Receiver<Desired>,
     settings: watch::Receiver<Settings>,
+    /// The images of its environments, in the order of the Pod's init and main containers; empty until they are here.
+    made_of: watch::Receiver<Vec<String>>,
     replicas: Mutex<HashMap<ReplicaId, Arc<OnceCell<Replica>>>>,
     members: Mutex<HashMap<EnvironmentId, Member>>,
     reserve: Reserve,
@@ -133,6 +135,9 @@ fn environment_key(uid: &str, id: EnvironmentId) -> String {
     format!("{uid}.{}.{}", id.replica, id.ordinal)
 }
 
+/// What a function Pod tells its crew: itself, its settings, and the images of it that are here.
+pub(super) type Wishes = (watch::Receiver<Desired>, watch::Receiver<Settings>, watch::Receiver<Vec<String>>);
+
 /// How the owner of an environment is told to start it, and says how it is.
 type Lines = (watch::Receiver<bool>, watch::Sender<Option<PodStatus>>);
 
@@ -155,14 +160,9 @@ fn part(uid: &str, key: &str) -> Option<Part> {
 }
 
 impl Crew {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        uid: &str,
-        (pod, settings): (watch::Receiver<Desired>, watch::Receiver<Settings>),
-        in_guests: bool,
-    ) -> Arc<Self> {
+    pub(super) fn new(shared: Arc<Shared>, uid: &str, (pod, settings, made_of): Wishes, in_guests: bool) -> Arc<Self> {
         let (replicas, members, reserve) = (Mutex::default(), Mutex::default(), Reserve::default());
-        Arc::new(Self { shared, uid: uid.to_owned(), pod, settings, replicas, members, reserve, in_guests })
+        Arc::new(Self { shared, uid: uid.to_owned(), pod, settings, made_of, replicas, members, reserve, in_guests })
     }
 
     /// What one replica takes from the node: its limits, as often as it has machines.
@@ -174,7 +174,7 @@ impl Crew {
     }
 
     /// The Pod that an environment runs: the function's, but it ends when a process of it ends, and the pool decides
-    /// what follows.
+    /// what follows. Its images are those that are here, which may be older than those that the Pod names.
     fn derived(&self) -> Arc<Pod> {
         let mut pod = Pod::clone(&self.pod.borrow().pod);
         pod.status = None;
@@ -187,6 +187,9 @@ impl Crew {
             for container in &mut spec.containers {
                 (container.restart_policy, container.restart_policy_rules) = (None, None);
             }
+            let all = spec.init_containers.iter_mut().flatten().chain(&mut spec.containers);
+            let named = all.filter_map(|container| container.image.as_mut());
+            named.zip(self.made_of.borrow().iter()).for_each(|(image, here)| image.clone_from(here));
         }
         Arc::new(pod)
     }
@@ -207,6 +210,13 @@ impl Crew {
 
     /// Hires the owner of an environment.
     fn hire(&self, id: EnvironmentId, errand: Errand) -> watch::Receiver<Option<PodStatus>> {
+        let member = self.owner(id, errand);
+        let statuses = member.statuses.clone();
+        self.members().insert(id, member);
+        statuses
+    }
+
+    fn owner(&self, id: EnvironmentId, errand: Errand) -> Member {
         let key = environment_key(&self.uid, id);
         let pod = self.derived();
         let (status, statuses) = watch::channel(None);
@@ -225,9 +235,7 @@ impl Crew {
             worker.run().await;
             shared.environments.signals().remove(&key);
         };
-        let member = Member { desired, statuses: statuses.clone(), go, worker: owned(work) };
-        self.members().insert(id, member);
-        statuses
+        Member { desired, statuses, go, worker: owned(work) }
     }
 
     fn seat(&self, pod: &Pod, id: EnvironmentId, key: String, (go, status): Lines) -> Seat {
@@ -342,7 +350,9 @@ impl Replicas for Crew {
     }
 
     async fn stop_environment(&self, environment: EnvironmentId) {
-        let Some(Member { desired, mut worker, .. }) = self.members().remove(&environment) else { return };
+        let known = self.members().remove(&environment);
+        // Nobody may own it since a stop of it was dropped half-way: what that left is removed by another.
+        let Member { desired, mut worker, .. } = known.unwrap_or_else(|| self.owner(environment, Errand::Remove));
         let mut pod = self.pod.clone();
         let ended = loop {
             pod.mark_unchanged();
@@ -361,12 +371,8 @@ impl Replicas for Crew {
         };
         if let Err(error) = ended {
             tracing::error!(%environment, uid = self.uid, error = chain(&error), "an environment's owner was lost");
-            // What it left is removed by another.
-            self.hire(environment, Errand::Remove);
-            let again = self.members().remove(&environment);
-            if let Some(member) = again {
-                let _ = member.worker.await;
-            }
+            // Likewise.
+            let _ = self.owner(environment, Errand::Remove).worker.await;
         }
     }
 
@@ -451,7 +457,67 @@ fn failed(reason: &str, message: String) -> Exit {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::function::labels;
+    use crate::pod::testing::{Node, UID, function};
+    use crate::runtime::SandboxRuntime as _;
+    use crate::runtime::types::{SandboxConfig, SandboxNetwork};
+    use crate::runtime::verb::Verb;
+
+    /// A crew whose Pod names the second version of its images, of which these are here.
+    fn crew(node: &Node, here: &watch::Sender<Vec<String>>) -> Arc<Crew> {
+        let pod = function(json!({
+            "initContainers": [{ "name": "setup", "image": "setup:2" }],
+            "containers": [{ "name": "code", "image": "code:2" }],
+        }));
+        let settings = watch::Sender::new(labels::read(&pod, None).unwrap().settings).subscribe();
+        let desired = watch::Sender::new(Desired { pod: Arc::new(pod), gone: false }).subscribe();
+        Crew::new(Arc::clone(&node.shared), UID, (desired, settings, here.subscribe()), false)
+    }
+
+    fn images(pod: &Pod) -> Vec<String> {
+        let spec = pod.spec.as_ref().unwrap();
+        let all = spec.init_containers.iter().flatten().chain(&spec.containers);
+        all.filter_map(|container| container.image.clone()).collect()
+    }
+
+    #[tokio::test]
+    async fn environments_are_made_of_the_images_that_are_here() {
+        let node = Node::new();
+        let [old, new] = [1, 2].map(|version| vec![format!("setup:{version}"), format!("code:{version}")]);
+        let here = watch::Sender::new(old.clone());
+        let crew = crew(&node, &here);
+        assert_eq!((images(&crew.derived()), images(&crew.ending())), (old.clone(), old));
+        here.send_replace(new.clone());
+        assert_eq!(images(&crew.derived()), new);
+    }
+
+    #[tokio::test]
+    async fn what_a_stop_that_was_dropped_half_way_left_is_removed_by_the_next() {
+        let (node, here) = (Node::new(), watch::Sender::default());
+        let crew = crew(&node, &here);
+        let id = EnvironmentId { replica: ReplicaId(0), ordinal: 0 };
+        let key = environment_key(UID, id);
+        let pod = crew.derived();
+        let plain = translate::sandbox(&node.shared.host, &pod, pod.spec.as_ref().unwrap(), "h", SandboxNetwork::Host);
+        let reference = PodRef { uid: key.clone(), ..plain.pod.clone() };
+        node.runtime.run_pod_sandbox(&SandboxConfig { pod: reference, ..plain }).await.unwrap();
+        crew.hire(id, Errand::Remove);
+        let _never = node.runtime.hang_next(Verb::RemovePodSandbox);
+        let hangs = async {
+            while node.runtime.calls(Verb::RemovePodSandbox) == 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            () = crew.stop_environment(id) => panic!("it cannot have been removed"),
+            () = hangs => {}
+        }
+        crew.stop_environment(id).await;
+        assert!(node.runtime.list_pod_sandboxes(Some(&key)).await.unwrap().is_empty());
+    }
 
     #[test]
     fn keys_are_read_as_they_are_written() {

@@ -338,6 +338,11 @@ impl Orders {
         self.orders().remove(uid)
     }
 
+    /// Whether the Pod has one that it has not taken yet.
+    pub fn has(&self, uid: &str) -> bool {
+        self.orders().contains_key(uid)
+    }
+
     /// The Pods that have not taken theirs yet.
     pub fn open(&self) -> Vec<String> {
         self.orders().keys().cloned().collect()

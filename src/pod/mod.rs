@@ -36,6 +36,8 @@ pub mod qos;
 pub mod resize;
 pub mod static_pods;
 pub mod status;
+#[cfg(test)]
+mod testing;
 pub mod translate;
 pub mod unsupported;
 pub mod volumes;

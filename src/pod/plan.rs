@@ -364,7 +364,10 @@ fn need(view: &View<'_>, container: &Container, init: bool) -> Need {
         // What ended in an earlier sandbox stays ended, but each sandbox is initialised anew.
         return if done_before && !init { Need::Nothing } else { Need::Start(next()) };
     };
+    let attempts = view.observed.attempts(&container.name);
     match current.state {
+        // Made to take the place of one that has yet to end, as a resize has it.
+        ContainerState::Created if attempts.iter().any(|other| other.state == ContainerState::Running) => Need::Nothing,
         ContainerState::Created if is_outdated(view.spec, current) => Need::Start(next()),
         ContainerState::Created => Need::Start(current.attempt),
         ContainerState::Running if init => Need::Busy,
@@ -405,7 +408,11 @@ pub fn grace(pod: &Pod) -> Duration {
 }
 
 fn grace_of(spec: &PodSpec, deletion: Option<i64>) -> Duration {
-    let seconds = deletion.or(spec.termination_grace_period_seconds).unwrap_or(30);
+    honoured(deletion.or(spec.termination_grace_period_seconds).unwrap_or(30))
+}
+
+/// What is granted of a grace period of so many seconds.
+pub fn honoured(seconds: i64) -> Duration {
     Duration::from_secs(u64::try_from(seconds).unwrap_or(0).min(LONGEST_GRACE))
 }
 

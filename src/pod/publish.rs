@@ -2,7 +2,8 @@
 //!
 //! Statuses are coalesced per Pod UID: while one PATCH is on its way the newest status waits, older ones are dropped.
 //! Every PATCH carries the UID, so a Pod recreated under the same name never gets the old one's status. What fails is
-//! tried again until it is through or the Pod is gone, however long the API server is away.
+//! tried again until it is through or the Pod is gone, however long the API server is away; meanwhile it takes no place
+//! from others.
 
 mod mirrored;
 
@@ -16,7 +17,7 @@ use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
 use prometheus_client::metrics::counter::Counter;
 use serde_json::{Map, Value, json};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use self::mirrored::Mirrors;
@@ -73,6 +74,8 @@ struct Shared {
     client: kube::Client,
     slots: Mutex<HashMap<String, Slot>>,
     mirrors: Mutex<Mirrors>,
+    /// So many more PATCHes may be on their way.
+    places: Semaphore,
     /// Something waits to be sent.
     work: Notify,
     /// Something was sent or dropped.
@@ -93,7 +96,8 @@ impl Publisher {
     pub fn new(client: kube::Client, counters: PublishCounters) -> Self {
         let slots = Mutex::new(HashMap::new());
         let (work, done, mirrors) = (Notify::new(), Notify::new(), Mutex::default());
-        Self { shared: Arc::new(Shared { client, slots, mirrors, work, done, counters }) }
+        let places = Semaphore::new(IN_FLIGHT);
+        Self { shared: Arc::new(Shared { client, slots, mirrors, places, work, done, counters }) }
     }
 
     /// Writes `status` soon, in place of any that waits.
@@ -161,8 +165,8 @@ impl Publisher {
     pub async fn run(&self, stop: CancellationToken) {
         let mut sending = FuturesUnordered::new();
         loop {
-            while sending.len() < IN_FLIGHT {
-                let Some((pod, status)) = self.shared.take() else { break };
+            // One for each Pod at most.
+            while let Some((pod, status)) = self.shared.take() {
                 sending.push(self.shared.send(pod, status, &stop));
             }
             if stop.is_cancelled() && sending.is_empty() {
@@ -198,10 +202,17 @@ impl Shared {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &pod.namespace);
         let mut wait = FIRST_WAIT;
         loop {
+            // Nobody closes the semaphore.
+            let place = self.places.acquire().await;
+            if self.renew(&pod.uid, &mut status) {
+                break;
+            }
             let patch = patch(&pod, &status);
             let params = PatchParams::default();
             let request = api.patch_status(&pod.name, &params, &patch);
-            match tokio::time::timeout(TIMEOUT, request).await {
+            let answer = tokio::time::timeout(TIMEOUT, request).await;
+            drop(place);
+            match answer {
                 Ok(Ok(_)) => {
                     self.counters.written.inc();
                     break;
@@ -219,15 +230,19 @@ impl Shared {
                 break;
             }
             tokio::time::sleep(wait).await;
-            if self.lock().get(&pod.uid).is_some_and(|slot| slot.withdrawn) {
-                break;
-            }
             wait = (wait * 2).min(MAX_WAIT);
-            if let Some(newer) = self.lock().get_mut(&pod.uid).and_then(|slot| slot.waiting.take()) {
-                status = newer;
-            }
         }
         self.finish(&pod.uid, stop.is_cancelled());
+    }
+
+    /// Puts the newest status in place of one that has not been accepted; true if none is to be sent any more.
+    fn renew(&self, uid: &str, status: &mut PodStatus) -> bool {
+        let mut slots = self.lock();
+        let Some(slot) = slots.get_mut(uid) else { return false };
+        if let Some(newer) = slot.waiting.take() {
+            *status = newer;
+        }
+        slot.withdrawn
     }
 
     fn finish(&self, uid: &str, stopping: bool) {
@@ -276,3 +291,6 @@ fn forget_conditions(fields: &mut Map<String, Value>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -411,6 +411,7 @@ impl Worker {
     /// Returns when the Pod is to end, or to end sooner than `goal` says.
     fn sooner(&self, goal: Goal) -> impl Future<Output = ()> + use<> {
         let (desired, draining) = (self.desired.clone(), self.shared.draining.clone());
+        let (shared, uid) = (self.shared.clone(), self.reference.uid.clone());
         // An environment ends when its pool says so.
         let drains = goal == Goal::Run && self.seat.is_none();
         let ended = self.memory.ended.is_some();
@@ -426,6 +427,8 @@ impl Worker {
                 () = once(desired, is_sooner) => {}
                 // Cancel-safe: likewise.
                 () = once(draining, |draining| *draining), if drains => {}
+                // Cancel-safe: an order stays until it is taken, which the next turn does first of all.
+                () = once(shared.evictions.given(), |_| shared.evictions.has(&uid)) => {}
                 // Cancel-safe: a timer.
                 () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {}
             }
@@ -482,3 +485,6 @@ async fn once<T>(mut channel: watch::Receiver<T>, holds: impl FnMut(&T) -> bool)
 fn trouble(reason: &str, error: &(dyn std::error::Error + 'static)) -> Trouble {
     Trouble::new(reason, chain(error))
 }
+
+#[cfg(test)]
+mod tests;

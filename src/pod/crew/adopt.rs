@@ -114,11 +114,7 @@ impl Crew {
                 _ => {}
             }
         }
-        join_all(loose.into_iter().map(|id| async move {
-            self.hire(id, Errand::Remove);
-            self.stop_environment(id).await;
-        }))
-        .await;
+        join_all(loose.into_iter().map(|id| self.stop_environment(id))).await;
         for key in empty {
             self.tear_down(key).await;
         }

@@ -126,7 +126,9 @@ fn an_order_is_taken_once() {
     let orders = Orders::default();
     let mut given = orders.given();
     let order = Order { trouble: Trouble::new(REASON, "m"), grace: IMMEDIATELY, end: End::ForRoom, disruption: None };
+    assert!(!orders.has("u"));
     orders.give("u", order.clone());
+    assert!(orders.has("u"));
     assert!(given.has_changed().unwrap());
     given.mark_unchanged();
     assert_eq!((orders.open(), orders.take("u"), orders.take("u")), (vec!["u".to_owned()], Some(order), None));

@@ -198,10 +198,8 @@ impl Worker {
             Kind::Liveness | Kind::Readiness => container.liveness_probe.as_ref(),
         };
         let own = probe.and_then(|probe| probe.termination_grace_period_seconds);
-        let grace = match own.and_then(|seconds| u64::try_from(seconds).ok()) {
-            Some(seconds) if !self.is_deleted() => Duration::from_secs(seconds),
-            _ => plan::grace(&pod),
-        };
+        let own = own.filter(|seconds| *seconds >= 0 && !self.is_deleted());
+        let grace = own.map_or_else(|| plan::grace(&pod), plan::honoured);
         let again = pod.spec.as_ref().is_some_and(|spec| plan::restarts_on_failure(spec, &container));
         let (what, then) = (kind.name().to_lowercase(), if again { ", will be restarted" } else { "" });
         self.tell(Some(&name), "Killing", format!("Container {name} failed {what} probe{then}"));

@@ -60,12 +60,17 @@ impl Worker {
         }
     }
 
-    /// Takes the order to end the Pod, if there is one.
+    /// Takes the order to end the Pod, if there is one. One that ends already does so for its own reason, but in no
+    /// more time than the order leaves.
     fn take_order(&mut self) {
         let Some(Order { trouble, grace, end, disruption }) = self.shared.evictions.take(&self.reference.uid) else {
             return;
         };
-        if self.memory.ended.is_some() || self.memory.released {
+        if self.memory.released {
+            return;
+        }
+        self.memory.hurry = Some(self.memory.hurry.map_or(grace, |before| before.min(grace)));
+        if self.memory.ended.is_some() {
             return;
         }
         if end == End::ForRoom {
@@ -76,7 +81,6 @@ impl Worker {
             let told = Trouble::new("TerminationByKubelet", text);
             Note { type_: DISRUPTION, trouble: Some(told), generation }
         });
-        self.memory.hurry = Some(grace);
         self.memory.leaves_nothing = end == End::ForRoom;
         self.memory.ended = Some(trouble);
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant as StdInstant};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{Past, Worker};
@@ -41,7 +41,7 @@ pub(super) struct Function {
     /// The image that decides how environments are called, once it is here.
     image: Option<ImageConfig>,
     /// The images that environments are made of, all of which are here.
-    made_of: Vec<String>,
+    made_of: watch::Sender<Vec<String>>,
     complaints: Vec<Complaint>,
     settings: watch::Sender<Settings>,
     pool: Option<Pool>,
@@ -65,7 +65,7 @@ struct Listening {
     sandbox: SandboxId,
     since: Timestamp,
     drain: watch::Sender<Option<Instant>>,
-    _task: AbortOnDropHandle<()>,
+    task: AbortOnDropHandle<()>,
 }
 
 impl Function {
@@ -74,7 +74,7 @@ impl Function {
         let reading = labels::read(pod, None)?;
         Some(Self {
             image: None,
-            made_of: Vec::new(),
+            made_of: watch::Sender::default(),
             complaints: Vec::new(),
             settings: watch::Sender::new(reading.settings),
             pool: None,
@@ -88,7 +88,9 @@ impl Function {
     pub(super) fn phase(&self, pod: &Pod) -> FunctionPhase<'_> {
         match (&self.front, self.drained) {
             (_, true) => FunctionPhase::Drained,
-            (Some(front), false) if !images(pod).eq(&self.made_of) => FunctionPhase::Outdated(&front.sandbox),
+            (Some(front), false) if !images(pod).eq(self.made_of.borrow().iter()) => {
+                FunctionPhase::Outdated(&front.sandbox)
+            }
             (Some(front), false) => FunctionPhase::Serving(&front.sandbox),
             (None, false) => FunctionPhase::Idle,
         }
@@ -144,8 +146,8 @@ impl Worker {
     fn take_images(&mut self, pod: &Pod, serving: &Image) {
         let Some(function) = &mut self.function else { return };
         function.image = Some(config_of(serving));
-        let made_of = images(pod).cloned().collect();
-        let renewed = std::mem::replace(&mut function.made_of, made_of) != function.made_of;
+        let made_of: Vec<String> = images(pod).cloned().collect();
+        let renewed = function.made_of.send_if_modified(|before| std::mem::replace(before, made_of) != *before);
         self.retune();
         if let Some(pool) = self.function.as_ref().and_then(|function| function.pool.as_ref()).filter(|_| renewed) {
             pool.service.replace_all();
@@ -177,8 +179,8 @@ impl Worker {
             return Ok(());
         }
         let uid = &self.reference.uid;
-        let lines = (self.desired.clone(), function.settings.subscribe());
-        let crew = Crew::new(Arc::clone(&self.shared), uid, lines, function.in_guests);
+        let wishes = (self.desired.clone(), function.settings.subscribe(), function.made_of.subscribe());
+        let crew = Crew::new(Arc::clone(&self.shared), uid, wishes, function.in_guests);
         let found = match past {
             Past::None => Vec::new(),
             Past::Unknown => crew.adopt().await.map_err(|error| Trouble::new("FailedAdoption", chain(&error)))?,
@@ -221,7 +223,7 @@ impl Worker {
             }
         });
         let since = function.since.take().unwrap_or_else(Timestamp::now);
-        function.front = Some(Listening { sandbox: sandbox.id.clone(), since, drain, _task: task });
+        function.front = Some(Listening { sandbox: sandbox.id.clone(), since, drain, task });
         Ok(())
     }
 
@@ -244,6 +246,11 @@ impl Worker {
         if let Some(pool) = &function.pool {
             let left = deadline.saturating_duration_since(Instant::now());
             pool.service.drain(StdInstant::now() + left).await;
+        }
+        if let Some(front) = &mut function.front {
+            // Clients may still be taking what their environments have said. The front ends with its last connection, and
+            // cuts off what is left at the deadline, as does this.
+            let _ = timeout_at(deadline, &mut front.task).await;
         }
         function.front = None;
         function.pool = None;
@@ -361,5 +368,37 @@ fn why_down(why: Why) -> &'static str {
         Why::Outdated => "of an earlier image",
         Why::Failed => "failed",
         Why::Drained => "the Pod ends",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::pod::testing::{Node, function};
+
+    /// Drains a function whose front needs so long for its clients once it takes no more calls; whether it had it.
+    async fn drained(grace: Duration, front: Duration) -> bool {
+        let node = Node::new();
+        let mut worker = node.worker(function(json!({ "containers": [{ "name": "code", "image": "code" }] })));
+        let (drain, mut told) = watch::channel(None);
+        let (ended, has_ended) = watch::channel(false);
+        let task = owned(async move {
+            let _ = told.wait_for(Option::is_some).await;
+            tokio::time::sleep(front).await;
+            ended.send_replace(true);
+        });
+        let listening = Listening { sandbox: "s".into(), since: Timestamp::now(), drain, task };
+        worker.function.as_mut().unwrap().front = Some(listening);
+        worker.drain(grace).await;
+        *has_ended.borrow()
+    }
+
+    #[tokio::test]
+    async fn clients_may_take_the_rest_of_their_answers_until_the_deadline() {
+        let short = Duration::from_millis(400);
+        assert!(drained(Duration::from_secs(2), short).await);
+        assert!(!drained(short, Duration::from_secs(600)).await);
     }
 }

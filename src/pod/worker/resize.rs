@@ -136,6 +136,8 @@ impl Worker {
         let spec = self.pod.spec.as_ref()?;
         let known = self.memory.resize.allocation.is_some() && self.is_resizable();
         if goal != Goal::Run || !known || self.observed.ready_sandbox().is_none() {
+            // Nobody is to be woken for it.
+            self.memory.resize.retry_at = None;
             return None;
         }
         let pod_wants = self.pod_limits_wanted(spec).is_some();

@@ -1,4 +1,4 @@
-//! An image that is changed while the Pod lives.
+//! An image that is changed while the Pod lives, and what was made before it may start.
 
 use super::*;
 
@@ -49,4 +49,17 @@ fn what_was_made_of_the_old_image_is_not_started() {
     assert_eq!(world.next(), Step::Start { name: "a".into(), attempt: 0 });
     world.set_image("a", "another");
     assert_eq!(world.next(), Step::Start { name: "a".into(), attempt: 1 });
+}
+
+#[test]
+fn what_was_made_to_take_anothers_place_waits_for_its_end() {
+    for name in ["i", "a"] {
+        let mut world = world("Always", &["i"], &["a", "b"]).with_sidecar("i");
+        world.settle();
+        let before = world.observed.latest(name).unwrap().clone();
+        world.observed.put_container(container(name, 1, 0, ContainerState::Created, 0));
+        assert_eq!(world.settle(), [], "two attempts of {name} would run at once");
+        world.observed.put_container(ContainerStatus { state: ContainerState::Exited, exit_code: 137, ..before });
+        assert_eq!(world.settle(), [Step::Start { name: name.to_owned(), attempt: 1 }]);
+    }
 }
