@@ -114,7 +114,7 @@ async fn shutdown_ends_idle_connections_and_the_server() {
     let mut client = node.api_server().await;
     assert_eq!(client.status("/healthz", None).await, 200);
     node.shutdown.cancel();
-    let ended = tokio::time::timeout(Duration::from_secs(1), node.tasks.join_next()).await;
+    let ended = tokio::time::timeout(Duration::from_secs(10), node.tasks.join_next()).await;
     assert!(ended.unwrap().unwrap().is_ok());
     assert!(client.get("/healthz", None).await.is_err());
 }

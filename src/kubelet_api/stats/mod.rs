@@ -37,8 +37,9 @@ use crate::telemetry::chain;
 const REUSE: Duration = Duration::from_millis(500);
 /// The shortest time that a rate is taken over.
 const RATE_TIME: Duration = Duration::from_secs(1);
-/// Interfaces of the host that belong to Pods and containers, by how their names begin.
-const INNER_INTERFACES: [&str; 5] = ["lv", "veth", "docker", "cni", "br-"];
+/// Interfaces of the host that belong to Pods and containers, by how their names begin: ports, taps and the bridge of
+/// this node and its like, then those of others.
+const INNER_INTERFACES: [&str; 7] = ["lv", "lt", "ll", "veth", "docker", "cni", "br-"];
 
 /// Everything read at one time.
 #[derive(Debug)]
@@ -159,9 +160,12 @@ impl Sample {
 
 fn own_interfaces() -> Vec<Interface> {
     let own = i32::try_from(std::process::id()).ok().and_then(interfaces).unwrap_or_default();
-    own.into_iter()
-        .filter(|interface| !INNER_INTERFACES.iter().any(|inner| interface.name.starts_with(inner)))
-        .collect()
+    own.into_iter().filter(|interface| !is_inner(&interface.name)).collect()
+}
+
+/// Counted with the host's own, what goes to a Pod would be told twice.
+fn is_inner(interface: &str) -> bool {
+    INNER_INTERFACES.iter().any(|inner| interface.starts_with(inner))
 }
 
 /// GET `/metrics/resource`: what metrics-server scrapes. A runtime that does not answer is told as a metric too, as a
@@ -234,6 +238,17 @@ mod tests {
 
     fn cpu(total: u64) -> CpuUsage {
         CpuUsage { total, ..CpuUsage::default() }
+    }
+
+    #[test]
+    fn the_bridge_and_what_hangs_on_it_are_not_the_hosts_network() {
+        let bridge = crate::node::owner::bridge_name("0123456789ab");
+        for inner in [bridge.as_str(), "lv0123456789ab", "lt0123456789ab", "docker0", "br-0123456789ab"] {
+            assert!(is_inner(inner), "{inner}");
+        }
+        for own in ["eth0", "enp1s0", "wlan0", "bond0", "br0"] {
+            assert!(!is_inner(own), "{own}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@
 use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 /// Most bytes in one piece.
@@ -144,6 +144,8 @@ pub(super) enum Write {
     Reset(u32),
     /// Something that needs no answer (see [`HangUp`](super::idle::HangUp)).
     Beat,
+    /// Nothing; it is answered once all that was asked for before it is written.
+    Mark(oneshot::Sender<()>),
     /// No more streams are taken; then the connection is closed.
     Close,
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::debug;
@@ -77,7 +77,7 @@ impl Session {
             idle: idle.clone(),
             hang_up: terms.hang_up,
         };
-        let writer = Writer { io: writer, encoder: Encoder::default(), urgent, queue, last: 0, idle };
+        let writer = Writer { io: writer, encoder: Encoder::default(), urgent, queue, last: 0, mark: None, idle };
         let mut tasks = JoinSet::new();
         tasks.spawn(reader.run());
         tasks.spawn(writer.run());
@@ -89,18 +89,38 @@ impl Session {
         self.opened.recv().await
     }
 
-    /// Lets the client read to the end and close the connection, else closes it.
-    pub(super) async fn close(mut self) {
-        let gone = async { while self.opened.recv().await.is_some() {} };
-        if timeout(PATIENCE, gone).await.is_err() {
-            let _ = timeout(PATIENCE, async {
-                let _ = self.writes.send(Write::Close).await;
-                while self.tasks.join_next().await.is_some() {}
+    /// Lets the client read to the end and close the connection, else closes it. What waits is the tail of an output
+    /// and how its process ended: a client may take it as slowly as the idle limit allows, only its goodbye is due soon.
+    pub(super) async fn close(self) {
+        self.close_within(PATIENCE).await;
+    }
+
+    async fn close_within(self, patience: Duration) {
+        let Self { mut opened, writes, mut tasks } = self;
+        let (mark, written) = oneshot::channel();
+        tokio::select! {
+            // Not cancel-safe, and need not be: nobody is left who would read.
+            () = left(&mut opened) => {}
+            // Not cancel-safe, and need not be: all is written, or the writer is gone.
+            _ = async {
+                let _ = writes.send(Write::Mark(mark)).await;
+                written.await
+            } => {}
+        }
+        if timeout(patience, left(&mut opened)).await.is_err() {
+            let _ = timeout(patience, async {
+                let _ = writes.send(Write::Close).await;
+                while tasks.join_next().await.is_some() {}
             })
             .await;
         }
-        self.tasks.shutdown().await;
+        tasks.shutdown().await;
     }
+}
+
+/// Resolves when the client is gone; what it still opens is nobody's.
+async fn left(opened: &mut mpsc::Receiver<Stream>) {
+    while opened.recv().await.is_some() {}
 }
 
 struct Reader<R> {
@@ -201,6 +221,10 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         self.feeds.insert(id, feed);
         // Nobody takes streams any more: the session is being closed, and the client is told by that.
         let _ = self.opened.send(Stream { id, headers, inbox, outbox }).await;
+        // One read may bring several streams: the next one shall find room.
+        if self.connection.is_full() {
+            self.forget_the_dead();
+        }
         Ok(())
     }
 
@@ -225,6 +249,8 @@ struct Writer<W> {
     queue: mpsc::Receiver<Write>,
     /// The last stream that was replied to.
     last: u32,
+    /// Who waits for all that was taken so far.
+    mark: Option<oneshot::Sender<()>>,
     idle: Idle,
 }
 
@@ -252,6 +278,10 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
             self.io.write_all(&out).await.map_err(SpdyError::Io)?;
             self.io.flush().await.map_err(SpdyError::Io)?;
             out.clear();
+            if let Some(mark) = self.mark.take() {
+                // Whoever asked may have learned otherwise that the client is gone.
+                let _ = mark.send(());
+            }
             if !open {
                 return self.io.shutdown().await.map_err(SpdyError::Io);
             }
@@ -268,7 +298,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
 
     /// Whether the connection stays open.
     fn write(&mut self, out: &mut BytesMut, write: Option<Write>) -> bool {
-        if !matches!(write, Some(Write::Beat)) {
+        if !matches!(write, Some(Write::Beat | Write::Mark(_))) {
             self.idle.touch();
         }
         match write {
@@ -280,11 +310,87 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
             Some(Write::End(id)) => self.encoder.data(out, id, &[], true),
             Some(Write::Reset(id)) => self.encoder.reset(out, id, ResetReason::Internal),
             Some(Write::Beat) => self.encoder.no_settings(out),
+            Some(Write::Mark(mark)) => self.mark = Some(mark),
             Some(Write::Close) | None => {
                 self.encoder.go_away(out, self.last);
                 return false;
             }
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{DuplexStream, duplex, split};
+    use tokio::net::TcpStream;
+    use tokio::time::{Instant, sleep};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_millis(50);
+    const LONG: Duration = Duration::from_secs(60);
+    /// More than the connection holds, in no more pieces than may wait.
+    const TAIL: usize = 300_000;
+    /// As one frame of at most a piece each, with the empty one that ends the stream.
+    const FRAMED: usize = TAIL + 8 * (TAIL.div_ceil(MAX_PIECE) + 1);
+    const GO_AWAY: usize = 16;
+
+    /// A session that has a tail to send, and its client.
+    async fn with_tail(idle: Duration) -> (Session, DuplexStream) {
+        let (ours, client) = duplex(1024);
+        let (reader, writer) = split(ours);
+        let session =
+            Session::start(reader, writer, Terms { streams: 1, idle, hang_up: HangUp::of(None::<&TcpStream>) });
+        let (_, _, outbox) = stream(1, &Budget::default(), &session.writes);
+        outbox.send(vec![7; TAIL].into()).await.unwrap();
+        outbox.end().await;
+        (session, client)
+    }
+
+    async fn read_all(client: &mut DuplexStream) -> usize {
+        let mut all = Vec::new();
+        client.read_to_end(&mut all).await.unwrap();
+        all.len()
+    }
+
+    #[tokio::test]
+    async fn a_client_that_reads_late_gets_the_tail() {
+        let (session, mut client) = with_tail(LONG).await;
+        let late = async {
+            sleep(6 * PATIENCE).await;
+            read_all(&mut client).await
+        };
+        let (read, ()) = tokio::join!(late, session.close_within(PATIENCE));
+        assert_eq!(read, FRAMED + GO_AWAY);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_has_all_and_stays_is_left_soon() {
+        let (session, mut client) = with_tail(LONG).await;
+        let began = Instant::now();
+        let (read, ()) = tokio::join!(read_all(&mut client), session.close_within(PATIENCE));
+        assert_eq!(read, FRAMED + GO_AWAY);
+        assert!((2 * PATIENCE..LONG).contains(&began.elapsed()), "{:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_client_that_never_reads_is_left_at_the_idle_limit() {
+        let idle = 6 * PATIENCE;
+        let (session, _client) = with_tail(idle).await;
+        let began = Instant::now();
+        timeout(LONG / 2, session.close_within(PATIENCE)).await.unwrap();
+        assert!(began.elapsed() >= idle - PATIENCE, "{:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_client_that_vanishes_or_a_node_that_ends_cuts_the_tail_off() {
+        let (session, client) = with_tail(LONG).await;
+        drop(client);
+        timeout(LONG / 2, session.close_within(LONG)).await.unwrap();
+        let (session, mut client) = with_tail(LONG).await;
+        assert!(timeout(PATIENCE, session.close_within(PATIENCE)).await.is_err());
+        let read = timeout(LONG / 2, read_all(&mut client)).await.unwrap();
+        assert!(read < FRAMED, "{read} bytes");
     }
 }

@@ -30,6 +30,10 @@ pub(in crate::kubelet_api) const SPDY_PROTOCOLS: [&str; 1] = ["portforward.k8s.i
 pub(in crate::kubelet_api) const TUNNEL: &str = "SPDY/3.1+portforward.k8s.io";
 /// Streams that one client may have at once: two for each connection to a port.
 const STREAMS: usize = 4096;
+/// How long a port may go on once its client is done sending. A client whose own user left in the middle of a download
+/// says no more than one that waits for its answer (`nc -N`), then drops what comes without a sign: what never stops
+/// would be carried for ever. Container runtimes allow a second, which is little for an answer.
+const LINGER: Duration = Duration::from_secs(60);
 /// Ports that have two channels each with numbers of one byte, the last of which is taken.
 const MOST_PORTS: usize = 127;
 
@@ -98,7 +102,7 @@ async fn admit(stream: Stream, pairs: &mut Pairs, running: &mut JoinSet<()>, for
         Added::Waiting => {}
         Added::Complete(pair) => {
             let forward = forward.clone();
-            running.spawn(async move { pair.run(&forward, HalfClose::Kept).await });
+            running.spawn(async move { pair.run(&forward, HalfClose::Kept(LINGER)).await });
         }
         Added::Twice(outbox) => outbox.fail().await,
     }

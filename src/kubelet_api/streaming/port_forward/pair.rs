@@ -2,9 +2,11 @@
 
 use std::io;
 use std::pin::Pin;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
+use tokio::time::timeout;
 use tracing::debug;
 
 use super::Forward;
@@ -20,8 +22,8 @@ const MOST_READ: usize = 64 << 10;
 /// Whether a client can say that it is done sending, and yet wants the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum HalfClose {
-    /// It says so, and the port is told.
-    Kept,
+    /// It says so, and the port is told. What comes from the port after this long is cut off.
+    Kept(Duration),
     /// It cannot: when the port is done, so is the pair.
     Unknown,
 }
@@ -78,15 +80,26 @@ impl Pair {
         };
         let up = async {
             up(inbox, writer).await;
-            // Where the client cannot say that it is done, the port does.
-            if half_close == HalfClose::Unknown { std::future::pending().await } else { Ok(()) }
+            match half_close {
+                HalfClose::Kept(linger) => linger,
+                // Where the client cannot say that it is done, the port does.
+                HalfClose::Unknown => std::future::pending().await,
+            }
         };
         tokio::pin!(down, up);
         tokio::select! {
             // Not cancel-safe: a port that broke, or is done where that is all, ends the pair.
-            ended = &mut down => if ended.is_err() || half_close == HalfClose::Unknown { ended } else { up.await },
+            ended = &mut down => {
+                if ended.is_ok() && half_close != HalfClose::Unknown {
+                    up.await;
+                }
+                ended
+            }
             // Cancel-safe: what comes down is waited for below.
-            ended = &mut up => ended.and(down.await),
+            linger = &mut up => match timeout(linger, down).await {
+                Ok(ended) => ended,
+                Err(late) => Err(Broken::Reading(late.into())),
+            },
         }
     }
 }
@@ -121,4 +134,77 @@ async fn up(inbox: &mut Inbox, mut writer: impl AsyncWrite + Unpin) {
         }
     }
     let _ = writer.shutdown().await;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use futures::FutureExt;
+    use tokio::io::{DuplexStream, duplex};
+    use tokio::sync::mpsc;
+    use tokio::time::{Instant, sleep};
+
+    use super::*;
+    use crate::kubelet_api::streaming::pipe::{Budget, Feed, WRITES_WAITING, Write, stream};
+
+    const LONG: Duration = Duration::from_secs(60);
+    const DATA: u32 = 1;
+
+    /// A pair whose client is done sending, and what keeps it; what the client is sent; the port's side.
+    fn half_closed() -> (Pair, Feed, mpsc::Receiver<Write>, Forward, DuplexStream) {
+        let (writes, queue) = mpsc::channel(WRITES_WAITING);
+        let budget = Budget::default();
+        let (feed, inbox, data) = stream(DATA, &budget, &writes);
+        let (_, _, errors) = stream(DATA + 2, &budget, &writes);
+        feed.end().now_or_never().unwrap();
+        let (near, far) = duplex(1024);
+        let near = Mutex::new(Some(near));
+        let dial = move |_: u16| {
+            let near: Pin<Box<dyn Duplex>> = Box::pin(near.lock().unwrap().take().unwrap());
+            async { Ok(near) }.boxed()
+        };
+        let forward = Forward { pod: "p".to_owned(), dial: Arc::new(dial), idle: LONG };
+        (Pair { port: 80, inbox, data, errors }, feed, queue, forward, far)
+    }
+
+    /// Bytes of the stream for data, and whether it ended in order, once the pair is gone.
+    async fn came(mut queue: mpsc::Receiver<Write>) -> (usize, bool) {
+        let (mut bytes, mut ended) = (0, false);
+        while let Some(write) = queue.recv().await {
+            match write {
+                Write::Data(DATA, piece) => bytes += piece.len(),
+                Write::End(DATA) => ended = true,
+                _ => {}
+            }
+        }
+        (bytes, ended)
+    }
+
+    #[tokio::test]
+    async fn a_download_whose_client_left_is_cut_off() {
+        let linger = Duration::from_millis(200);
+        let (pair, _feed, queue, forward, mut port) = half_closed();
+        let began = Instant::now();
+        let endless = async { while port.write_all(&[7; 512]).await.is_ok() {} };
+        let all = async { tokio::join!(pair.run(&forward, HalfClose::Kept(linger)), endless, came(queue)).2 };
+        let (bytes, ended) = timeout(LONG / 2, all).await.unwrap();
+        assert!(bytes > 0 && !ended, "what was cut short is no whole answer");
+        assert!(began.elapsed() >= linger, "{:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_takes_a_while_still_comes() {
+        let (pair, _feed, queue, forward, mut port) = half_closed();
+        let answer = async {
+            let mut request = Vec::new();
+            port.read_to_end(&mut request).await.unwrap();
+            sleep(Duration::from_millis(200)).await;
+            port.write_all(b"answer").await.unwrap();
+            drop(port);
+        };
+        let run = pair.run(&forward, HalfClose::Kept(LONG));
+        let (came, ..) = timeout(LONG / 2, async { tokio::join!(came(queue), run, answer) }).await.unwrap();
+        assert_eq!(came, (6, true));
+    }
 }

@@ -114,14 +114,11 @@ impl WebSocket {
         self.tasks.join_next().await;
     }
 
-    /// Sends what waits and closes the connection in good order.
+    /// Sends what waits and closes the connection in good order. A client may take it as slowly as the idle limit
+    /// allows.
     pub(in crate::kubelet_api) async fn close(mut self) {
-        let _ = timeout(PATIENCE, async {
-            let _ = self.writes.send(Write::Close).await;
-            while self.tasks.join_next().await.is_some() {}
-        })
-        .await;
-        self.tasks.shutdown().await;
+        let _ = self.writes.send(Write::Close).await;
+        self.gone().await;
     }
 }
 
@@ -137,7 +134,9 @@ async fn run(mut reader: Reader, mut writer: Writer, closing: Closing, idle: Idl
     };
     match ended {
         // Closed by this side: what the client still sends is read until it answers.
-        Ok(None) => while let Some(Ok(_)) = reader.stream.next().await {},
+        Ok(None) => {
+            let _ = timeout(PATIENCE, async { while let Some(Ok(_)) = reader.stream.next().await {} }).await;
+        }
         Ok(Some(Closing::Ends(channel))) if reader.feeds.contains_key(&channel) => {
             let _ = timeout(PATIENCE, writer.sink.flush()).await;
             let feed = reader.feeds.remove(&channel);
@@ -249,8 +248,8 @@ impl Writer {
                     }
                     // An unsolicited Pong (RFC 6455, section 5.5.3).
                     Write::Beat => self.sink.feed(Frame::Pong(Bytes::new())).await?,
-                    // There are no such messages: channels are there from the start and end with the connection.
-                    Write::Reply(_) | Write::End(_) | Write::Reset(_) => {}
+                    // There are no such messages, and nobody waits for a mark here: channels are there from the start and end with the connection.
+                    Write::Reply(_) | Write::End(_) | Write::Reset(_) | Write::Mark(_) => {}
                 }
                 match self.queue.try_recv() {
                     Ok(next) => write = next,
@@ -269,5 +268,82 @@ impl Writer {
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use tokio::io::{AsyncReadExt, split};
+    use tokio::net::{TcpSocket, TcpStream};
+    use tokio::time::{Instant, sleep};
+    use tokio_util::either::Either;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+    /// Of each side's socket; the kernel takes twice as much.
+    const BUFFER: u32 = 64 << 10;
+    /// More than both sockets hold, in no more pieces than may wait.
+    const TAIL: usize = WRITES_WAITING * (64 << 10);
+
+    /// A connection that has a tail and a status to send, and its client.
+    async fn with_tail(idle: Duration) -> (WebSocket, TcpStream) {
+        let listener = TcpSocket::new_v4().unwrap();
+        listener.set_send_buffer_size(BUFFER).unwrap();
+        listener.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = listener.listen(1).unwrap();
+        let client = TcpSocket::new_v4().unwrap();
+        client.set_recv_buffer_size(BUFFER).unwrap();
+        let client = client.connect(listener.local_addr().unwrap()).await.unwrap();
+        let (tcp, _) = listener.accept().await.unwrap();
+        let hang_up = HangUp::of(Some(&tcp));
+        let (reader, writer) = split(Either::Right(tcp));
+        let socket = Socket { reader: Cursor::new(Bytes::new()).chain(reader), writer, hang_up };
+        let wiring = Wiring { feeds: Vec::new(), closing: Closing::HangsUp, idle };
+        let (websocket, _) = WebSocket::start(socket, Protocol::named("v5.channel.k8s.io").unwrap(), wiring);
+        websocket.outbox(1).send(vec![7; TAIL].into()).await.unwrap();
+        websocket.outbox(3).send(Bytes::from_static(b"status")).await.unwrap();
+        (websocket, client)
+    }
+
+    #[tokio::test]
+    async fn a_client_that_reads_late_gets_the_tail() {
+        let (websocket, client) = with_tail(LONG).await;
+        let late = async {
+            sleep(PATIENCE + PATIENCE / 2).await;
+            let mut client = WebSocketStream::from_raw_socket(client, Role::Client, None).await;
+            let (mut output, mut status) = (0, Vec::new());
+            while let Some(Ok(message)) = client.next().await {
+                match message {
+                    Frame::Binary(bytes) if bytes[0] == 1 => output += bytes.len() - 1,
+                    Frame::Binary(bytes) => status.extend_from_slice(&bytes),
+                    Frame::Close(frame) => assert_eq!(frame.unwrap().code, CloseCode::Normal),
+                    other => panic!("{other:?}"),
+                }
+            }
+            (output, status)
+        };
+        let (came, ()) = tokio::join!(late, websocket.close());
+        assert_eq!(came, (TAIL, b"\x03status".to_vec()));
+    }
+
+    #[tokio::test]
+    async fn a_client_that_never_reads_is_left_at_the_idle_limit() {
+        let idle = Duration::from_millis(300);
+        let (websocket, _client) = with_tail(idle).await;
+        let began = Instant::now();
+        timeout(LONG / 2, websocket.close()).await.unwrap();
+        // It is told why, which does not reach it either.
+        assert!(began.elapsed() >= PATIENCE, "{:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_answer_the_close_is_left_soon() {
+        let (websocket, mut client) = with_tail(LONG).await;
+        let mut all = Vec::new();
+        let (read, ()) = tokio::join!(timeout(LONG / 2, client.read_to_end(&mut all)), websocket.close());
+        assert!(read.unwrap().unwrap() > TAIL);
     }
 }
