@@ -14,7 +14,7 @@ use crate::config::file::ConfigFile;
 use crate::config::sysctls::SysctlPattern;
 use crate::config::tls::{CipherSuite, TlsVersion};
 use crate::config::values::{GoDuration, NodeLabel, NodeName, NodeTaint, RegistryHost, Reserved};
-use crate::config::{CniSettings, DEFAULT_CNI_BIN_DIR, RuntimeKind, Settings};
+use crate::config::{CniSettings, DEFAULT_CNI_BIN_DIR, RuntimeKind, ServingSettings, Settings};
 use crate::quantity::Quantity;
 use crate::telemetry::LogFormat;
 pub(super) use microvm::MicrovmArgs;
@@ -69,6 +69,7 @@ impl RunArgs {
         settings.function_server = function_server.resolve()?;
         check_ranges(&settings.pods.pod_cidrs)?;
         check_plugins(&settings)?;
+        check_serving_pair(&settings.serving)?;
         if let Some(memory) = settings.function_server.as_ref().and_then(|server| server.memory) {
             settings.node.kube_reserved.add("memory", Quantity::from_units(memory.try_into().unwrap_or(i64::MAX)));
         }
@@ -362,6 +363,16 @@ fn check_plugins(settings: &Settings) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A certificate and its key go together; of flags clap sees to that, of a file nobody does.
+fn check_serving_pair(serving: &ServingSettings) -> anyhow::Result<()> {
+    let (there, file, missing) = match (&serving.tls_cert_file, &serving.tls_private_key_file) {
+        (Some(file), None) => ("tlsCertFile", file, "tlsPrivateKeyFile"),
+        (None, Some(file)) => ("tlsPrivateKeyFile", file, "tlsCertFile"),
+        _ => return Ok(()),
+    };
+    anyhow::bail!("{there} is {}, but {missing} is missing: add it, or leave both out", file.display())
+}
+
 /// What runs Pods.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Runtime")]
@@ -420,5 +431,43 @@ impl LoggingArgs {
 fn set<T>(target: &mut T, value: Option<T>) {
     if let Some(value) = value {
         *target = value;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Run {
+        #[command(flatten)]
+        args: RunArgs,
+    }
+
+    /// What the flags come to with a file of these fields.
+    fn resolved(fields: &str, flags: &[&str]) -> anyhow::Result<Plan> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let head = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n";
+        std::fs::write(file.path(), format!("{head}{fields}")).unwrap();
+        let told = ["run", "--node-name", "a", "--config", file.path().to_str().unwrap()];
+        Run::try_parse_from(told.iter().chain(flags)).unwrap().args.resolve()
+    }
+
+    #[test]
+    fn half_a_serving_pair_is_refused_by_what_is_missing() {
+        for (fields, missing) in [
+            ("tlsCertFile: /c\n", "tlsPrivateKeyFile is missing"),
+            ("tlsPrivateKeyFile: /k\n", "tlsCertFile is missing"),
+        ] {
+            let error = resolved(fields, &[]).unwrap_err().to_string();
+            assert!(error.contains(missing), "{error}");
+        }
+        let flags = ["--tls-cert-file", "/flag-c", "--tls-private-key-file", "/flag-k"];
+        let serving = resolved("tlsCertFile: /c\n", &flags).unwrap().settings.serving;
+        assert_eq!(serving.tls_cert_file, Some(PathBuf::from("/flag-c")));
+        assert!(resolved("tlsCertFile: /c\ntlsPrivateKeyFile: /k\n", &[]).is_ok());
+        assert!(resolved("", &[]).is_ok());
     }
 }

@@ -31,7 +31,8 @@ use crate::metrics::Metrics;
 use crate::network::bridge::Bridge;
 use crate::network::cni::Cni;
 use crate::network::uplink::Uplink;
-use crate::node::{self, NodeHandle, health, owner};
+use crate::node::owner::{self, Owner, Witness};
+use crate::node::{self, NodeHandle, health};
 use crate::pod::addresses::Addresses;
 use crate::pod::admission::Admission;
 use crate::pod::capacity::Capacity;
@@ -138,7 +139,7 @@ fn raise_open_files() {
 async fn start_rooms(
     settings: Settings,
     (api, reload): (Arc<ApiServer>, Reload),
-    owner: String,
+    Owner { word: owner, witness }: Owner,
     tasks: &Tasks,
 ) -> anyhow::Result<()> {
     let metrics = Metrics::new();
@@ -162,6 +163,9 @@ async fn start_rooms(
     };
     let node = node::spawn(params, tasks)?;
     identity::keep(&settings, &api, reload, &node.facts, tasks);
+    if let Some(witness) = witness {
+        remember_node(witness, &node, tasks);
+    }
     let directory = Arc::new(Directory::of_root(&settings.pods.root_dir));
     let parts = Parts {
         settings,
@@ -181,6 +185,15 @@ async fn start_rooms(
         local_token: None,
     };
     serve(parts, bridge).await
+}
+
+/// Has the owner's record know the Node.
+fn remember_node(witness: Witness, node: &NodeHandle, tasks: &Tasks) {
+    let (registration, closing) = (node.registration.clone(), tasks.closing());
+    tasks.spawn_companion("owner", async move {
+        witness.run(registration, closing).await;
+        Ok(())
+    });
 }
 
 /// Listens to clients and takes Pods.

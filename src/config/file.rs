@@ -291,19 +291,29 @@ fn set<T>(target: &mut T, value: Option<T>) {
     }
 }
 
+/// To a kubelet a zero is a field that was not set: a file that a program wrote has one for each duration nobody chose.
+fn chosen(value: Option<GoDuration>) -> Option<Duration> {
+    value.map(|GoDuration(duration)| duration).filter(|duration| !duration.is_zero())
+}
+
 fn set_duration(target: &mut Duration, value: Option<GoDuration>) {
-    set(target, value.map(|GoDuration(duration)| duration));
+    set(target, chosen(value));
+}
+
+/// An empty path is no more than a zero.
+fn named(path: Option<&PathBuf>) -> Option<PathBuf> {
+    path.filter(|path| !path.as_os_str().is_empty()).cloned()
 }
 
 fn apply_serving(fields: &KubeletConfiguration, settings: &mut Settings) -> Vec<String> {
     let serving = &mut settings.serving;
     set(&mut serving.address, fields.address);
-    set(&mut serving.port, fields.port);
-    set(&mut serving.tls_cert_file, fields.tls_cert_file.clone().map(Some));
-    set(&mut serving.tls_private_key_file, fields.tls_private_key_file.clone().map(Some));
+    set(&mut serving.port, fields.port.filter(|port| *port != 0));
+    set(&mut serving.tls_cert_file, named(fields.tls_cert_file.as_ref()).map(Some));
+    set(&mut serving.tls_private_key_file, named(fields.tls_private_key_file.as_ref()).map(Some));
     let authentication = fields.authentication.clone().unwrap_or_default();
     let client_ca = authentication.x509.and_then(|x509| x509.client_ca_file);
-    set(&mut serving.client_ca_file, client_ca.map(Some));
+    set(&mut serving.client_ca_file, named(client_ca.as_ref()).map(Some));
     let webhook = authentication.webhook.unwrap_or_default();
     set(&mut serving.token_review, webhook.enabled);
     set_duration(&mut serving.token_review_ttl, webhook.cache_ttl);
@@ -313,9 +323,7 @@ fn apply_serving(fields: &KubeletConfiguration, settings: &mut Settings) -> Vec<
     let webhook = authorization.webhook.unwrap_or_default();
     set_duration(&mut serving.authorized_ttl, webhook.cache_authorized_ttl);
     set_duration(&mut serving.unauthorized_ttl, webhook.cache_unauthorized_ttl);
-    // To a kubelet zero is a field that was not set.
-    let idle = fields.streaming_connection_idle_timeout.filter(|GoDuration(idle)| !idle.is_zero());
-    set_duration(&mut serving.stream_idle, idle);
+    set_duration(&mut serving.stream_idle, fields.streaming_connection_idle_timeout);
 
     let mut warnings = Vec::new();
     if serving.anonymous {
@@ -364,7 +372,7 @@ impl Overlay {
 
     fn node(&mut self, fields: &KubeletConfiguration, settings: &mut Settings) -> Result<(), ConfigError> {
         let node = &mut settings.node;
-        set(&mut node.max_pods, fields.max_pods);
+        set(&mut node.max_pods, fields.max_pods.filter(|most| *most != 0));
         set(&mut node.register, fields.register_node);
         if let Some(reserved) = &fields.system_reserved {
             node.system_reserved = self.check("systemReserved", reserved_from(reserved))?;
@@ -378,17 +386,11 @@ impl Overlay {
         }
         // Since 1.13 kubelet computes the status at one pace and reports it at another; a file that only says the
         // first means both, as kubelet's defaulting has it.
-        if let Some(GoDuration(frequency)) = fields.node_status_update_frequency {
-            node.status_update_frequency = self.check("nodeStatusUpdateFrequency", positive(frequency))?;
-            node.status_report_frequency = node.status_update_frequency;
-        }
-        if let Some(GoDuration(frequency)) = fields.node_status_report_frequency {
-            node.status_report_frequency = self.check("nodeStatusReportFrequency", positive(frequency))?;
-        }
-        if let Some(seconds) = fields.node_lease_duration_seconds {
-            let duration = Duration::from_secs(seconds.into());
-            node.lease_duration = self.check("nodeLeaseDurationSeconds", positive(duration))?;
-        }
+        set_duration(&mut node.status_update_frequency, fields.node_status_update_frequency);
+        set_duration(&mut node.status_report_frequency, fields.node_status_update_frequency);
+        set_duration(&mut node.status_report_frequency, fields.node_status_report_frequency);
+        let lease = fields.node_lease_duration_seconds.filter(|seconds| *seconds != 0);
+        set(&mut node.lease_duration, lease.map(|seconds| Duration::from_secs(seconds.into())));
         set_duration(&mut node.pressure_transition, fields.eviction_pressure_transition_period);
         self.eviction(fields, node)?;
         self.node_shutdown(fields, node)
@@ -423,10 +425,8 @@ impl Overlay {
         }
         self.swap(fields)?;
         set(&mut pods.cpu_cfs_quota, fields.cpu_cfs_quota);
-        let path = fields.static_pod_path.clone().filter(|path| !path.as_os_str().is_empty());
-        set(&mut pods.static_pod_path, path.map(Some));
-        // To a kubelet zero is a field that was not set.
-        set_duration(&mut pods.file_check_frequency, fields.file_check_frequency.filter(|every| !every.0.is_zero()));
+        set(&mut pods.static_pod_path, named(fields.static_pod_path.as_ref()).map(Some));
+        set_duration(&mut pods.file_check_frequency, fields.file_check_frequency);
         // kubelet's -1 is "as many as the node has".
         set(&mut pods.pids_limit, fields.pod_pids_limit.map(|limit| (limit > 0).then_some(limit)));
         if let Some(text) = &fields.container_log_max_size {
@@ -443,10 +443,6 @@ impl Overlay {
 
 fn reserved_from(pairs: &BTreeMap<String, String>) -> Result<Reserved, ValueError> {
     Reserved::from_pairs(pairs.iter().map(|(name, text)| (name.as_str(), text.as_str())))
-}
-
-fn positive(duration: Duration) -> Result<Duration, ValueError> {
-    if duration.is_zero() { Err(ValueError::new("it must be longer than zero")) } else { Ok(duration) }
 }
 
 #[cfg(test)]
@@ -569,8 +565,73 @@ mod tests {
 
     #[test]
     fn a_status_frequency_alone_sets_both_paces() {
-        let (settings, _) = applied("nodeStatusUpdateFrequency: 20s\n");
-        assert_eq!(settings.node.status_report_frequency, Duration::from_secs(20));
+        for other in ["", "nodeStatusReportFrequency: 0s\n"] {
+            let (settings, _) = applied(&format!("nodeStatusUpdateFrequency: 20s\n{other}"));
+            assert_eq!(settings.node.status_report_frequency, Duration::from_secs(20), "{other}");
+        }
+    }
+
+    #[test]
+    fn what_is_zero_or_empty_was_not_set() {
+        let (settings, warnings) = applied(
+            "port: 0\nmaxPods: 0\nnodeLeaseDurationSeconds: 0\ntlsCertFile: ''\ntlsPrivateKeyFile: ''\n\
+             authentication: {x509: {clientCAFile: ''}}\nstaticPodPath: ''\ncontainerRuntimeEndpoint: ''\n",
+        );
+        assert_eq!(warnings, Vec::<String>::new());
+        assert_eq!(format!("{settings:?}"), format!("{:?}", Settings::default()));
+    }
+
+    /// What kubeadm leaves in /var/lib/kubelet/config.yaml: each duration is there, chosen or not.
+    const KUBEADM: &str = r#"
+authentication:
+  anonymous: {enabled: false}
+  webhook: {cacheTTL: 0s, enabled: true}
+  x509: {clientCAFile: /etc/kubernetes/pki/ca.crt}
+authorization:
+  mode: Webhook
+  webhook: {cacheAuthorizedTTL: 0s, cacheUnauthorizedTTL: 0s}
+cgroupDriver: systemd
+clusterDNS: [10.96.0.10]
+clusterDomain: cluster.local
+containerRuntimeEndpoint: ""
+cpuManagerReconcilePeriod: 0s
+crashLoopBackOff: {}
+evictionPressureTransitionPeriod: 0s
+fileCheckFrequency: 0s
+healthzBindAddress: 127.0.0.1
+healthzPort: 10248
+httpCheckFrequency: 0s
+imageMaximumGCAge: 0s
+imageMinimumGCAge: 0s
+logging:
+  flushFrequency: 0
+  options: {json: {infoBufferSize: "0"}, text: {infoBufferSize: "0"}}
+  verbosity: 0
+memorySwap: {}
+nodeStatusReportFrequency: 0s
+nodeStatusUpdateFrequency: 0s
+resolvConf: /run/systemd/resolve/resolv.conf
+rotateCertificates: true
+runtimeRequestTimeout: 0s
+shutdownGracePeriod: 0s
+shutdownGracePeriodCriticalPods: 0s
+staticPodPath: /etc/kubernetes/manifests
+streamingConnectionIdleTimeout: 0s
+syncFrequency: 0s
+volumeStatsAggPeriod: 0s
+"#;
+
+    #[test]
+    fn the_file_that_kubeadm_writes_leaves_the_defaults_but_for_what_it_says() {
+        let (settings, warnings) = applied(KUBEADM);
+        let mut wanted = Settings::default();
+        wanted.serving.client_ca_file = Some(PathBuf::from("/etc/kubernetes/pki/ca.crt"));
+        wanted.pods.cluster_dns = vec!["10.96.0.10".parse().unwrap()];
+        wanted.pods.resolv_conf = PathBuf::from("/run/systemd/resolve/resolv.conf");
+        wanted.pods.static_pod_path = Some(PathBuf::from("/etc/kubernetes/manifests"));
+        assert_eq!(format!("{settings:?}"), format!("{wanted:?}"));
+        assert_eq!(warnings.len(), 1, "only what has no effect: {warnings:?}");
+        assert!(warnings[0].contains("cgroupDriver") && !warnings[0].contains("nodeStatus"), "{warnings:?}");
     }
 
     #[test]
@@ -608,7 +669,14 @@ mod tests {
         assert!(error.contains("allowedUnsafeSysctls") && error.contains("not namespaced"), "{error}");
         assert_eq!(applied("podPidsLimit: -1\n").0.pods.pids_limit, None);
         assert_eq!(applied("serializeImagePulls: false\n").0.images.max_parallel_pulls, None);
-        assert_eq!(applied("maxParallelImagePulls: 4\n").0.images.max_parallel_pulls, Some(1), "serialized by default");
+        for (body, pulls) in [
+            ("maxParallelImagePulls: 4\n", Some(4)),
+            ("maxParallelImagePulls: 1\n", Some(1)),
+            ("serializeImagePulls: true\n", Some(1)),
+            ("imageMinimumGCAge: 1m\n", Some(1)),
+        ] {
+            assert_eq!(applied(body).0.images.max_parallel_pulls, pulls, "{body}");
+        }
     }
 
     #[test]
@@ -661,8 +729,6 @@ mod tests {
             ("evictionMaxPodGracePeriod: -1\n", "evictionMaxPodGracePeriod"),
             ("registerWithTaints: [{key: 'a b', effect: NoSchedule}]\n", "registerWithTaints"),
             ("podCIDR: 10.0.0.1\n", "podCIDR"),
-            ("nodeStatusUpdateFrequency: 0s\n", "nodeStatusUpdateFrequency"),
-            ("nodeLeaseDurationSeconds: 0\n", "nodeLeaseDurationSeconds"),
             ("crashLoopBackOff: {maxContainerRestartPeriod: 1h}\n", "crashLoopBackOff.maxContainerRestartPeriod"),
             ("containerLogMaxSize: big\n", "containerLogMaxSize"),
             ("containerLogMaxFiles: 1\n", "containerLogMaxFiles"),

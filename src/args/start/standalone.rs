@@ -15,7 +15,7 @@ use tracing::info;
 use super::drivers::{self, Made};
 use super::{DRAIN_PATIENCE, PATIENCE, Parts, events, function_server, network, raise_open_files, serve};
 use crate::apiserver::ApiServer;
-use crate::config::Settings;
+use crate::config::{ServingSettings, Settings};
 use crate::file::{self, Synced};
 use crate::metrics::Metrics;
 use crate::network::uplink::Uplink;
@@ -35,8 +35,7 @@ pub(super) async fn node(mut settings: Settings) -> anyhow::Result<()> {
         "there is no way to the API server: pass --kubeconfig FILE, or --pod-manifest-path PATH to run the Pods in it \
          without one",
     )?;
-    settings.serving.token_review = false;
-    settings.serving.authorize = false;
+    ask_nobody(&mut settings.serving);
     let root = settings.pods.root_dir.clone();
     let token = token(&root)?;
     info!(
@@ -73,6 +72,13 @@ pub(super) async fn node(mut settings: Settings) -> anyhow::Result<()> {
     supervisor.run(patience).await
 }
 
+/// Whoever is let in may do everything, so nobody is without showing who he is, whatever the file says.
+fn ask_nobody(serving: &mut ServingSettings) {
+    serving.token_review = false;
+    serving.authorize = false;
+    serving.anonymous = false;
+}
+
 /// The token, made if it is not there.
 fn token(root: &Path) -> anyhow::Result<String> {
     let path = root.join(TOKEN_FILE);
@@ -93,6 +99,13 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
+
+    #[test]
+    fn without_a_cluster_nobody_is_let_in_who_shows_nothing() {
+        let mut serving = ServingSettings { anonymous: true, ..ServingSettings::default() };
+        ask_nobody(&mut serving);
+        assert!(!serving.anonymous && !serving.authorize && !serving.token_review, "{serving:?}");
+    }
 
     #[test]
     fn the_token_is_made_once_and_for_its_owner_alone() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{ConfigError, KubeletConfiguration, Overlay};
 use crate::config::NodeSettings;
-use crate::config::values::{GoDuration, ValueError};
+use crate::config::values::{GoDuration, Threshold, ValueError};
 
 /// Signals that this node measures.
 const MEASURED: [&str; 4] = ["memory.available", "nodefs.available", "nodefs.inodesFree", "pid.available"];
@@ -18,6 +18,8 @@ const UNMEASURED: [&str; 5] = [
     "containerfs.inodesFree",
     "allocatableMemory.available",
 ];
+/// Thresholds that a kubelet takes for none: one that is never crossed, and one that always is.
+const OFF: [&str; 2] = ["0%", "100%"];
 
 impl Overlay {
     pub(super) fn eviction(
@@ -26,10 +28,10 @@ impl Overlay {
         node: &mut NodeSettings,
     ) -> Result<(), ConfigError> {
         if let Some(texts) = &fields.eviction_hard {
-            node.eviction_hard = self.by_signal("evictionHard", texts)?;
+            node.eviction_hard = self.thresholds("evictionHard", texts)?;
         }
         if let Some(texts) = &fields.eviction_soft {
-            node.eviction_soft = self.by_signal("evictionSoft", texts)?;
+            node.eviction_soft = self.thresholds("evictionSoft", texts)?;
         }
         if let Some(texts) = &fields.eviction_minimum_reclaim {
             node.eviction_minimum_reclaim = self.by_signal("evictionMinimumReclaim", texts)?;
@@ -50,6 +52,16 @@ impl Overlay {
         Ok(())
     }
 
+    fn thresholds(
+        &mut self,
+        name: &str,
+        texts: &BTreeMap<String, String>,
+    ) -> Result<BTreeMap<String, Threshold>, ConfigError> {
+        let mut texts = texts.clone();
+        texts.retain(|_, text| !OFF.contains(&text.as_str()));
+        self.by_signal(name, &texts)
+    }
+
     fn by_signal<T>(&mut self, name: &str, texts: &BTreeMap<String, String>) -> Result<BTreeMap<String, T>, ConfigError>
     where
         T: FromStr<Err = ValueError>,
@@ -66,5 +78,24 @@ impl Overlay {
             }
         }
         Ok(values)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::applied;
+    use super::*;
+
+    #[test]
+    fn a_threshold_of_nothing_or_of_all_is_off() {
+        let (settings, warnings) = applied(
+            "evictionHard: {imagefs.available: 0%, memory.available: 100Mi, nodefs.available: 100%, nodefs.inodesFree: 0%}\n\
+             evictionSoft: {nodefs.available: 100%}\nevictionMinimumReclaim: {nodefs.available: 0%}\n",
+        );
+        assert_eq!(warnings, Vec::<String>::new());
+        let node = settings.node;
+        assert_eq!(node.eviction_hard.into_keys().collect::<Vec<_>>(), ["memory.available"]);
+        assert!(node.eviction_soft.is_empty(), "{:?}", node.eviction_soft);
+        assert_eq!(node.eviction_minimum_reclaim["nodefs.available"], Threshold::Percent(0.0), "no threshold");
     }
 }

@@ -138,6 +138,10 @@ fn fits(pem: &[u8], key: &KeyPair, user: &str, names: &Names) -> Result<(), &'st
     if !certificate.names.cover(names) {
         return Err("it lacks names or addresses");
     }
+    // The keeper would take it for one of before, and ask for the next at once.
+    if certificate.names != *names {
+        return Err("it has names or addresses that were not asked for");
+    }
     if certificate.not_after <= Timestamp::now() {
         return Err("it has expired (check this host's clock)");
     }
@@ -210,16 +214,22 @@ mod tests {
     #[test]
     fn a_certificate_that_was_not_asked_for_is_not_used() {
         let key = KeyPair::generate().unwrap();
-        let of = |user: &str, dns: &str, key: &KeyPair| {
-            let mut params = CertificateParams::new(vec![dns.to_owned(), "10.0.0.1".to_owned()]).unwrap();
+        let of_names = |user: &str, names: &[&str], key: &KeyPair| {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            let mut params = CertificateParams::new(names).unwrap();
             params.distinguished_name.push(DnType::CommonName, user);
             params.self_signed(key).unwrap().pem().into_bytes()
         };
+        let of = |user: &str, dns: &str, key: &KeyPair| of_names(user, &[dns, "10.0.0.1"], key);
         let check = |pem: &[u8]| fits(pem, &key, "system:node:a", &names());
         assert_eq!(check(&of("system:node:a", "a", &key)), Ok(()));
         assert_eq!(check(&of("system:node:b", "a", &key)), Err("its subject is another's"));
         assert_eq!(check(&of("system:node:a", "b", &key)), Err("it lacks names or addresses"));
         assert_eq!(check(&of("system:node:a", "a", &KeyPair::generate().unwrap())), Err("its key is another's"));
         assert_eq!(check(b"rubbish"), Err("it does not parse"));
+        for more in ["b", "10.0.0.2"] {
+            let wider = of_names("system:node:a", &["a", "10.0.0.1", more], &key);
+            assert_eq!(check(&wider), Err("it has names or addresses that were not asked for"), "{more}");
+        }
     }
 }
