@@ -63,7 +63,7 @@ impl Core {
     async fn adopt(&self) -> Result<(), Status> {
         let (sandboxes, containers) =
             tokio::try_join!(self.runtime.list_pod_sandboxes(None), self.runtime.list_containers(None))?;
-        self.network.adopt(&sandboxes);
+        self.network.adopt(&sandboxes).await;
         self.sandboxes.sweep(&sandboxes.iter().map(Key::from).collect::<Vec<_>>());
         self.containers.sweep(&containers.iter().map(Key::from).collect::<Vec<_>>());
         sandboxes.iter().for_each(|sandbox| self.sandboxes.named(sandbox.id.as_str(), sandbox.into()));

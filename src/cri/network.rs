@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ipnet::IpNet;
-use tokio::sync::watch;
+use tokio::sync::{Mutex as AsyncMutex, watch};
 use tonic::Code;
 use tracing::{info, warn};
 
@@ -39,8 +39,9 @@ pub(super) struct Network {
     root: PathBuf,
     plug: Option<Plug>,
     ipam: Mutex<Arc<Ipam>>,
-    /// One change of the range at a time.
-    changing: tokio::sync::Mutex<()>,
+    /// One changes the range or takes an address of it at a time. Holds a bridge that nobody is plugged in at: that of the
+    /// range before until it is gone, or of one that is not remembered yet.
+    changing: AsyncMutex<Option<Bridge>>,
 }
 
 impl Network {
@@ -56,10 +57,10 @@ impl Network {
     ) -> Result<Self, CriError> {
         let before = fs::read_to_string(root.join(RANGE)).ok().and_then(|text| text.trim().parse().ok());
         let range = chosen.or(before).unwrap_or(default);
-        let ipam = Ipam::open(&root.join(ADDRESSES), range, DEFAULT_COOL_DOWN)?;
-        let network =
-            Self { root: root.to_owned(), plug, ipam: Mutex::new(Arc::new(ipam)), changing: Default::default() };
-        network.make_bridge().await?;
+        let ipam = Arc::new(Ipam::open(&root.join(ADDRESSES), range, DEFAULT_COOL_DOWN)?);
+        let (root, kept) = (root.to_owned(), Mutex::new(Arc::clone(&ipam)));
+        let network = Self { root, plug, ipam: kept, changing: AsyncMutex::default() };
+        network.make_bridge(ipam, &mut None).await?;
         Ok(network)
     }
 
@@ -67,15 +68,24 @@ impl Network {
         Arc::clone(&self.ipam.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    async fn make_bridge(&self) -> Result<(), CriError> {
-        let ipam = self.ipam();
-        shelf::write(&self.root, "pod-cidr.new", RANGE, format!("{}\n", ipam.range()).as_bytes())?;
+    /// Makes the bridge, and then remembers the range: one that has no bridge would fail each start from now on.
+    async fn make_bridge(&self, ipam: Arc<Ipam>, unused: &mut Option<Bridge>) -> Result<(), CriError> {
         if let Some(plug) = &self.plug {
-            let bridge = Bridge::ensure(&plug.name, ipam.gateway(), ipam.range()).await?;
+            *unused = Some(Bridge::ensure(&plug.name, ipam.gateway(), ipam.range()).await?);
+        }
+        shelf::write(&self.root, "pod-cidr.new", RANGE, format!("{}\n", ipam.range()).as_bytes())?;
+        *self.ipam.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&ipam);
+        if let Some(plug) = &self.plug {
             info!(bridge = plug.name, range = %ipam.range(), "the network of the sandboxes is up");
-            plug.bridge.send_replace(Some(bridge));
+            plug.bridge.send_replace(unused.take());
         }
         Ok(())
+    }
+
+    /// Why no sandbox can be plugged in now, if none can.
+    pub(super) fn trouble(&self) -> Option<String> {
+        let plug = self.plug.as_ref().filter(|plug| plug.bridge.borrow().is_none())?;
+        Some(format!("bridge {} is not there: the range of the sandboxes is being changed, or could not be", plug.name))
     }
 
     /// The range that addresses come from.
@@ -88,40 +98,57 @@ impl Network {
     /// # Errors
     /// [`Code::FailedPrecondition`] while a sandbox has an address, and what files and the kernel refuse.
     pub(super) async fn set_range(&self, range: IpNet) -> Result<(), tonic::Status> {
-        let _changing = self.changing.lock().await;
-        let before = self.ipam();
-        if before.range() == range.trunc() {
-            return Ok(());
+        let mut unused = self.changing.lock().await;
+        let mut ipam = self.ipam();
+        if ipam.range() == range.trunc() {
+            if self.trouble().is_none() {
+                return Ok(());
+            }
+        } else {
+            let held = ipam.held().len();
+            if held > 0 {
+                let text = format!("the range stays {}: {held} sandboxes have addresses of it", ipam.range());
+                return Err(status(Code::FailedPrecondition, &text));
+            }
+            let opened = Ipam::open(&self.root.join(ADDRESSES), range, DEFAULT_COOL_DOWN);
+            ipam = Arc::new(opened.map_err(CriError::from)?);
         }
-        let held = before.held().len();
-        if held > 0 {
-            let text = format!("the range stays {}: {held} sandboxes have addresses of it", before.range());
-            return Err(status(Code::FailedPrecondition, &text));
-        }
-        let ipam = Ipam::open(&self.root.join(ADDRESSES), range, DEFAULT_COOL_DOWN).map_err(CriError::from)?;
         // Its rules are those of the range before, and it would not give them up.
-        let bridge = self.plug.as_ref().and_then(|plug| plug.bridge.send_replace(None));
-        if let Some(bridge) = bridge {
-            bridge.remove().await.map_err(CriError::from)?;
+        if let Some(bridge) = self.plug.as_ref().and_then(|plug| plug.bridge.send_replace(None)) {
+            *unused = Some(bridge);
         }
-        *self.ipam.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(ipam);
-        Ok(self.make_bridge().await?)
+        if let Some(bridge) = unused.clone() {
+            bridge.remove().await.map_err(CriError::from)?;
+            *unused = None;
+        }
+        Ok(self.make_bridge(ipam, &mut unused).await?)
     }
 
     /// The Pod's address.
-    pub(super) fn allot(&self, uid: &str) -> Result<IpAddr, CriError> {
-        Ok(self.ipam().allocate(uid)?)
+    ///
+    /// # Errors
+    /// [`Code::Unavailable`] while there is no bridge: the driver would wait for it without an end.
+    pub(super) async fn allot(&self, uid: &str) -> Result<IpAddr, tonic::Status> {
+        let _changing = self.changing.lock().await;
+        if let Some(trouble) = self.trouble() {
+            return Err(status(Code::Unavailable, &trouble));
+        }
+        Ok(self.ipam().allocate(uid).map_err(CriError::from)?)
     }
 
-    /// No sandbox of the Pod has its address any more.
-    pub(super) fn release(&self, uid: &str) {
+    /// No sandbox of the Pod is ready any more: no port of the host leads to its address, which is no longer its own.
+    pub(super) async fn leave(&self, uid: &str) {
+        if let Err(error) = self.close_ports(uid).await {
+            warn!(pod_uid = uid, error = chain(&error), "ports of the host still lead to a Pod that is gone");
+        }
         if let Err(error) = self.ipam().release(uid) {
             warn!(pod_uid = uid, error = chain(&error), "failed to release an address");
         }
     }
 
-    /// Notes the addresses of sandboxes that are ready, and releases all others.
-    pub(super) fn adopt(&self, sandboxes: &[SandboxStatus]) {
+    /// Notes the addresses of sandboxes that are ready. No other Pod has an address, or ports of the host.
+    pub(super) async fn adopt(&self, sandboxes: &[SandboxStatus]) {
+        let _changing = self.changing.lock().await;
         let ipam = self.ipam();
         let ready: Vec<_> = sandboxes.iter().filter(|sandbox| sandbox.state == SandboxState::Ready).collect();
         for sandbox in &ready {
@@ -131,9 +158,11 @@ impl Network {
                 warn!(pod = %sandbox.pod, error = chain(&error), "a sandbox has an address that is not its own");
             }
         }
-        for (_, uid) in ipam.held() {
+        let held = ipam.held().into_iter().map(|(_, uid)| uid);
+        let with_ports = self.bridge().map(|bridge| bridge.pods_with_ports()).unwrap_or_default();
+        for uid in held.chain(with_ports) {
             if !ready.iter().any(|sandbox| sandbox.pod.uid == uid) {
-                self.release(&uid);
+                self.leave(&uid).await;
             }
         }
     }
@@ -146,8 +175,7 @@ impl Network {
         }
     }
 
-    /// No port of the host leads to the Pod any more.
-    pub(super) async fn close_ports(&self, uid: &str) -> Result<(), NetworkError> {
+    async fn close_ports(&self, uid: &str) -> Result<(), NetworkError> {
         match self.bridge() {
             Some(bridge) => bridge.close_ports(uid).await,
             None => Ok(()),
@@ -161,14 +189,52 @@ impl Network {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+    use std::thread;
+
+    use futures::FutureExt;
+    use nix::sched::{CloneFlags, unshare};
+
     use super::*;
+    use crate::network::ports::Protocol;
+    use crate::runtime::types::PodRef;
+
+    const BRIDGE: &str = "lbcri";
 
     fn range(text: &str) -> IpNet {
         text.parse().unwrap()
     }
 
+    fn plug(name: &str) -> Plug {
+        Plug { name: name.to_owned(), bridge: watch::Sender::new(None) }
+    }
+
     async fn open(root: &Path, chosen: Option<&str>) -> Network {
         Network::open(root, (chosen.map(range), range("10.1.0.0/16")), None).await.unwrap()
+    }
+
+    async fn plugged(root: &Path) -> Network {
+        Network::open(root, (None, range("10.1.0.0/16")), Some(plug(BRIDGE))).await.unwrap()
+    }
+
+    /// Runs the test in a network namespace of its own, or says why not.
+    fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: needs root to make network namespaces");
+            return;
+        }
+        let host = move || {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            seen("ip link set lo up");
+            tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test());
+        };
+        thread::spawn(host).join().unwrap();
+    }
+
+    fn seen(command: &str) -> String {
+        let output = Command::new("sh").args(["-c", command]).output().unwrap();
+        assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
     }
 
     #[tokio::test]
@@ -176,23 +242,105 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let network = open(root.path(), None).await;
         network.set_range(range("10.2.0.0/24")).await.unwrap();
-        assert_eq!(network.allot("a").unwrap(), "10.2.0.2".parse::<IpAddr>().unwrap());
+        assert_eq!(network.allot("a").await.unwrap(), "10.2.0.2".parse::<IpAddr>().unwrap());
         let refused = network.set_range(range("10.3.0.0/24")).await.unwrap_err();
         assert_eq!(refused.code(), Code::FailedPrecondition);
         network.set_range(range("10.2.0.0/24")).await.unwrap();
         drop(network);
         let network = open(root.path(), None).await;
         assert_eq!(network.range(), range("10.2.0.0/24"));
-        assert_eq!(network.allot("a").unwrap(), "10.2.0.2".parse::<IpAddr>().unwrap());
+        assert_eq!(network.allot("a").await.unwrap(), "10.2.0.2".parse::<IpAddr>().unwrap());
         assert_eq!(open(root.path(), Some("10.9.0.0/16")).await.range(), range("10.9.0.0/16"));
+    }
+
+    #[tokio::test]
+    async fn a_range_without_a_bridge_fails_each_time_and_is_not_remembered() {
+        let root = tempfile::tempdir().unwrap();
+        let mut network = open(root.path(), None).await;
+        // A name that no bridge can have.
+        network.plug = Some(plug(""));
+        for _ in 0..2 {
+            network.set_range(range("10.2.0.0/24")).await.unwrap_err();
+            // Nor is the range before as it was.
+            network.set_range(range("10.1.0.0/16")).await.unwrap_err();
+            assert!(network.trouble().is_some());
+            assert_eq!(network.allot("a").await.unwrap_err().code(), Code::Unavailable);
+        }
+        assert_eq!(open(root.path(), None).await.range(), range("10.1.0.0/16"));
+        network.plug = None;
+        network.set_range(range("10.2.0.0/24")).await.unwrap();
+        assert_eq!(network.trouble(), None);
+        assert_eq!(network.allot("a").await.unwrap(), "10.2.0.2".parse::<IpAddr>().unwrap());
+    }
+
+    #[tokio::test]
+    async fn nobody_gets_an_address_while_the_range_changes() {
+        let root = tempfile::tempdir().unwrap();
+        let network = open(root.path(), None).await;
+        let change = network.changing.lock().await;
+        assert!(network.allot("a").now_or_never().is_none());
+        drop(change);
+        network.allot("a").await.unwrap();
+    }
+
+    #[test]
+    fn a_range_whose_bridge_could_not_be_made_is_made_by_the_next_request() {
+        on_a_host(async || {
+            let root = tempfile::tempdir().unwrap();
+            let mut network = plugged(root.path()).await;
+            let named = |name: &str, network: &mut Network| network.plug.as_mut().unwrap().name = name.to_owned();
+            named("", &mut network);
+            for _ in 0..2 {
+                network.set_range(range("10.2.0.0/24")).await.unwrap_err();
+            }
+            assert!(network.trouble().is_some() && !seen("ip -o link").contains(BRIDGE));
+            named(BRIDGE, &mut network);
+            network.set_range(range("10.2.0.0/24")).await.unwrap();
+            assert_eq!(network.trouble(), None);
+            assert!(seen("ip -o addr").contains("10.2.0.1/24"));
+        });
     }
 
     #[tokio::test]
     async fn addresses_of_sandboxes_that_are_gone_are_released_at_the_start() {
         let root = tempfile::tempdir().unwrap();
         let network = open(root.path(), None).await;
-        network.allot("a").unwrap();
-        network.adopt(&[]);
+        network.allot("a").await.unwrap();
+        network.adopt(&[]).await;
         network.set_range(range("10.2.0.0/24")).await.unwrap();
+    }
+
+    #[test]
+    fn ports_of_the_host_that_led_to_sandboxes_that_are_gone_are_closed_at_the_start() {
+        on_a_host(async || {
+            let root = tempfile::tempdir().unwrap();
+            let port = |host_port| HostPort { protocol: Protocol::Tcp, host_ip: None, host_port, pod_port: 80 };
+            let before = plugged(root.path()).await;
+            let mut addresses = Vec::new();
+            for (uid, host_port) in [("gone", 8080), ("released", 8081), ("ready", 8082)] {
+                let address = before.allot(uid).await.unwrap();
+                addresses.push(address);
+                before.open_ports(uid, address, vec![port(host_port)]).await.unwrap();
+            }
+            // Ended between the two steps of a removal the other way round.
+            before.ipam().release("released").unwrap();
+            drop(before);
+            let network = plugged(root.path()).await;
+            assert!(seen("iptables -t nat -S").contains("--dport 8080"));
+            let ready = SandboxStatus {
+                id: "sandbox".into(),
+                pod: PodRef { uid: "ready".into(), namespace: "n".into(), name: "p".into() },
+                attempt: 0,
+                state: SandboxState::Ready,
+                created_at: jiff::Timestamp::UNIX_EPOCH,
+                addresses: addresses.split_off(2),
+                pid: None,
+            };
+            network.adopt(std::slice::from_ref(&ready)).await;
+            let rules = seen("iptables -t nat -S");
+            let open = [8080, 8081, 8082].map(|port| rules.contains(&format!("--dport {port}")));
+            assert_eq!(open, [false, false, true], "{rules}");
+            assert_eq!(network.ipam().held(), [(ready.addresses[0], "ready".to_owned())]);
+        });
     }
 }

@@ -25,8 +25,7 @@ pub(super) async fn status(core: &Core, verbose: bool) -> v1::StatusResponse {
     };
     let conditions = vec![
         condition("RuntimeReady", trouble.map(|text| ("EngineNotReady", text))),
-        // The bridge is made before anything is answered.
-        condition("NetworkReady", None),
+        condition("NetworkReady", core.network.trouble().map(|text| ("BridgeNotReady", text))),
     ];
     // The one without a name stands for the first.
     let names = std::iter::once("").chain(core.about.handlers.iter().map(String::as_str));

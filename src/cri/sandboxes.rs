@@ -37,7 +37,7 @@ impl Core {
         }
         let address = match translate::on_host_network(&config)? {
             true => None,
-            false => Some(self.network.allot(&pod.uid)?),
+            false => Some(self.network.allot(&pod.uid).await?),
         };
         let made = self.make(request, (&key, &pod), handler, address).await;
         if let Ok(id) = &made {
@@ -88,10 +88,7 @@ impl Core {
             self.sandboxes.forget(key);
         }
         if !left.iter().any(|sandbox| sandbox.state == SandboxState::Ready) {
-            if let Err(error) = self.network.close_ports(&key.uid).await {
-                warn!(pod_uid = key.uid, error = chain(&error), "ports of the host still lead to a Pod that is gone");
-            }
-            self.network.release(&key.uid);
+            self.network.leave(&key.uid).await;
         }
         self.happened(&key.uid);
         Ok(())

@@ -249,9 +249,13 @@ impl RuntimeService for Service {
         let text = network.map(|network| network.pod_cidr).unwrap_or_default();
         // A kubelet of two families sends both; sandboxes have one address.
         if let Some(range) = text.split(',').next().filter(|range| !range.is_empty()) {
-            self.0.adopted().await?;
             let range = range.trim().parse().map_err(|_| invalid(format!("{range:?} is no range of addresses")))?;
-            self.0.network.set_range(range).await?;
+            let core = Arc::clone(&self.0);
+            let verb = async move {
+                core.adopted().await?;
+                core.network.set_range(range).await
+            };
+            self.0.to_the_end(verb).await?;
         }
         answer(v1::UpdateRuntimeConfigResponse {})
     }

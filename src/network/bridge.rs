@@ -20,13 +20,14 @@ use async_trait::async_trait;
 use ipnet::IpNet;
 use nix::sched::{CloneFlags, setns};
 use sha2::{Digest, Sha256};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{OwnedMutexGuard, Semaphore, oneshot};
 use tracing::debug;
 
 use super::guard::{self, Guard};
 use super::netlink::{Mac, Netlink, Pair};
 use super::routes::Routes;
 use super::{Cable, NetworkError, firewall, set_sysctl};
+use crate::turns::Turns;
 
 /// Name of the interface inside a sandbox, as every Pod network has it.
 const INTERFACE: &str = "eth0";
@@ -47,6 +48,8 @@ const SETTLE_TRIES: u32 = 2000;
 pub struct Bridge {
     settings: Arc<Settings>,
     permits: Arc<Semaphore>,
+    /// One at a time works on a cable, or on the host's ports of a Pod.
+    pub(super) turns: Arc<Turns<String>>,
 }
 
 #[derive(Debug)]
@@ -103,7 +106,7 @@ impl Bridge {
         }
         let name = name.to_owned();
         let settings = on_thread(move || ensure(name, &ranges)).await?;
-        Ok(Self { settings: Arc::new(settings), permits: Arc::new(Semaphore::new(AT_ONCE)) })
+        Ok(Self { settings: Arc::new(settings), permits: Arc::new(Semaphore::new(AT_ONCE)), turns: Arc::default() })
     }
 
     /// Takes away the bridge and exactly its own packet filter rules. IP forwarding stays on: others may rely on it by
@@ -154,18 +157,34 @@ impl Bridge {
         })
         .await
     }
+
+    /// The same for whoever has the turn of what is worked on; it ends with the work, not with who waits for it. Else
+    /// what goes on for a caller that has left would undo what the next one did.
+    pub(super) async fn work_in_turn<T: Send + 'static>(
+        &self,
+        turn: OwnedMutexGuard<()>,
+        work: impl FnOnce(&Settings) -> Result<T, NetworkError> + Send + 'static,
+    ) -> Result<T, NetworkError> {
+        self.work(move |settings| {
+            let _turn = turn;
+            work(settings)
+        })
+        .await
+    }
 }
 
 #[async_trait]
 impl Cable for Bridge {
     async fn plug(&self, pid: i32, sandbox: &str, addresses: &[IpAddr]) -> Result<(), NetworkError> {
         let (port, addresses) = (port_name(sandbox), addresses.to_vec());
-        self.work(move |settings| plug(settings, &port, pid, &addresses)).await
+        let turn = self.turns.turn(&port).await;
+        self.work_in_turn(turn, move |settings| plug(settings, &port, pid, &addresses)).await
     }
 
     async fn unplug(&self, sandbox: &str) -> Result<(), NetworkError> {
         let port = port_name(sandbox);
-        self.work(move |settings| {
+        let turn = self.turns.turn(&port).await;
+        self.work_in_turn(turn, move |settings| {
             let mut host = open_netlink()?;
             // The route first: a packet on its way to a port that is gone would be answered by nobody.
             let refuse = |source| kernel(&format!("refuse the address behind {port}"), source);

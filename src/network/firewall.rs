@@ -45,11 +45,11 @@ pub(super) fn remove(bridge: &str, range: IpNet) -> Result<(), NetworkError> {
     for key in ports::open(bridge, &listed) {
         reconcile(command, &tagged(&ports::tag(bridge, &key), &listed), &[])?;
     }
-    reconcile(command, &tagged(&comment(bridge), &listed), &[])
+    reconcile(command, &tagged(&comment(bridge), &listed), &[]).map(|_| ())
 }
 
-/// Makes these and no others be the rules with that comment.
-pub(super) fn settle(range: IpNet, comment: &str, wanted: &[Rule]) -> Result<(), NetworkError> {
+/// Makes these and no others be the rules with that comment. Returns those that were added or removed.
+pub(super) fn settle(range: IpNet, comment: &str, wanted: &[Rule]) -> Result<Vec<Rule>, NetworkError> {
     let command = command_for(range.addr());
     reconcile(command, &tagged(comment, &list(command)?), wanted)
 }
@@ -124,20 +124,23 @@ fn tagged(comment: &str, listed: &[(&'static str, String)]) -> Vec<Rule> {
     listed.iter().filter_map(rule).collect()
 }
 
-fn reconcile(command: &str, present: &[Rule], wanted: &[Rule]) -> Result<(), NetworkError> {
+fn reconcile(command: &str, present: &[Rule], wanted: &[Rule]) -> Result<Vec<Rule>, NetworkError> {
+    let mut changed = Vec::new();
     let same =
         |left: &Rule, right: &Rule| left.table == right.table && left.chain == right.chain && left.text == right.text;
     // Added before the stale ones go, so that packets of running Pods are accepted all the time.
     for rule in wanted.iter().filter(|rule| !present.iter().any(|there| same(there, rule))) {
         change(command, if rule.first { "-I" } else { "-A" }, rule)?;
+        changed.push(rule.clone());
     }
     for (position, rule) in present.iter().enumerate() {
         let repeated = present[..position].iter().any(|earlier| same(earlier, rule));
         if repeated || !wanted.iter().any(|other| same(other, rule)) {
             change(command, "-D", rule)?;
+            changed.push(rule.clone());
         }
     }
-    Ok(())
+    Ok(changed)
 }
 
 fn change(command: &str, verb: &str, rule: &Rule) -> Result<(), NetworkError> {

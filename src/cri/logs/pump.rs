@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::Target;
-use super::record::{Lines, Position, Skip};
+use super::record::{Position, Skip};
 use crate::cri::failure::CriError;
 use crate::cri::shelf;
 use crate::runtime::types::{ContainerId, ContainerState, LogChunk, LogOptions};
@@ -46,7 +46,8 @@ pub(in crate::cri) struct Pump {
     id: ContainerId,
     target: Target,
     file: Arc<File>,
-    lines: Lines,
+    /// Where the file ends once all lines are in it.
+    position: Position,
     /// Whether the log broke off when it was last read.
     broken: bool,
     told: Option<Instant>,
@@ -75,8 +76,7 @@ impl Pump {
         let wanted = target.clone();
         let opened = spawn_blocking(move || at_end(&wanted)).await;
         let (file, position) = opened.map_err(io::Error::other).map_err(CriError::file("open", &target.path))??;
-        let lines = Lines::from(position);
-        Ok(Self { runtime, id, target, file: Arc::new(file), lines, broken: false, told: None })
+        Ok(Self { runtime, id, target, file: Arc::new(file), position, broken: false, told: None })
     }
 
     /// Writes until the container has ended and all of it is written, or it is told to stop.
@@ -84,7 +84,7 @@ impl Pump {
         let mut tries = 0;
         loop {
             self.broken = false;
-            let options = LogOptions { follow: true, tail: None, since: self.lines.position.since() };
+            let options = LogOptions { follow: true, tail: None, since: self.position.since() };
             match self.runtime.logs(&self.id, &options).await {
                 Ok(log) => {
                     if let End::Stopped = self.carry(log, &mut reopens, &stop).await {
@@ -102,7 +102,7 @@ impl Pump {
             };
             tries = if over { tries + 1 } else { 0 };
             if over && (!self.broken || tries > TRIES) {
-                return self.finish(&stop).await;
+                return;
             }
             tokio::select! {
                 // Cancel-safe: it only waits.
@@ -119,9 +119,7 @@ impl Pump {
         reopens: &mut mpsc::Receiver<Reopen>,
         stop: &CancellationToken,
     ) -> End {
-        // What was held back is not written, so it comes again.
-        self.lines = Lines::from(self.lines.position);
-        let mut skip = Skip::to(self.lines.position);
+        let mut skip = Skip::to(self.position);
         let mut log = log.ready_chunks(BATCH);
         loop {
             let batch = tokio::select! {
@@ -141,7 +139,7 @@ impl Pump {
             for piece in batch {
                 match piece {
                     Ok(chunk) if skip.is_new(&chunk) => {
-                        if let Err(error) = self.lines.push(chunk, &mut out) {
+                        if let Err(error) = self.position.push(&chunk, &mut out) {
                             self.tell("failed to write a line of a log", &error);
                         }
                     }
@@ -177,18 +175,9 @@ impl Pump {
         End::Log
     }
 
-    /// What was held back has no rest.
-    async fn finish(&mut self, stop: &CancellationToken) {
-        let mut out = Vec::new();
-        if let Err(error) = self.lines.end(&mut out) {
-            self.tell("failed to write the end of a container's log", &error);
-        }
-        self.put(out, stop).await;
-    }
-
     async fn reopen(&mut self) -> std::result::Result<(), CriError> {
         // The new file is empty, and does not say how far the one before goes.
-        let position = self.lines.position.write();
+        let position = self.position.write();
         shelf::write(&self.target.place, "log-position.new", POSITION, position.as_bytes())?;
         let path = self.target.path.clone();
         let opened = spawn_blocking(move || append(&path)).await;
@@ -223,19 +212,26 @@ fn at_end(target: &Target) -> std::result::Result<(File, Position), CriError> {
     }
     let mut file = append(&target.path)?;
     let found = resume(&mut file).map_err(CriError::file("read", &target.path))?;
-    let remembered = || Position::read(&fs::read_to_string(target.place.join(POSITION)).ok()?);
-    Ok((file, found.or_else(remembered).unwrap_or_default()))
+    // Of a stream that has written nothing since the file was opened anew.
+    let remembered = fs::read_to_string(target.place.join(POSITION)).unwrap_or_default();
+    Ok((file, found.or(Position::read(&remembered))))
 }
 
 /// The position at the end of a file. A line that was torn there goes: it is written again.
-fn resume(file: &mut File) -> io::Result<Option<Position>> {
+fn resume(file: &mut File) -> io::Result<Position> {
     let start = file.metadata()?.len().saturating_sub(TAIL);
     file.seek(SeekFrom::Start(start))?;
     let mut tail = Vec::new();
     Read::by_ref(file).take(TAIL).read_to_end(&mut tail)?;
+    let end_of_line = |byte: &u8| *byte == b'\n';
     if !tail.is_empty() && !tail.ends_with(b"\n") {
-        let whole = tail.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        let whole = tail.iter().rposition(end_of_line).map_or(0, |at| at + 1);
         file.set_len(start + whole as u64)?;
     }
-    Ok(Position::at_end_of(&tail))
+    if start == 0 {
+        return Ok(Position::at_end_of(&tail));
+    }
+    // It begins within a line.
+    let first = tail.iter().position(end_of_line).map_or(tail.len(), |at| at + 1);
+    Ok(Position::at_end_of(&tail[first..]).of_the_end_only())
 }

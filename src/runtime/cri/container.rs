@@ -27,6 +27,16 @@ const EXIT_START_FAILED: i32 = 128;
 /// Exit code of a process that SIGKILL ended, whoever sent it.
 const EXIT_KILLED: i32 = 137;
 
+/// What became of a container's own stop signal.
+enum Signalled {
+    /// It ended within the grace.
+    Ended,
+    /// It did not.
+    Ignored,
+    /// There is no process that it could be sent to.
+    NotSent,
+}
+
 /// A container of ours with its labels read.
 pub(super) struct Listed {
     pub(super) id: String,
@@ -218,6 +228,8 @@ impl CriRuntime {
                 let text = if words.is_empty() { error.to_string() } else { format!("{}: {words}", tried()) };
                 Err(RuntimeError::new(Kind::Invalid, text))
             }
+            // Another call did it, or the answer was lost.
+            Some(looked) if looked.running() => Ok(()),
             _ => Err(error),
         }
     }
@@ -231,10 +243,11 @@ impl CriRuntime {
         // A real-time signal cannot be sent from here: the runtime's own takes its place.
         let asked = looked.status.annotations.get(spec::STOP_SIGNAL).and_then(|name| Signal::from_str(name).ok());
         if let Some(signal) = asked {
-            if self.signalled(id, signal, grace).await? {
-                return Ok(());
+            match self.signalled(id, signal, grace).await? {
+                Signalled::Ended => return Ok(()),
+                Signalled::Ignored => return self.call_stop(id, 0).await,
+                Signalled::NotSent => {}
             }
-            return self.call_stop(id, 0).await;
         }
         // CRI counts whole seconds. The signal is sent at once, and a call that is given up has no other effect.
         let seconds = grace.as_secs() + u64::from(grace.subsec_nanos() > 0);
@@ -259,17 +272,17 @@ impl CriRuntime {
         unless_absent(stopped)
     }
 
-    /// Sends the container's own stop signal, which not every runtime knows of; whether it ended within the grace.
-    async fn signalled(&self, id: &ContainerId, signal: Signal, grace: Grace) -> Result<bool> {
-        // It has ended, or the runtime does not tell its process: either way the runtime is to stop it.
-        let Some(place) = self.place(id.as_str()).await? else { return Ok(false) };
-        let Some(process) = Process::open(place.pid, id.as_str()) else { return Ok(false) };
+    /// Sends the container's own stop signal, which not every runtime knows of.
+    async fn signalled(&self, id: &ContainerId, signal: Signal, grace: Grace) -> Result<Signalled> {
+        // It has ended, or the runtime does not tell its process: either way the runtime is to stop it, by its own signal.
+        let Some(place) = self.place(id.as_str()).await? else { return Ok(Signalled::NotSent) };
+        let Some(process) = Process::open(place.pid, id.as_str()) else { return Ok(Signalled::NotSent) };
         process.send(signal);
         if timeout(grace, process.ended()).await.is_err() {
-            return Ok(false);
+            return Ok(Signalled::Ignored);
         }
         // The runtime takes note a moment later; it waits for that itself where there is nothing to stop any more.
-        self.call_stop(id, 0).await.map(|()| true)
+        self.call_stop(id, 0).await.map(|()| Signalled::Ended)
     }
 
     pub(super) async fn remove(&self, id: &ContainerId) -> Result<()> {

@@ -93,6 +93,12 @@ impl CriRuntime {
 
     pub(super) async fn delete_image(&self, id: &ImageId) -> Result<()> {
         let tried = || format!("failed to remove image {id}");
+        // Its own sandboxes are made of it; not every runtime refuses this by itself.
+        let request = v1::ImageStatusRequest { image: Some(spec(id.as_str())), verbose: false };
+        let known = ask!(self.client.images, image_status(request), tried).await?.image;
+        if known.is_some_and(|image| image.pinned) {
+            return Err(RuntimeError::new(Kind::AlreadyExists, format!("{}: the runtime has pinned it", tried())));
+        }
         // A runtime would take the image from under a stopped container.
         let everything = v1::ListContainersRequest { filter: None };
         let containers = ask!(self.client.runtime, list_containers(everything), tried).await?.containers;

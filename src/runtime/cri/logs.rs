@@ -6,7 +6,8 @@
 //! 2026-11-21T07:15:43.359877326Z stderr P the beginning of a long line
 //! ```
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader, Seek as _, SeekFrom};
 use std::os::unix::fs::MetadataExt as _;
@@ -29,6 +30,8 @@ use crate::runtime::{Kind, Result, RuntimeError, blocking};
 const AHEAD: usize = 128 << 10;
 /// How often a log that is followed is looked at.
 const LOOK: Duration = Duration::from_millis(50);
+/// Looks at a log after its container's end (see `Ended`).
+const LAST_LOOKS: u32 = 3;
 /// How often its container is asked about, where its process does not tell.
 const ASK: Duration = Duration::from_millis(500);
 
@@ -59,13 +62,26 @@ impl LogFiles {
         segments(&self.of_container(uid, name, attempt))?.iter().try_for_each(|segment| file::remove(segment))
     }
 
-    /// Removes the directories of a Pod's logs that no log is in.
+    /// Removes the directory of a Pod's logs with what is still in it: that of a container which somebody else removed,
+    /// or a file that was renamed while another was removed.
     pub(super) fn leave(&self, uid: &str) -> io::Result<()> {
-        let directory = self.of_pod(uid);
-        for entry in fs::read_dir(&directory).into_iter().flatten() {
-            leave(&entry?.path())?;
+        file::remove_tree(&self.of_pod(uid))
+    }
+
+    /// Removes the directories of all Pods but these.
+    pub(super) fn leave_all_but(&self, uids: &HashSet<String>) -> io::Result<()> {
+        let kept: HashSet<OsString> = uids.iter().map(|uid| plain(uid).into()).collect();
+        let entries = match fs::read_dir(&self.root) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            if !kept.contains(&entry.file_name()) {
+                file::remove_tree(&entry.path())?;
+            }
         }
-        leave(&directory)
+        Ok(())
     }
 }
 
@@ -73,14 +89,6 @@ impl LogFiles {
 fn plain(text: &str) -> String {
     let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_') { c } else { '_' };
     text.chars().map(plain).collect()
-}
-
-fn leave(directory: &Path) -> io::Result<()> {
-    use io::ErrorKind::{DirectoryNotEmpty, NotFound};
-    match fs::remove_dir(directory) {
-        Err(error) if matches!(error.kind(), DirectoryNotEmpty | NotFound) => Ok(()),
-        done => done,
-    }
 }
 
 /// The files of a log, the oldest first.
@@ -194,8 +202,9 @@ impl Reader {
             if line.last() != Some(&b'\n') {
                 // The rest of a line is not written yet, or never will be.
                 file.seek(SeekFrom::Start(self.offset))?;
-                // Whatever was added before the next file was begun is read first.
-                if read == 0 && self.is_over()? && self.advance()? {
+                // Whatever was added before the next file was begun is read first; half a record is not, whose rest went
+                // where there was no room for it.
+                if self.is_over(read)? && self.advance()? {
                     continue;
                 }
                 return Ok(None);
@@ -214,15 +223,16 @@ impl Reader {
         }
     }
 
-    /// Whether nothing will be added to the file that is read, because the runtime has another, and nothing was since.
-    fn is_over(&mut self) -> io::Result<bool> {
+    /// Whether nothing will be added to the file that is read, because the runtime has another, and nothing was but the
+    /// `torn` bytes at its end.
+    fn is_over(&mut self, torn: u64) -> io::Result<bool> {
         let current = match fs::metadata(&self.path) {
             Ok(current) => current.ino(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(error),
         };
         let Some(file) = &mut self.file else { return Ok(true) };
-        Ok(current != self.inode && file.get_ref().metadata()?.len() <= self.offset)
+        Ok(current != self.inode && file.get_ref().metadata()?.len() <= self.offset + torn)
     }
 
     /// Goes to where the last `lines` lines begin.
@@ -260,10 +270,12 @@ struct Reading {
     since: Option<Timestamp>,
     follow: bool,
     ended: Ended,
+    /// How often the log is looked at after the end, with nothing new.
+    last_looks: u32,
     tried: String,
 }
 
-/// How the end of a container is seen: it is written whole by the time the runtime calls it exited.
+/// How the end of a container is seen. The runtime may write the last of what it said a moment after it calls it exited.
 struct Ended {
     client: CriClient,
     id: ContainerId,
@@ -320,7 +332,10 @@ impl Reading {
                 return Ok(Some((chunks, self)));
             }
             if ended {
-                return Ok(None);
+                if !self.follow || self.last_looks == 0 {
+                    return Ok(None);
+                }
+                self.last_looks -= 1;
             }
             sleep(LOOK).await;
         }
@@ -350,7 +365,8 @@ impl CriRuntime {
             Ok(reader)
         });
         let ended = Ended { client: self.client.clone(), id: id.clone(), process, asked: None };
-        let reading = Reading { reader: at.await?, since: options.since, follow: options.follow, ended, tried };
+        let (reader, since, follow) = (at.await?, options.since, options.follow);
+        let reading = Reading { reader, since, follow, ended, last_looks: LAST_LOOKS, tried };
         Ok(stream::try_unfold(reading, Reading::next)
             .map_ok(|chunks| stream::iter(chunks).map(Ok::<_, RuntimeError>))
             .try_flatten()
@@ -459,12 +475,16 @@ mod tests {
         }
         fs::write(path.with_file_name("11.log"), "").unwrap();
         files.remove("../u", "c", 1).unwrap();
-        fs::create_dir(files.of_pod("../u").join("never-made")).unwrap();
-        files.leave("../u").unwrap();
         assert!(path.with_file_name("11.log").exists(), "another attempt's");
-        files.remove("../u", "c", 11).unwrap();
-        files.leave("../u").unwrap();
-        files.leave("../u").unwrap();
+        fs::create_dir(files.of_pod("../u").join("never-made")).unwrap();
+        files.leave_all_but(&HashSet::from(["../u".to_owned()])).unwrap();
+        assert!(path.with_file_name("11.log").exists(), "its Pod is there");
+        for _ in 0..2 {
+            files.leave("../u").unwrap();
+        }
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+        fs::create_dir_all(files.of_pod("gone").join("c")).unwrap();
+        files.leave_all_but(&HashSet::new()).unwrap();
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
     }
 

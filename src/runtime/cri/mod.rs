@@ -30,7 +30,7 @@ mod spec;
 mod stats;
 mod streams;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -58,7 +58,7 @@ use super::types::{
     RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::usage::Trees;
-use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime, loopback};
+use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime, blocking, loopback};
 use crate::network::Cable;
 use crate::network::inside::Sockets;
 use crate::turns::Turns;
@@ -111,6 +111,8 @@ pub struct CriRuntime {
     /// Sandboxes that have their cable, as far as this process knows. After a restart each is plugged again when it is
     /// first looked at, which changes nothing where the cable is in place.
     plugged: Mutex<HashSet<String>>,
+    /// Sandboxes that are being stopped, and by how many: whoever looks at one does not wait for its end.
+    halting: Mutex<HashMap<String, usize>>,
     /// One at a time plugs a sandbox in or stops it, or starts an exec in a container.
     turns: Turns<String>,
     /// Containers that this process made and has not tried to start: of these it need not ask in which state they are.
@@ -142,13 +144,14 @@ impl CriRuntime {
         let logs = LogFiles::new(options.logs.clone());
         let mut tasks = JoinSet::new();
         tasks.spawn(rotate::run(client.clone(), logs.clone(), options.clone()));
-        Ok(Self {
+        let made = Self {
             cgroups: Cgroups::of_host(systemd),
             logs,
             creates: Creates::default(),
             starts: Semaphore::new(options.starts_in_flight.max(1)),
             plugged: Mutex::default(),
             turns: Turns::default(),
+            halting: Mutex::default(),
             unstarted: Mutex::default(),
             places: Arc::default(),
             verdicts: Verdicts::default(),
@@ -159,7 +162,16 @@ impl CriRuntime {
             client,
             options,
             cable,
-        })
+        };
+        made.leave_logs().await?;
+        Ok(made)
+    }
+
+    /// Removes the logs of Pods whose sandboxes somebody removed while no process was there to see it.
+    async fn leave_logs(&self) -> Result<()> {
+        let uids = self.see_sandboxes(&[]).await?.into_iter().map(|seen| seen.facts.pod.uid).collect();
+        let (logs, shown) = (self.logs.clone(), self.options.logs.display());
+        blocking(format!("failed to remove what is left of logs in {shown}"), move || logs.leave_all_but(&uids)).await
     }
 
     fn owner(&self) -> &str {
@@ -169,6 +181,11 @@ impl CriRuntime {
     fn plugged(&self) -> MutexGuard<'_, HashSet<String>> {
         // A set of ids is never half changed, so a panic elsewhere does not spoil it.
         self.plugged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn halting(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        // As above.
+        self.halting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn unstarted(&self) -> MutexGuard<'_, HashSet<String>> {

@@ -223,7 +223,8 @@ impl CriRuntime {
                 self.thaw(&member.id).await?;
             }
         }
-        // Whoever looks at it meanwhile would plug it in again.
+        let _halting = Halting::begin(self, id.as_str());
+        // Whoever looked at it just now may be plugging it in.
         let _turn = self.turns.turn(id.as_str()).await;
         self.plugged().remove(id.as_str());
         // First, since the runtime takes its time, in which an address without a process would not answer.
@@ -288,7 +289,7 @@ impl CriRuntime {
     }
 
     async fn sandbox_status_of(&self, seen: Seen) -> Result<SandboxStatus> {
-        let mut ready = seen.ready;
+        let mut ready = seen.ready && !self.halting().contains_key(&seen.id);
         if ready && let Err(error) = self.plug_seen(&seen).await {
             tracing::warn!(sandbox = seen.id, pod = %seen.facts.pod, error = crate::telemetry::chain(&error),
                 "a running sandbox has no network");
@@ -314,6 +315,28 @@ impl CriRuntime {
         let seen = self.see_sandboxes(&of_pod).await?;
         let statuses = seen.into_iter().map(|seen| self.sandbox_status_of(seen));
         stream::iter(statuses).buffer_unordered(CALLS_IN_FLIGHT).try_collect().await
+    }
+}
+
+/// A sandbox is being stopped, until this is dropped.
+struct Halting<'a>(&'a CriRuntime, &'a str);
+
+impl<'a> Halting<'a> {
+    fn begin(runtime: &'a CriRuntime, id: &'a str) -> Self {
+        *runtime.halting().entry(id.to_owned()).or_default() += 1;
+        Self(runtime, id)
+    }
+}
+
+impl Drop for Halting<'_> {
+    fn drop(&mut self) {
+        let mut halting = self.0.halting();
+        if let Some(by) = halting.get_mut(self.1) {
+            *by -= 1;
+            if *by == 0 {
+                halting.remove(self.1);
+            }
+        }
     }
 }
 
