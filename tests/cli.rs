@@ -15,7 +15,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair,
 use tempfile::TempDir;
 
 /// Flags that scripts written for a kubelet rely on, and our own.
-const RUN_FLAGS: [&str; 50] = [
+const RUN_FLAGS: [&str; 51] = [
     "kubeconfig",
     "bootstrap-kubeconfig",
     "cert-dir",
@@ -56,6 +56,7 @@ const RUN_FLAGS: [&str; 50] = [
     "vm-asset-dirs",
     "microvm-accel",
     "vmm",
+    "microvm-pin-cpus",
     "microvm-host-paths",
     "function-server-addr",
     "function-server-tls-cert-file",

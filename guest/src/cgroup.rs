@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use lambdalet_proto::agent::v1::{Resources, Usage};
 
+use crate::tree;
+
 /// Where the hierarchy is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
 /// The agent's own.
@@ -52,7 +54,7 @@ impl Cgroups {
         if let Some(above) = self.root.parent() {
             fs::write(above.join("cgroup.procs"), std::process::id().to_string())?;
         }
-        remove_tree(&self.root)
+        tree::remove_cgroups(&self.root)
     }
 
     /// Makes the agent's and the Pod's.
@@ -160,7 +162,8 @@ impl Cgroups {
         }
         self.kill(id);
         wait(|| field(&path, "cgroup.events", "populated") != Some(1))?;
-        remove_tree(&path)
+        // A privileged container may have made some of its own below.
+        tree::remove_cgroups(&path)
     }
 
     /// How often the kernel killed in a container for want of memory.
@@ -200,14 +203,6 @@ fn make(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
         _ => Ok(()),
     }
-}
-
-/// A privileged container may have made cgroups of its own below.
-fn remove_tree(path: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(path)?.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
-        remove_tree(&entry.path())?;
-    }
-    fs::remove_dir(path)
 }
 
 fn wait(done: impl Fn() -> bool) -> io::Result<()> {

@@ -17,6 +17,7 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::unistd::pipe2;
 use tokio::sync::{mpsc, watch};
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Status, Streaming};
 
 use crate::container::check_name;
@@ -33,6 +34,11 @@ const MAX_EXECS: usize = 512;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long an exit code is kept for somebody to ask.
 const KEPT: Duration = Duration::from_secs(30);
+
+/// What comes from the node.
+pub(crate) trait Inputs: Stream<Item = Result<ProcessInput, Status>> + Unpin {}
+
+impl<S: Stream<Item = Result<ProcessInput, Status>> + Unpin> Inputs for S {}
 
 /// Where the output goes.
 pub(crate) type Output = mpsc::Sender<Result<ProcessOutput, Status>>;
@@ -75,26 +81,26 @@ impl Guest {
         input: Streaming<ProcessInput>,
         output: Output,
     ) -> Result<()> {
-        let (guest, id) = (Arc::clone(&self), start.exec_id.clone());
+        let guest = Arc::clone(&self);
         let started = tokio::task::spawn_blocking(move || guest.start_exec(&start)).await;
-        let (exec, ends) =
+        let (place, ends) =
             started.map_err(|panicked| Error::failed("failed to start a command", io::Error::other(panicked)))??;
         let started = ProcessOutput { message: Some(Outcome::Started(Empty {})) };
         // A node that has gone already is noticed below.
         let _ = output.send(Ok(started)).await;
         tokio::task::spawn(async move {
-            carry(&self, &exec, ends, input, &output).await;
+            carry(&self, &place.exec, ends, input, &output).await;
             drop(output);
-            let mut exit = exec.exit.clone();
+            let mut exit = place.exec.exit.clone();
             // Cancel-safe: only looks.
             let _ = exit.wait_for(Option::is_some).await;
             tokio::time::sleep(KEPT).await;
-            self.execs.lock().remove(&id);
+            drop(place);
         });
         Ok(())
     }
 
-    fn start_exec(self: &Arc<Self>, start: &ExecStart) -> Result<(Arc<Exec>, Ends)> {
+    fn start_exec(self: &Arc<Self>, start: &ExecStart) -> Result<(Place, Ends)> {
         check_name("command", &start.exec_id)?;
         let container = self.container(&start.container)?;
         let process = container.process();
@@ -118,18 +124,23 @@ impl Guest {
         let launch = launch.joining(process.try_clone().map_err(tried)?);
         let launched = launch.run(&self.reaper, &plan, PidNamespace::Of(process.as_fd()));
         let launched = launched.map_err(|failure| Error::state(failure.message))?;
+        let (told, exit) = watch::channel(None);
+        let ended = launched.child.exit;
+        tokio::task::spawn(async move { told.send_replace(Some(ended.await.unwrap_or(128))) });
+        let place = self.place(&start.exec_id, launched.child.pid, exit);
         if let Some(terminal) = launched.terminal {
             let terminal = FdStream::new(terminal).map_err(tried)?;
             ends.stdin = start.stdin.then(|| terminal.clone());
             ends.stdout = Some(terminal.clone());
             ends.terminal = Some(terminal);
         }
-        let (told, exit) = watch::channel(None);
-        let ended = launched.child.exit;
-        tokio::task::spawn(async move { told.send_replace(Some(ended.await.unwrap_or(128))) });
-        let exec = Arc::new(Exec { pid: launched.child.pid, exit, waited: AtomicBool::new(false) });
-        self.execs.lock().insert(start.exec_id.clone(), Arc::clone(&exec));
-        Ok((exec, ends))
+        Ok((place, ends))
+    }
+
+    fn place(self: &Arc<Self>, id: &str, pid: i32, exit: watch::Receiver<Option<i32>>) -> Place {
+        let exec = Arc::new(Exec { pid, exit, waited: AtomicBool::new(false) });
+        self.execs.lock().insert(id.to_owned(), Arc::clone(&exec));
+        Place { guest: Arc::clone(self), id: id.to_owned(), exec }
     }
 
     /// Waits for the end of a command. Dropped before, it ends the command.
@@ -152,6 +163,21 @@ impl Guest {
             // What is gone needs no end.
             let _ = self.reaper.signal(exec.pid, true, Signal::SIGKILL);
         }
+    }
+}
+
+/// A command's place among all. Dropped, it is free again, and the command has ended with it: whoever wanted the command
+/// may go while it starts, and then nobody else would know of it.
+struct Place {
+    guest: Arc<Guest>,
+    id: String,
+    exec: Arc<Exec>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.guest.end_exec(&self.exec);
+        self.guest.execs.lock().remove(&self.id);
     }
 }
 
@@ -184,21 +210,29 @@ fn streams(start: &ExecStart) -> io::Result<(Launch, Ends)> {
     Ok((Launch::new(stdin, stdout, stderr), ends))
 }
 
-async fn carry(guest: &Guest, exec: &Exec, ends: Ends, input: Streaming<ProcessInput>, output: &Output) {
+async fn carry(guest: &Guest, exec: &Exec, ends: Ends, input: impl Inputs, output: &Output) {
     let Ends { stdin, stdout, stderr, terminal } = ends;
-    let mut exit = exec.exit.clone();
+    // Who wants no output may let go of it at once, and ask how the command ends only then.
+    let is_heard = stdout.is_some() || stderr.is_some();
+    let exited = || async {
+        let _ = exec.exit.clone().wait_for(Option::is_some).await;
+    };
     let ended = async {
-        let _ = exit.wait_for(Option::is_some).await;
+        exited().await;
         tokio::time::sleep(LAST_WORDS).await;
     };
-    let all = async { tokio::join!(drain(stdout, output, Outcome::Stdout), drain(stderr, output, Outcome::Stderr)) };
+    let all = async {
+        tokio::join!(drain(stdout, output, Outcome::Stdout), drain(stderr, output, Outcome::Stderr));
+        // One that has closed its outputs may still read.
+        exited().await;
+    };
     // Nothing is polled again after the first that is ready, but the input ends long before the rest.
     tokio::select! {
-        _ = all => {}
+        () = all => {}
         () = ended => {}
         () = async { feed(input, stdin, terminal, || true).await; std::future::pending().await } => {}
         () = output.closed() => {
-            if !exec.waited.load(Ordering::Relaxed) {
+            if is_heard && !exec.waited.load(Ordering::Relaxed) {
                 guest.end_exec(exec);
             }
         }
@@ -220,13 +254,13 @@ async fn drain(source: Option<FdStream>, output: &Output, message: impl Fn(bytes
 /// Gives a process what the node sends. The input is closed when the node goes, or says so: then `ended` is asked whether
 /// that is the end for the process too.
 pub(crate) async fn feed(
-    mut input: Streaming<ProcessInput>,
+    mut input: impl Inputs,
     mut stdin: Option<FdStream>,
     terminal: Option<FdStream>,
     ended: impl Fn() -> bool,
 ) {
     let mut mid_line = false;
-    while let Ok(Some(message)) = input.message().await {
+    while let Some(Ok(message)) = input.next().await {
         match message.message {
             Some(Input::Stdin(bytes)) => {
                 if let Some(writer) = &stdin
@@ -252,5 +286,65 @@ pub(crate) async fn feed(
             }
             Some(Input::Exec(_) | Input::Attach(_)) | None => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::{CommandExt, ExitStatusExt};
+    use std::process::Command;
+
+    use bytes::Bytes;
+    use tokio_stream::wrappers::ReceiverStream;
+
+    use super::*;
+    use crate::guest::Paths;
+
+    fn guest() -> Arc<Guest> {
+        Arc::new(Guest::new(Paths::default(), true).unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_command_ends_and_gives_up_its_place_if_nobody_takes_it() {
+        let guest = guest();
+        let mut child = Command::new("sleep").arg("1000").process_group(0).spawn().unwrap();
+        let pid = child.id().cast_signed();
+        guest.reaper.adopt(pid);
+        let (_told, exit) = watch::channel(None);
+        let starting = Arc::clone(&guest);
+        // What is started on a thread of its own goes on when its caller does not wait.
+        let started = tokio::task::spawn_blocking(move || starting.place("one", pid, exit));
+        let place = started.await.unwrap();
+        assert_eq!(guest.execs.lock().len(), 1);
+        drop(place);
+        assert!(guest.execs.lock().is_empty());
+        assert_eq!(child.wait().unwrap().signal(), Some(9));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_command_that_has_closed_its_outputs_reads_on_until_it_ends() {
+        let guest = guest();
+        let (told, exit) = watch::channel(None);
+        let exec = Exec { pid: 0, exit, waited: AtomicBool::new(false) };
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let (stdout, closed) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        drop(closed);
+        let (stdin, stdout) = (FdStream::new(write).unwrap(), FdStream::new(stdout).unwrap());
+        let ends = Ends { stdin: Some(stdin), stdout: Some(stdout), stderr: None, terminal: None };
+        let (sender, input) = mpsc::channel(1);
+        let (output, _listener) = mpsc::channel(1);
+        let mut carried = Box::pin(carry(&guest, &exec, ends, ReceiverStream::new(input), &output));
+        assert!(tokio::time::timeout(2 * LAST_WORDS, &mut carried).await.is_err(), "it ends with its outputs");
+        let speaks = async {
+            for message in [Input::Stdin(Bytes::from_static(b"late")), Input::StdinEnd(Empty {})] {
+                sender.send(Ok(ProcessInput { message: Some(message) })).await.unwrap();
+            }
+            let (command, mut piece) = (FdStream::new(read).unwrap(), [0; 8]);
+            let length = command.read(&mut piece).await.unwrap();
+            assert_eq!(&piece[..length], b"late");
+            assert_eq!(command.read(&mut piece).await.unwrap(), 0);
+            told.send_replace(Some(0));
+        };
+        tokio::join!(carried, speaks);
     }
 }

@@ -21,6 +21,7 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 
 use crate::error::{Error, Result, Tried};
 use crate::guest::Guest;
+use crate::tree;
 
 /// The link that is replaced.
 const DATA: &str = "..data";
@@ -150,7 +151,7 @@ impl Push {
             }
         }
         match before {
-            Some(before) => fs::remove_dir_all(self.volume.join(before)),
+            Some(before) => tree::remove(&self.volume.join(before)),
             None => Ok(()),
         }
     }
@@ -175,7 +176,7 @@ impl Push {
             }
         }
         self.sweep(&self.volume, Path::new(""))?;
-        fs::remove_dir_all(&self.gathered)
+        tree::remove(&self.gathered)
     }
 
     /// Takes away files that are not among the pushed.
@@ -202,7 +203,7 @@ impl Drop for Push {
         // A push that was not finished leaves nothing; a finished one is what ..data points to.
         let shown = fs::read_link(self.volume.join(DATA)).is_ok_and(|data| self.volume.join(data) == self.gathered);
         if !shown {
-            let _ = fs::remove_dir_all(&self.gathered);
+            let _ = tree::remove(&self.gathered);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -28,6 +28,7 @@ use crate::network;
 use crate::reaper::{PidNamespace, Reaper};
 use crate::stage;
 use crate::sys::{self, Owned, polled};
+use crate::tree;
 use crate::volume::Volumes;
 
 /// The scratch disk's serial.
@@ -242,7 +243,7 @@ impl Guest {
         let flags = MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
         mount(Some(&device), &path, Some("ext4"), flags, NONE).tried(tried)?;
         for entry in fs::read_dir(&path).tried(tried)?.flatten().filter(|entry| entry.file_name() != "lost+found") {
-            fs::remove_dir_all(entry.path()).or_else(|_| fs::remove_file(entry.path())).tried(tried)?;
+            tree::remove(&entry.path()).tried(tried)?;
         }
         Ok(())
     }
@@ -328,15 +329,4 @@ impl Guest {
 /// What is behind these locks is whole between statements.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Bytes in whole blocks and files of a tree; what vanishes meanwhile does not count.
-pub(crate) fn disk_usage(path: &Path) -> (u64, u64) {
-    use std::os::unix::fs::MetadataExt;
-    let Ok(entries) = fs::read_dir(path) else { return (0, 0) };
-    entries.flatten().fold((0, 0), |(bytes, inodes), entry| {
-        let Ok(metadata) = entry.metadata() else { return (bytes, inodes) };
-        let (below, files) = if metadata.is_dir() { disk_usage(&entry.path()) } else { (0, 0) };
-        (bytes + metadata.blocks() * 512 + below, inodes + 1 + files)
-    })
 }

@@ -13,7 +13,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -224,14 +224,6 @@ pub(crate) fn pump(log: Arc<Log>, stdout: OwnedFd, stderr: Option<OwnedFd>) -> i
         log.close();
     };
     thread::Builder::new().name("log".to_owned()).stack_size(128 << 10).spawn(run).map(drop)
-}
-
-/// Removes a log's files.
-pub(crate) fn remove(directory: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

@@ -40,6 +40,7 @@ mod stage;
 mod stats;
 mod streams;
 mod sys;
+mod tree;
 mod volume;
 mod wire;
 

@@ -113,6 +113,12 @@ impl Reaper {
         }
     }
 
+    /// Takes a test's own child for one that was started here.
+    #[cfg(test)]
+    pub(crate) fn adopt(&self, pid: i32) {
+        self.lock().insert(pid, oneshot::channel().0);
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<i32, oneshot::Sender<i32>>> {
         // A map of ids is never half changed.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)

@@ -5,7 +5,8 @@ use std::fs;
 use lambdalet_proto::agent::v1::{ContainerUsage, FsUsage, InterfaceUsage, StatsReply};
 
 use crate::clock;
-use crate::guest::{Guest, disk_usage};
+use crate::guest::Guest;
+use crate::tree;
 
 /// Bytes, packets, errors and dropped: columns of /proc/net/dev, for either direction (proc_pid_net(5)).
 const RECEIVED: [usize; 4] = [0, 1, 2, 3];
@@ -18,7 +19,7 @@ impl Guest {
         let usage = |container: &crate::container::Container| {
             let id = &container.spec.id;
             let upper = self.paths.container(id).join("upper");
-            let (layer_bytes, layer_inodes) = if disk { disk_usage(&upper) } else { (0, 0) };
+            let (layer_bytes, layer_inodes) = if disk { tree::usage(&upper) } else { (0, 0) };
             let usage = Some(self.cgroups.usage(Some(id)));
             ContainerUsage { id: id.clone(), usage, log_bytes: container.log.size(), layer_bytes, layer_inodes }
         };

@@ -55,11 +55,14 @@ impl Guest {
                 closes
             };
             let told = async {
-                while let Some(Ok(batch)) = log.recv().await {
+                while let Some(batch) = log.recv().await {
+                    let Ok(batch) = batch else { return };
                     if !tell(batch, &start, &output).await {
                         return;
                     }
                 }
+                // One that has closed its outputs may still read. If it was removed, it does not.
+                let _ = container.exited().await;
             };
             let fed = async {
                 feed(input, stdin, terminal, close).await;

@@ -14,6 +14,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use crate::container::check_name;
 use crate::error::{Error, Result, Tried};
 use crate::guest::Guest;
+use crate::tree;
 
 /// What a pushed volume may hold: the old files and the new while they are exchanged, and their directories.
 const PUSHED: usize = 2 * MAX_PUSHED + (1 << 20);
@@ -95,6 +96,6 @@ fn unmake(made: &Made) -> io::Result<()> {
         umount2(&made.path, MntFlags::MNT_DETACH)?;
         fs::remove_dir(&made.path)
     } else {
-        fs::remove_dir_all(&made.path)
+        tree::remove(&made.path)
     }
 }

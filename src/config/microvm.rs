@@ -17,6 +17,8 @@ pub struct MicrovmSettings {
     pub accel: MicrovmAccel,
     /// What runs the guests of Pods that do not say.
     pub vmm: VmmChoice,
+    /// Whether each is held to CPUs of its own, as far as there are enough, and to the memory of their NUMA node.
+    pub pin_cpus: bool,
     /// Host paths beneath these may be copied into guests, for reading.
     pub host_paths: Vec<PathBuf>,
     /// Below this are files that were made for sandboxes and that guests get copies of; `None` is the node's own place.
@@ -34,6 +36,7 @@ impl Default for MicrovmSettings {
             asset_dirs: Vec::new(),
             accel: MicrovmAccel::default(),
             vmm: VmmChoice::default(),
+            pin_cpus: false,
             host_paths: Vec::new(),
             files: None,
             pods: None,

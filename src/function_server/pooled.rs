@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! create   files opened -> share of the node -> setup -> address -> machine -> image in its slot -> address led there
-//! release  machine killed -> address rests -> setup cleaned, idle again or destroyed
+//! release  machine killed -> address rests -> setup made anew and idle, or destroyed
 //! ```
 //! Whatever fails on the way is undone to where it began. What runs in the guest is the caller's: no agent of this node is
 //! there, and nothing is asked of it.
@@ -20,6 +20,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures::FutureExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
+use tokio::task::JoinSet;
 use tracing::warn;
 
 use super::replicas::{Reason, Refusal, Replica, ReplicaWish, Replicas, TryAgain};
@@ -27,14 +28,17 @@ use crate::network::NetworkError;
 use crate::network::ipam::{Ipam, NO_POD};
 use crate::network::tap::{Taps, mac_of};
 use crate::runtime::microvm::machine::arguments::Services;
+use crate::runtime::microvm::machine::pin::Pins;
 use crate::runtime::microvm::machine::pool::{Setup, SetupPool, Setups};
 use crate::runtime::microvm::machine::{
-    Asset, AssetDirs, Machine, MachineError, MachineManager, MachineSpec, SCRATCH, TapLink, VmDirs, VmId,
+    Asset, AssetDirs, Machine, MachineError, MachineManager, MachineSpec, SCRATCH, TapLink, VmDirs, VmId, trim_consoles,
 };
 use crate::telemetry::chain;
 
 /// When replicas end, nobody knows.
 const RETRY: Duration = Duration::from_secs(5);
+/// How often consoles are looked at.
+const UPKEEP: Duration = Duration::from_secs(10);
 /// Bytes of the disk that a guest can write to; taken from the host as they are written.
 const SCRATCH_BYTES: u64 = 256 << 20;
 /// Where the image is.
@@ -65,6 +69,8 @@ pub struct PooledParams<S> {
     /// The cgroup right below the cgroup root that those of machines are made in: the node's own, since one further down
     /// is a Pod's and goes with its last machine.
     pub cgroup_parent: String,
+    /// Which of the host's CPUs they run on.
+    pub pins: Pins,
     /// Replicas at once.
     pub most: usize,
     /// Bytes of memory that all of them may have together.
@@ -72,7 +78,11 @@ pub struct PooledParams<S> {
 }
 
 /// Replicas of the pool.
-pub struct PooledReplicas<S>(Arc<Inner<S>>);
+pub struct PooledReplicas<S> {
+    inner: Arc<Inner<S>>,
+    /// Who looks after what runs; it ends with this.
+    _upkeep: JoinSet<()>,
+}
 
 struct Inner<S> {
     params: PooledParams<S>,
@@ -120,7 +130,15 @@ impl<S: Setups + 'static> PooledReplicas<S> {
         for dir in inner.params.dirs.list()? {
             let id = dir.id().clone();
             inner.params.pool.adopt(Setup { dir: dir.clone(), tap: unknown_tap() });
-            if let Some(machine) = inner.params.manager.adopt(&dir).await? {
+            let found = match inner.params.manager.adopt(&dir).await {
+                Ok(found) => found,
+                Err(error) => {
+                    // Its setup stays taken; the next process tries again.
+                    warn!(replica = %id, error = chain(&error), "failed to take over what is left of a replica");
+                    continue;
+                }
+            };
+            if let Some(machine) = found {
                 let machine: Arc<dyn Machine> = machine.into();
                 if let Some(replica) = inner.adopt(id.clone(), &machine) {
                     locked(&inner.adopted).push(replica);
@@ -135,7 +153,9 @@ impl<S: Setups + 'static> PooledReplicas<S> {
             }
             inner.give_back(&id, inner.params.ipam.release(&key(&id))).await;
         }
-        Ok(Self(inner))
+        let mut upkeep = JoinSet::new();
+        upkeep.spawn(keep_consoles_short(Arc::clone(&inner)));
+        Ok(Self { inner, _upkeep: upkeep })
     }
 
     /// Makes setups ahead of time.
@@ -143,33 +163,33 @@ impl<S: Setups + 'static> PooledReplicas<S> {
     /// # Errors
     /// The first one that was met; the other setups are there.
     pub async fn fill(&self, count: usize) -> Result<(), MachineError> {
-        self.0.params.pool.fill(count).await
+        self.inner.params.pool.fill(count).await
     }
 
     /// Ends every replica and removes every setup, so that nothing of them stays on the host. What cannot be removed is told
     /// in the log.
     pub async fn end(&self) {
-        let ids: Vec<VmId> = locked(&self.0.running).keys().cloned().collect();
+        let ids: Vec<VmId> = locked(&self.inner.running).keys().cloned().collect();
         for id in ids {
             if let Err(error) = self.release(id.as_str()).await {
                 warn!(replica = %id, error = chain(&error), "failed to end a replica");
             }
         }
-        if let Err(error) = self.0.params.pool.drain().await {
+        if let Err(error) = self.inner.params.pool.drain().await {
             warn!(error = chain(&error), "failed to remove a VM setup");
         }
     }
 
     /// How many replicas run.
     pub fn count(&self) -> usize {
-        locked(&self.0.running).len()
+        locked(&self.inner.running).len()
     }
 }
 
 #[async_trait]
 impl<S: Setups + 'static> Replicas for PooledReplicas<S> {
     async fn create(&self, wish: &ReplicaWish) -> Result<Replica, Refusal> {
-        let inner = &self.0;
+        let inner = &self.inner;
         check_interface(wish)?;
         let files = inner.open(wish)?;
         let share = inner.share(wish.memory)?;
@@ -185,7 +205,7 @@ impl<S: Setups + 'static> Replicas for PooledReplicas<S> {
     }
 
     async fn release(&self, id: &str) -> Result<(), Refusal> {
-        let inner = &self.0;
+        let inner = &self.inner;
         let id = VmId::new(id).map_err(|_| Refusal::NotAssigned)?;
         let running = locked(&inner.running).remove(&id).ok_or(Refusal::NotAssigned)?;
         if let Err(error) = running.machine.kill().await {
@@ -200,7 +220,7 @@ impl<S: Setups + 'static> Replicas for PooledReplicas<S> {
     }
 
     fn adopted(&self) -> Vec<Replica> {
-        std::mem::take(&mut locked(&self.0.adopted))
+        std::mem::take(&mut locked(&self.inner.adopted))
     }
 }
 
@@ -287,6 +307,8 @@ impl<S: Setups> Inner<S> {
         kernel_args.extend(self.params.services.kernel_args(dir.id()).map_err(|error| started(dir.id(), error))?);
         kernel_args.push(self.address_argument(address, wish.name_server)?);
         kernel_args.retain(|argument| !argument.is_empty());
+        let held = self.params.pins.next(wish.cpus);
+        let held = held.map_err(|error| Refusal::failed("read which CPUs this host has", error))?;
         Ok(MachineSpec {
             dir: dir.clone(),
             kernel: files.kernel.clone(),
@@ -294,8 +316,8 @@ impl<S: Setups> Inner<S> {
             kernel_args,
             memory: wish.memory,
             vcpus: wish.cpus,
-            cpus: None,
-            numa_node: None,
+            cpus: held.cpus,
+            numa_node: held.numa_node,
             tap: Some(TapLink { mac: mac_of(address), ..setup.tap.clone() }),
             scratch,
             image_slots: 1,
@@ -357,6 +379,16 @@ impl<S: Setups> Inner<S> {
         if let Err(error) = self.params.pool.give_back(id).await {
             warn!(replica = %id, error = chain(&error), "failed to clean a VM setup: it is destroyed");
         }
+    }
+}
+
+/// Goes on for as long as there are replicas to look after.
+async fn keep_consoles_short<S: Setups>(inner: Arc<Inner<S>>) {
+    let mut looks = tokio::time::interval(UPKEEP);
+    loop {
+        looks.tick().await;
+        let dirs = locked(&inner.running).values().map(|one| one.machine.dir().clone()).collect();
+        trim_consoles(dirs).await;
     }
 }
 

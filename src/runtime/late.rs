@@ -8,7 +8,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
-use tokio::sync::OnceCell;
+use tokio::sync::{Mutex as AsyncMutex, OnceCell};
+use tokio::task::JoinSet;
 
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
 use super::stats::{ImageFs, SandboxStats, StatsScope};
@@ -16,7 +17,7 @@ use super::types::{
     CgroupDriver, ContainerConfig, ContainerId, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions,
     RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
-use super::{ImageStore, Result, Runtime, SandboxRuntime};
+use super::{ImageStore, Kind, Result, Runtime, RuntimeError, SandboxRuntime};
 
 /// Makes a connection to an engine, or says why there is none.
 type Connect = Box<dyn Fn() -> BoxFuture<'static, Result<Arc<dyn Runtime>>> + Send + Sync>;
@@ -25,16 +26,32 @@ type Connect = Box<dyn Fn() -> BoxFuture<'static, Result<Arc<dyn Runtime>>> + Se
 pub struct Late {
     connect: Connect,
     runtime: OnceCell<Arc<dyn Runtime>>,
+    /// The one attempt under way: it goes on when whoever asked stops waiting, and ends with this.
+    attempt: AsyncMutex<JoinSet<Result<Arc<dyn Runtime>>>>,
 }
 
 impl Late {
     /// A runtime that is connected to by `connect`, which is asked again at each verb until it succeeds.
     pub fn new(connect: impl Fn() -> BoxFuture<'static, Result<Arc<dyn Runtime>>> + Send + Sync + 'static) -> Self {
-        Self { connect: Box::new(connect), runtime: OnceCell::new() }
+        Self { connect: Box::new(connect), runtime: OnceCell::new(), attempt: AsyncMutex::default() }
     }
 
     async fn get(&self) -> Result<&Arc<dyn Runtime>> {
-        self.runtime.get_or_try_init(|| (self.connect)()).await
+        self.runtime.get_or_try_init(|| self.attempt()).await
+    }
+
+    /// What the attempt under way comes to, or a new one. Cancel-safe: the next who asks waits for the same.
+    async fn attempt(&self) -> Result<Arc<dyn Runtime>> {
+        let mut attempt = self.attempt.lock().await;
+        if attempt.is_empty() {
+            attempt.spawn((self.connect)());
+        }
+        let lost = || RuntimeError::new(Kind::Internal, "failed to connect to the runtime");
+        match attempt.join_next().await {
+            Some(Ok(outcome)) => outcome,
+            Some(Err(error)) => Err(lost().with_source(error)),
+            None => Err(lost()),
+        }
     }
 }
 
@@ -161,5 +178,65 @@ impl ImageStore for Late {
 
     async fn remove_image(&self, id: &ImageId) -> Result<()> {
         self.get().await?.remove_image(id).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    use tokio::sync::Notify;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::runtime::fake::FakeRuntime;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// An engine that answers once it is let to; each attempt holds a share of what is returned.
+    fn late() -> (Late, Arc<Notify>, Arc<AtomicUsize>) {
+        let (let_go, attempts) = (Arc::<Notify>::default(), Arc::<AtomicUsize>::default());
+        let (waits, counts) = (Arc::clone(&let_go), Arc::clone(&attempts));
+        let late = Late::new(move || {
+            let (waits, counts) = (Arc::clone(&waits), Arc::clone(&counts));
+            Box::pin(async move {
+                let first = counts.fetch_add(1, Ordering::SeqCst) == 0;
+                waits.notified().await;
+                if first {
+                    return Err(RuntimeError::new(Kind::Unavailable, "not yet"));
+                }
+                Ok(Arc::new(FakeRuntime::new()) as Arc<dyn Runtime>)
+            })
+        });
+        (late, let_go, attempts)
+    }
+
+    #[tokio::test]
+    async fn an_attempt_outlives_whoever_stops_waiting_for_it() {
+        let (late, let_go, attempts) = late();
+        for _ in 0..3 {
+            assert!(timeout(Duration::from_millis(5), late.ready()).await.is_err());
+        }
+        let_go.notify_one();
+        assert_eq!(late.ready().await.unwrap_err().kind(), Kind::Unavailable);
+        assert_eq!(attempts.load(Ordering::SeqCst), 1, "the one that goes on is told of");
+        let_go.notify_one();
+        late.ready().await.unwrap();
+        late.ready().await.unwrap();
+        assert_eq!(attempts.load(Ordering::SeqCst), 2);
+    }
+
+    #[tokio::test]
+    async fn an_attempt_ends_with_what_it_is_for() {
+        let (late, let_go, _) = late();
+        assert!(timeout(Duration::from_millis(5), late.ready()).await.is_err());
+        drop(late);
+        let gone = async {
+            while Arc::strong_count(&let_go) > 1 {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(PATIENCE, gone).await.expect("it is dropped");
     }
 }

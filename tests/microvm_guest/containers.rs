@@ -195,6 +195,16 @@ pub(crate) async fn statistics_are_counted(bench: &mut Bench) {
     bench.agent.remove("busy").await.unwrap();
 }
 
+pub(crate) async fn a_deep_tree_is_counted_and_removed(bench: &mut Bench) {
+    // Deeper than the agent may have files open.
+    let digs = "i=0; while [ $i -lt 1500 ]; do mkdir d && cd d || exit 1; i=$((i+1)); done; echo dug; exec sleep 1000";
+    bench.start(script("digs", digs)).await;
+    bench.log_says("digs", "dug").await;
+    let stats = bench.agent.stats(true).await.unwrap();
+    assert!(stats.containers[0].layer_inodes >= 1500, "{:?}", stats.containers[0]);
+    bench.agent.remove("digs").await.unwrap();
+}
+
 pub(crate) async fn events_tell_what_happens(bench: &mut Bench) {
     let events = bench.agent.events().await.unwrap();
     bench.run(script("told", "exit 4")).await;

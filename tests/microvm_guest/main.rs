@@ -65,9 +65,13 @@ async fn all(bench: &mut Bench) -> Vec<&'static str> {
             a_signal_ends_a_container_and_what_it_started
             a_frozen_container_gets_no_time
             statistics_are_counted
+            a_deep_tree_is_counted_and_removed
             events_tell_what_happens;
         streams:
             a_command_has_its_streams_and_its_exit_code
+            a_command_that_has_closed_its_outputs_reads_on
+            a_command_that_is_given_up_while_it_starts_ends
+            a_pipe_in_the_place_of_the_users_holds_up_no_command
             a_command_with_a_terminal_has_a_size
             a_command_ends_with_whoever_waits_for_it
             an_attached_client_speaks_to_the_process

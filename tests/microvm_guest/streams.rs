@@ -1,5 +1,7 @@
 //! Streams: commands, attach, ports, logs.
 
+use std::time::Duration;
+
 use futures::{StreamExt, TryStreamExt};
 use lambdalet::runtime::Kind;
 use lambdalet::runtime::session::{AttachRequest, ExecRequest, Output, Session, TerminalSize};
@@ -57,6 +59,39 @@ pub(crate) async fn a_command_has_its_streams_and_its_exit_code(bench: &mut Benc
     // What it leaves behind does not keep its output.
     let leaves = ExecRequest { stdin: false, ..command("sleep 1000 & echo left") };
     assert_eq!(all(bench.agent.exec("host", &leaves).await.unwrap()).await, ("left\n".into(), String::new(), 0));
+}
+
+pub(crate) async fn a_command_that_has_closed_its_outputs_reads_on(bench: &mut Bench) {
+    let quiet = |script| ExecRequest { stdin: false, ..command(script) };
+    let mut session = bench.agent.exec("host", &command("exec cat > /kept 2>&1")).await.unwrap();
+    let mut stdin = session.stdin.take().unwrap();
+    stdin.write_all(b"begins, ").await.unwrap();
+    stdin.flush().await.unwrap();
+    let begun = bench.agent.exec("host", &quiet("until [ -s /kept ]; do sleep 0.05; done")).await.unwrap();
+    assert_eq!(all(begun).await.2, 0);
+    stdin.write_all(b"ends").await.unwrap();
+    stdin.shutdown().await.unwrap();
+    assert_eq!(all(session).await.2, 0);
+    assert_eq!(all(bench.agent.exec("host", &quiet("cat /kept")).await.unwrap()).await.0, "begins, ends");
+}
+
+pub(crate) async fn a_command_that_is_given_up_while_it_starts_ends(bench: &mut Bench) {
+    let sleeps = command("exec sleep 4322");
+    for step in 0..40 {
+        // Each a little further on its way.
+        let soon = Duration::from_micros(250 * step);
+        let _ = tokio::time::timeout(soon, bench.agent.exec("host", &sleeps)).await;
+    }
+    let gone = command("while grep -qs '[s]leep.4322' /proc/[0-9]*/cmdline; do sleep 0.05; done");
+    let looks = bench.agent.exec("host", &ExecRequest { stdin: false, ..gone }).await.unwrap();
+    assert_eq!(all(looks).await.2, 0);
+}
+
+pub(crate) async fn a_pipe_in_the_place_of_the_users_holds_up_no_command(bench: &mut Bench) {
+    let quiet = |script| ExecRequest { stdin: false, ..command(script) };
+    let lays = bench.agent.exec("host", &quiet("rm /etc/passwd /etc/group; mkfifo /etc/passwd /etc/group")).await;
+    assert_eq!(all(lays.unwrap()).await.2, 0);
+    assert_eq!(all(bench.agent.exec("host", &quiet("true")).await.unwrap()).await.2, 0);
 }
 
 pub(crate) async fn a_command_with_a_terminal_has_a_size(bench: &mut Bench) {

@@ -23,7 +23,8 @@ use crate::clock;
 use crate::error::{Error, Result, Tried};
 use crate::fd::FdStream;
 use crate::guest::Guest;
-use crate::log::{self, Log};
+use crate::log::Log;
+use crate::tree;
 
 /// How long a log may take to end after its container.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -167,7 +168,7 @@ impl Guest {
             let _ = umount2(&root, MntFlags::MNT_DETACH);
             fs::remove_dir(&root)?;
         }
-        log::remove(&self.paths.container(id))
+        tree::remove(&self.paths.container(id))
     }
 
     /// The container of that id.

@@ -3,9 +3,10 @@
 //! The files are the workload's: they are read within bounds, and what does not parse is not there.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 
 use lambdalet_proto::agent::v1::ContainerSpec;
+use rustix::fs::{Mode, OFlags, open};
 
 /// What is read of a file at most.
 const LONGEST: u64 = 1 << 20;
@@ -31,10 +32,19 @@ pub(super) fn of(spec: &ContainerSpec) -> Result<Identity, String> {
 }
 
 fn read(path: &str) -> String {
-    let mut text = Vec::new();
-    // A file that is not there names nobody.
-    let _ = File::open(path).and_then(|file| file.take(LONGEST).read_to_end(&mut text));
-    String::from_utf8_lossy(&text).into_owned()
+    // A file that is not there, or is something else, names nobody.
+    String::from_utf8_lossy(&bytes(path).unwrap_or_default()).into_owned()
+}
+
+/// A workload may have put a pipe in the place of the file, or a terminal: nothing waits for the one, or takes the other.
+fn bytes(path: &str) -> io::Result<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = File::from(open(path, flags, Mode::empty())?);
+    let mut bytes = Vec::new();
+    if file.metadata()?.is_file() {
+        file.take(LONGEST).read_to_end(&mut bytes)?;
+    }
+    Ok(bytes)
 }
 
 /// A line of passwd(5).
@@ -128,6 +138,21 @@ mod tests {
         };
         let identity = resolve(&spec, PASSWD, GROUP).unwrap();
         assert_eq!((identity.uid, identity.gid, identity.groups), (1000, 5, vec![5, 9]));
+    }
+
+    #[test]
+    fn only_a_plain_file_is_read_and_nothing_is_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+        std::fs::write(path("file"), PASSWD).unwrap();
+        std::fs::write(path("long"), vec![b'x'; LONGEST as usize + 1]).unwrap();
+        nix::unistd::mkfifo(path("pipe").as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!((read(&path("file")).as_str(), read(&path("long")).len() as u64), (PASSWD, LONGEST));
+        let others = [path("pipe"), path("none"), path(""), "/dev/zero".to_owned()];
+        let (told, read_all) = std::sync::mpsc::channel();
+        std::thread::spawn(move || told.send(others.map(|path| read(&path))));
+        let all = read_all.recv_timeout(std::time::Duration::from_secs(30)).expect("nobody writes to the pipe");
+        assert_eq!(all, [""; 4]);
     }
 
     #[test]

@@ -29,6 +29,10 @@ pub(in crate::args) struct MicrovmArgs {
     /// What runs guests of Pods without the annotation lambdalet.dev/vmm [default: auto]
     #[arg(long, value_enum, value_name = "NAME")]
     vmm: Option<VmmChoice>,
+    /// Hold each microVM to as many CPUs of the host as it has vCPUs, in turn, and to the memory of their NUMA node; those
+    /// of one microVM are of one node [default: the host's scheduler decides]
+    #[arg(long)]
+    microvm_pin_cpus: bool,
     /// Directories of the host of which guests may get copies, read-only, through hostPath and claims [default: none]
     #[arg(long, value_name = "DIR", value_delimiter = ',')]
     microvm_host_paths: Vec<PathBuf>,
@@ -36,7 +40,8 @@ pub(in crate::args) struct MicrovmArgs {
 
 impl MicrovmArgs {
     pub(in crate::args) fn apply(self, settings: &mut Settings) -> anyhow::Result<()> {
-        let Self { guest_image, kernel_image, vm_asset_dirs, microvm_accel, vmm, microvm_host_paths } = self;
+        let Self { guest_image, kernel_image, vm_asset_dirs, microvm_accel, vmm, microvm_pin_cpus, microvm_host_paths } =
+            self;
         for (flag, dirs) in [("vm-asset-dirs", &vm_asset_dirs), ("microvm-host-paths", &microvm_host_paths)] {
             for dir in dirs {
                 let plain = dir.is_absolute() && !dir.components().any(|part| part == Component::ParentDir);
@@ -50,6 +55,7 @@ impl MicrovmArgs {
         target.asset_dirs = vm_asset_dirs;
         super::set(&mut target.accel, microvm_accel);
         super::set(&mut target.vmm, vmm);
+        target.pin_cpus = microvm_pin_cpus;
         target.host_paths = microvm_host_paths;
         Ok(())
     }

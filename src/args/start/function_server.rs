@@ -14,6 +14,7 @@ use crate::network::ipam::Ipam;
 use crate::network::tap::Taps;
 use crate::node::owner;
 use crate::runtime::microvm::machine::arguments::Services;
+use crate::runtime::microvm::machine::pin::Pins;
 use crate::runtime::microvm::machine::pool::{HostSetups, SetupPool};
 use crate::runtime::microvm::machine::{AssetDirs, VmDirs, VmmUser};
 use crate::runtime::microvm::vmms::Survey;
@@ -123,6 +124,7 @@ async fn pooled(
         assets: AssetDirs::new(microvm.asset_dirs.clone()),
         services: services(parts, settings),
         cgroup_parent: owner::cgroup_root(&parts.owner),
+        pins: if microvm.pin_cpus { Pins::of_host() } else { Pins::default() },
         most: MOST,
         memory,
     };

@@ -15,6 +15,7 @@ use crate::runtime::late::Late;
 use crate::runtime::microvm::host::{HostOptions, HostVms};
 use crate::runtime::microvm::image::{self, Store};
 use crate::runtime::microvm::logs::LogLimits;
+use crate::runtime::microvm::machine::pin::Pins;
 use crate::runtime::microvm::machine::{AssetDirs, MAX_IMAGE_SLOTS, VmmUser};
 use crate::runtime::microvm::vmms::{Survey, Vmm};
 use crate::runtime::microvm::volumes::Places;
@@ -43,6 +44,7 @@ pub(super) fn make(maker: &Maker<'_>, survey: &Survey, usable: &[Vmm]) -> (Vec<N
     let full_name = |vmm: Vmm| format!("{MICROVM}-{}", vmm.name());
     let handler = |vmm: Vmm| if first.unwrap_or(Vmm::Qemu) == vmm { MICROVM.to_owned() } else { full_name(vmm) };
     let images = images(maker);
+    let pins = if settings.runtime.microvm.pin_cpus { Pins::of_host() } else { Pins::default() };
     let (mut made, mut offered, mut missing) = (Vec::new(), Vec::new(), BTreeMap::new());
     for vmm in Vmm::ALL {
         let works = usable.contains(&vmm);
@@ -52,7 +54,7 @@ pub(super) fn make(maker: &Maker<'_>, survey: &Survey, usable: &[Vmm]) -> (Vec<N
             missing.insert(full_name(vmm), survey.missing(Some(vmm)));
         }
         if works || has_sandboxes(&vmm.root(&settings.pods.root_dir)) {
-            made.push(named(&handler(vmm), driver(maker, vmm, &images)));
+            made.push(named(&handler(vmm), driver(maker, vmm, (&images, &pins))));
         }
     }
     if first.is_none() {
@@ -84,7 +86,7 @@ fn has_sandboxes(root: &Path) -> bool {
     std::fs::read_dir(root.join("sandboxes")).is_ok_and(|mut entries| entries.next().is_some())
 }
 
-fn driver(maker: &Maker<'_>, vmm: Vmm, images: &Arc<Images>) -> Late {
+fn driver(maker: &Maker<'_>, vmm: Vmm, (images, pins): (&Arc<Images>, &Pins)) -> Late {
     let settings = maker.settings;
     let (microvm, root_dir) = (settings.runtime.microvm.clone(), &settings.pods.root_dir);
     let root = vmm.root(root_dir);
@@ -93,6 +95,7 @@ fn driver(maker: &Maker<'_>, vmm: Vmm, images: &Arc<Images>) -> Late {
         assets: AssetDirs::new(microvm.asset_dirs.clone()),
         cgroup: owner::cgroup_root(maker.owner),
         taps: Some(maker.uplink.clone()),
+        pins: pins.clone(),
         ..HostOptions::new(root.clone(), microvm.guest_image.clone())
     };
     let options = MicrovmOptions {

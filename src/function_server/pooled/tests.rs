@@ -22,6 +22,7 @@ enum Fault {
     Boot,
     Image,
     Lead,
+    Adopt,
 }
 
 /// Machines and taps of nothing.
@@ -100,6 +101,7 @@ impl MachineManager for StageRef {
     }
 
     async fn adopt(&self, dir: &VmDir) -> Made<Option<Box<dyn Machine>>> {
+        self.check(Fault::Adopt)?;
         let machine = self.0.machines.lock().unwrap().get(dir.path()).cloned();
         Ok(machine.map(|machine| Box::new(machine) as Box<dyn Machine>))
     }
@@ -224,6 +226,7 @@ impl Bench {
             assets: AssetDirs::new(vec![self.place.path().join("assets")]),
             services: Services { resource_manager: "10.0.0.9:50052".to_owned(), ..Services::default() },
             cgroup_parent: "l".to_owned(),
+            pins: Pins::default(),
             most: 3,
             memory: 256 << 20,
         };
@@ -289,7 +292,9 @@ async fn a_replica_is_a_machine_with_its_image_its_address_and_its_arguments() {
     }
     assert!(bench.ipam.held().is_empty());
     let again = replicas.create(&bench.wish()).await.unwrap();
-    assert_eq!(again.id, *id, "the setup is used again, clean");
+    assert_ne!(again.id, *id, "a late release of the one before does not reach it");
+    assert!(matches!(replicas.release(id).await, Err(Refusal::NotAssigned)));
+    assert_eq!(replicas.count(), 1);
 }
 
 #[tokio::test]
@@ -421,6 +426,59 @@ async fn the_next_process_goes_on_with_what_runs_and_cleans_up_the_rest() {
     replicas.release(&kept.id).await.unwrap();
     assert!(bench.stage.0.killed.load(Ordering::SeqCst));
     assert!(bench.leftovers().is_empty() && bench.ipam.held().is_empty());
+}
+
+#[tokio::test]
+async fn the_address_of_a_released_replica_rests() {
+    let bench = Bench::new("10.1.0.0/30");
+    let rest = Duration::from_secs(3600);
+    let ipam = Ipam::open(&bench.place.path().join("resting"), "10.1.0.0/29".parse().unwrap(), rest).unwrap();
+    let bench = Bench { ipam: Arc::new(ipam), ..bench };
+    let replicas = bench.replicas().await;
+    replicas.fill(1).await.unwrap();
+    let mut seen = Vec::new();
+    // Of 8 addresses 5 are for replicas.
+    for _ in 0..5 {
+        let replica = replicas.create(&bench.wish()).await.unwrap();
+        replicas.release(&replica.id).await.unwrap();
+        assert!(!seen.contains(&replica.address), "{} has not rested", replica.address);
+        seen.push(replica.address);
+    }
+    assert_eq!(why(replicas.create(&bench.wish()).await), Reason::Address);
+}
+
+#[tokio::test]
+async fn one_that_cannot_be_taken_over_hides_no_other_and_keeps_its_directory() {
+    let bench = Bench::new("10.1.0.0/16");
+    let before = bench.replicas().await;
+    let replica = before.create(&bench.wish()).await.unwrap();
+    drop(before);
+    bench.set(Some(Fault::Adopt));
+    let replicas = bench.replicas().await;
+    bench.set(None);
+    assert!(replicas.adopted().is_empty());
+    assert_eq!(bench.dirs().list().unwrap().len(), 1);
+    replicas.create(&bench.wish()).await.unwrap();
+    replicas.end().await;
+    drop(replicas);
+    assert_eq!(bench.replicas().await.adopted()[0].id, replica.id, "the next process does better");
+}
+
+#[tokio::test]
+async fn consoles_are_kept_short() {
+    let bench = Bench::new("10.1.0.0/16");
+    let before = bench.replicas().await;
+    let replica = before.create(&bench.wish()).await.unwrap();
+    drop(before);
+    let console = bench.dirs().of(&VmId::new(replica.id.as_str()).unwrap()).console();
+    fs::write(&console, vec![b'x'; 2 << 20]).unwrap();
+    let _replicas = bench.replicas().await;
+    let shortened = async {
+        while fs::metadata(&console).unwrap().len() > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), shortened).await.expect("it is looked at");
 }
 
 #[test]

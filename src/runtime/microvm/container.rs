@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::checkpoint::{ContainerRecord, Phase};
 use super::image::{BlockImage, ImageConfig};
@@ -23,8 +23,10 @@ use crate::runtime::types::{
 use crate::runtime::{Kind, Result, RuntimeError, blocking};
 use crate::telemetry::chain;
 
-/// How long a killed process may take to be gone.
+/// How long a killed process may take to be gone, before its microVM is ended.
 const KILL_PATIENCE: Duration = Duration::from_secs(20);
+/// Pause before a guest is asked again.
+const AGAIN: Duration = Duration::from_millis(200);
 
 impl MicrovmRuntime {
     /// The sandbox of a container that is there.
@@ -202,34 +204,51 @@ impl MicrovmRuntime {
         let gone =
             || RuntimeError::new(Kind::Invalid, format!("failed to start container {id}: its microVM has ended"));
         let vm = sandbox.vm().ok_or_else(gone)?;
-        let started = vm.start(id.as_str()).await;
+        // Before it starts: whoever waits for that may be gone by then.
         self.inner.open_log(&sandbox, id.as_str(), true).await?;
+        let started = vm.start(id.as_str()).await;
         self.inner.look(&sandbox).await;
         started
     }
 
     pub(super) async fn stop(&self, id: &ContainerId, grace: Grace) -> Result<()> {
+        self.stop_within(id, grace, KILL_PATIENCE).await
+    }
+
+    /// Stops a container, with its microVM if the guest does not end it: what ignores its node must not hold up the Pod's
+    /// end.
+    pub(super) async fn stop_within(&self, id: &ContainerId, grace: Grace, patience: Duration) -> Result<()> {
         let Some(sandbox) = self.of_container(id) else { return Ok(()) };
         if self.status(id).await?.state != ContainerState::Running {
             return Ok(());
         }
         let Some(vm) = sandbox.vm() else { return Ok(()) };
-        // One that is frozen heeds no signal; of one that has just ended there is nothing to thaw.
-        let _ = vm.set_frozen(id.as_str(), false).await;
         let signal = sandbox.record().containers.get(id.as_str()).map(|one| one.stop_signal.clone());
-        let mut ended = false;
-        if !grace.is_zero() {
-            vm.signal(id.as_str(), signal.as_deref().unwrap_or("SIGTERM"), false).await?;
-            ended = matches!(timeout(grace, vm.wait(id.as_str())).await, Ok(Ok(())));
+        let asked = end_by(vm.as_ref(), id.as_str(), signal.as_deref().unwrap_or("SIGTERM"), false);
+        let heeded = !grace.is_zero() && matches!(timeout(grace, asked).await, Ok(Ok(())));
+        let has_ended = || sandbox.record().containers.get(id.as_str()).is_none_or(|one| one.ended.is_some());
+        let killed = async {
+            if !heeded && let Err(error) = end_by(vm.as_ref(), id.as_str(), "SIGKILL", true).await {
+                tracing::debug!(container = %id, error = chain(&error), "a guest does not kill a container");
+            }
+            loop {
+                self.inner.look(&sandbox).await;
+                if has_ended() || sandbox.vm().is_none() {
+                    return;
+                }
+                sleep(AGAIN).await;
+            }
+        };
+        // Cancel-safe: what was not seen by then ends with the VM.
+        let _ = timeout(patience, killed).await;
+        if has_ended() {
+            return Ok(());
         }
-        if !ended {
-            vm.signal(id.as_str(), "SIGKILL", true).await?;
-            let late =
-                |_| RuntimeError::new(Kind::Unavailable, format!("container {id} still runs after it was killed"));
-            timeout(KILL_PATIENCE, vm.wait(id.as_str())).await.map_err(late)??;
+        if let Some(vm) = sandbox.vm() {
+            tracing::warn!(container = %id, "a guest does not end a container: its microVM is ended");
+            vm.kill().await?;
         }
-        self.inner.look(&sandbox).await;
-        Ok(())
+        self.inner.end(&sandbox).await
     }
 
     pub(super) async fn remove(&self, id: &ContainerId) -> Result<()> {
@@ -291,11 +310,14 @@ impl MicrovmRuntime {
 }
 
 impl Inner {
-    /// Opens a container's log, and fetches it from the guest if it was started.
+    /// Opens a container's log, and fetches it from the guest if it is, or was, started.
     pub(super) async fn open_log(&self, sandbox: &Arc<Sandbox>, id: &str, fetch: bool) -> Result<()> {
-        let known = locked(&sandbox.logs).get(id).map(|log| Arc::clone(&log.book));
+        let _opening = sandbox.opening.lock().await;
+        let known = locked(&sandbox.logs).get(id).cloned();
         let book = match known {
-            Some(book) => book,
+            // A second fetch would write the same lines.
+            Some(log) if log.fetched => return Ok(()),
+            Some(log) => log.book,
             None => {
                 let (directory, limits) = (log_directory(sandbox, id), self.options.logs);
                 let opened = blocking(format!("failed to open the log of container {id}"), move || {
@@ -305,15 +327,18 @@ impl Inner {
             }
         };
         let (told, whole) = watch::channel(!fetch);
-        locked(&sandbox.logs).insert(id.to_owned(), Log { book: Arc::clone(&book), whole });
-        if let (true, Some(vm)) = (fetch, sandbox.vm()) {
+        let vm = sandbox.vm();
+        let log = Log { book: Arc::clone(&book), whole, fetched: fetch && vm.is_some() };
+        locked(&sandbox.logs).insert(id.to_owned(), log);
+        if let (true, Some(vm)) = (fetch, &vm) {
+            let vm = Arc::clone(vm);
             let id = id.to_owned();
             sandbox.spawn(async move {
                 fetch_log(vm.as_ref(), &id, &book).await;
                 book.close();
                 told.send_replace(true);
             });
-        } else if sandbox.vm().is_none() {
+        } else if vm.is_none() {
             book.close();
         }
         Ok(())
@@ -360,6 +385,30 @@ fn keep(sandbox: &Sandbox, image: &ImageId, block: BlockImage) {
 
 fn log_directory(sandbox: &Sandbox, id: &str) -> std::path::PathBuf {
     sandbox.directory.join("logs").join(id)
+}
+
+/// Tells a container to end, and waits until it has. What a lost session had no answer to is asked again.
+async fn end_by(vm: &dyn Vm, id: &str, signal: &str, all: bool) -> Result<()> {
+    let mut told = false;
+    loop {
+        let asked = async {
+            if !told {
+                // One that is frozen heeds no signal; of one that has just ended there is nothing to thaw.
+                let _ = vm.set_frozen(id, false).await;
+                vm.signal(id, signal, all).await?;
+                told = true;
+            }
+            vm.wait(id).await
+        };
+        match asked.await {
+            // Both are cancel-safe: they only wait.
+            Err(error) if error.kind() == Kind::Unavailable => tokio::select! {
+                () = sleep(AGAIN) => {}
+                () = vm.exited() => return Ok(()),
+            },
+            done => return done,
+        }
+    }
 }
 
 /// Copies a log from the guest to the host until the container has exited, or its VM.

@@ -39,6 +39,23 @@ pub struct FakeVms {
     pub engine: FakeRuntime,
     running: Arc<Mutex<HashMap<String, Arc<FakeVm>>>>,
     stuck: Arc<AtomicBool>,
+    manners: Arc<Mutex<Manners>>,
+}
+
+/// What guests do to their node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Manners {
+    /// What they are asked.
+    #[default]
+    Good,
+    /// They answer nothing.
+    Silent,
+    /// They take signals, and nothing ends.
+    Endless,
+    /// They say that what was killed has ended, and go on listing it.
+    Lying,
+    /// They start what they are asked to, and never say so.
+    Absent,
 }
 
 /// One of them.
@@ -50,6 +67,7 @@ pub struct FakeVm {
     images: Mutex<BTreeMap<u8, ImageId>>,
     ended: watch::Sender<bool>,
     stuck: Arc<AtomicBool>,
+    manners: Arc<Mutex<Manners>>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -75,6 +93,11 @@ impl FakeVms {
         self.stuck.store(stuck, Ordering::SeqCst);
     }
 
+    /// What guests do from now on.
+    pub fn behave(&self, manners: Manners) {
+        *locked(&self.manners) = manners;
+    }
+
     /// How many there are, running or not.
     pub fn count(&self) -> usize {
         locked(&self.running).len()
@@ -82,6 +105,16 @@ impl FakeVms {
 }
 
 impl FakeVm {
+    /// Its guest's manners; of a silent one nothing is heard until the VM ends.
+    async fn manners(&self) -> Result<Manners> {
+        let manners = *locked(&self.manners);
+        if manners == Manners::Silent {
+            self.exited().await;
+            return Err(RuntimeError::new(Kind::Unavailable, "the guest has ended"));
+        }
+        Ok(manners)
+    }
+
     /// From here on nobody answers.
     fn end(&self) {
         self.ended.send_replace(true);
@@ -118,6 +151,7 @@ impl Vms for FakeVms {
             images: Mutex::default(),
             ended: watch::Sender::new(false),
             stuck: Arc::clone(&self.stuck),
+            manners: Arc::clone(&self.manners),
         });
         locked(&self.running).insert(id.to_owned(), Arc::clone(&vm));
         Ok(vm)
@@ -193,10 +227,15 @@ impl Vm for FakeVm {
     }
 
     async fn start(&self, id: &str) -> Result<()> {
-        self.engine.start_container(&self.container(id)?).await
+        let manners = self.manners().await?;
+        self.engine.start_container(&self.container(id)?).await?;
+        if manners == Manners::Absent { std::future::pending().await } else { Ok(()) }
     }
 
     async fn signal(&self, id: &str, signal: &str, _all: bool) -> Result<()> {
+        if matches!(self.manners().await?, Manners::Endless | Manners::Lying) {
+            return Ok(());
+        }
         let container = self.container(id)?;
         if signal == "SIGKILL" {
             return self.engine.stop_container(&container, Duration::ZERO).await;
@@ -217,6 +256,9 @@ impl Vm for FakeVm {
     }
 
     async fn wait(&self, id: &str) -> Result<()> {
+        if self.manners().await? == Manners::Lying {
+            return Ok(());
+        }
         let container = self.container(id)?;
         while self.engine.container_status(&container).await?.state != ContainerState::Exited {
             sleep(PAUSE).await;
@@ -236,6 +278,7 @@ impl Vm for FakeVm {
         if *self.ended.borrow() {
             return Err(RuntimeError::new(Kind::Unavailable, "the guest has ended"));
         }
+        self.manners().await?;
         let containers = locked(&self.containers).clone();
         let mut list = Vec::new();
         for (id, container) in containers {
@@ -256,6 +299,7 @@ impl Vm for FakeVm {
     }
 
     async fn set_frozen(&self, id: &str, frozen: bool) -> Result<()> {
+        self.manners().await?;
         let container = self.container(id)?;
         match frozen {
             true => self.engine.pause_container(&container).await,
@@ -278,6 +322,7 @@ impl Vm for FakeVm {
     }
 
     async fn stats(&self, scope: StatsScope) -> Result<GuestStats> {
+        self.manners().await?;
         let all = self.engine.list_pod_sandbox_stats(scope).await?;
         let own = all.into_iter().find(|stats| stats.id == self.sandbox);
         let own = own.ok_or_else(|| RuntimeError::new(Kind::Unavailable, "the guest has ended"))?;

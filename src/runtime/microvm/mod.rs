@@ -37,13 +37,15 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use futures::StreamExt;
+use futures::future::join_all;
 use futures::stream::{self, BoxStream};
 use tokio::sync::broadcast;
+use tokio::time::timeout;
 
 use self::checkpoint::{Phase, SandboxRecord};
 use self::image::Blocks;
 use self::logs::LogLimits;
-use self::sandbox::{Sandbox, locked};
+use self::sandbox::{ANSWER, Sandbox, locked};
 use self::vm::Vms;
 use self::volumes::Places;
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
@@ -89,11 +91,11 @@ struct Inner {
 
 impl MicrovmRuntime {
     /// Finds the sandboxes that an earlier process of this owner left, takes those over whose VM still runs, and writes down
-    /// the end of the others.
+    /// the end of the others. Dropped while it does, it lets go of those it has.
     ///
     /// # Errors
     /// [`Kind::Internal`] if the directory cannot be read. A single checkpoint that makes no sense is left where it is, told
-    /// in the log, and not listed.
+    /// in the log, and not listed; a sandbox that cannot be taken over is told there too, and listed as not ready.
     pub async fn open(options: MicrovmOptions, vms: Arc<dyn Vms>, images: Arc<dyn Blocks>) -> Result<Self> {
         let (root, owner) = (options.root.join("sandboxes"), options.owner.clone());
         let tried = format!("failed to read the sandboxes in {}", root.display());
@@ -114,13 +116,19 @@ impl MicrovmRuntime {
         .await?;
         let events = broadcast::Sender::new(EVENTS_BEHIND);
         let (sandboxes, turns) = (Mutex::default(), Turns::default());
-        let inner = Arc::new(Inner { options, vms, images, sandboxes, turns, events });
-        for (directory, record) in records {
-            let sandbox = Arc::new(Sandbox::new(directory, record));
+        let runtime = Self { inner: Arc::new(Inner { options, vms, images, sandboxes, turns, events }) };
+        let adopted = records.into_iter().map(|(directory, record)| {
+            let (inner, sandbox) = (&runtime.inner, Arc::new(Sandbox::new(directory, record)));
             locked(&inner.sandboxes).insert(sandbox.id.clone(), Arc::clone(&sandbox));
-            inner.adopt(&sandbox).await?;
-        }
-        Ok(Self { inner })
+            async move {
+                if let Err(error) = inner.adopt(&sandbox).await {
+                    tracing::error!(sandbox = sandbox.id, error = chain(&error), "failed to take over a sandbox");
+                }
+            }
+        });
+        // All at once: a guest that is silent holds up no other.
+        join_all(adopted).await;
+        Ok(runtime)
     }
 }
 
@@ -174,8 +182,9 @@ impl Inner {
                 log.book.close();
             }
         }
-        // What happened meanwhile is known before anyone asks.
-        self.look(sandbox).await;
+        // What happened meanwhile is known before anyone asks, if the guest says it in time. Cancel-safe: who attends it
+        // looks again.
+        let _ = timeout(ANSWER, self.look(sandbox)).await;
         Ok(())
     }
 }

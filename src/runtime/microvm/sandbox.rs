@@ -29,6 +29,8 @@ use crate::telemetry::chain;
 
 /// How long the ends of logs may take to come once containers have exited: of all that one look finds.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long a guest may take to say what there is, before it is done without: others wait for the answer too.
+pub(super) const ANSWER: Duration = Duration::from_secs(2);
 /// How long a guest may take to end its containers, before it is ended itself.
 const FAREWELL: Duration = Duration::from_secs(10);
 /// Pause before a guest that cannot be asked is asked again.
@@ -52,6 +54,8 @@ pub(super) struct Sandbox {
     writing: Arc<AsyncMutex<()>>,
     /// One look at the guest at a time, so that each change is told once.
     looking: AsyncMutex<()>,
+    /// One opens a log at a time, so that there is one book of each.
+    pub(super) opening: AsyncMutex<()>,
     pub(super) logs: Mutex<HashMap<String, Log>>,
     /// The images behind its slots, which cannot be removed meanwhile.
     pub(super) blocks: Mutex<HashMap<ImageId, BlockImage>>,
@@ -63,6 +67,8 @@ pub(super) struct Sandbox {
 pub(super) struct Log {
     pub(super) book: Arc<LogBook>,
     pub(super) whole: watch::Receiver<bool>,
+    /// Whether it is fetched, or was: once is enough.
+    pub(super) fetched: bool,
 }
 
 /// Locks what is never half changed, so that a panic elsewhere does not spoil it.
@@ -80,6 +86,7 @@ impl Sandbox {
             turn: AsyncMutex::default(),
             writing: Arc::default(),
             looking: AsyncMutex::default(),
+            opening: AsyncMutex::default(),
             logs: Mutex::default(),
             blocks: Mutex::default(),
             tasks: Mutex::default(),
@@ -139,13 +146,13 @@ impl Sandbox {
     /// What the guest says of its containers, as far as it can be asked.
     pub(super) async fn guests(&self) -> Vec<GuestState> {
         let Some(vm) = self.vm() else { return Vec::new() };
-        match vm.list().await {
-            Ok(list) => list,
-            Err(error) => {
-                tracing::debug!(sandbox = self.id, error = chain(&error), "the guest cannot be asked");
-                Vec::new()
-            }
+        // Cancel-safe: it only asks.
+        match timeout(ANSWER, vm.list()).await {
+            Ok(Ok(list)) => return list,
+            Ok(Err(error)) => tracing::debug!(sandbox = self.id, error = chain(&error), "the guest cannot be asked"),
+            Err(_) => tracing::debug!(sandbox = self.id, "the guest does not say in time what there is"),
         }
+        Vec::new()
     }
 }
 
@@ -323,6 +330,10 @@ impl Inner {
                 });
                 if let Err(error) = noted.await {
                     tracing::warn!(container = guest.id, error = chain(&error), "failed to write down its start");
+                }
+                // Whoever started it may have been gone before its log was fetched.
+                if let Err(error) = self.open_log(sandbox, &guest.id, true).await {
+                    tracing::warn!(container = guest.id, error = chain(&error), "its log is not fetched");
                 }
                 self.tell(sandbox, EventKind::Started);
             }

@@ -3,26 +3,29 @@
 use std::path::Path;
 
 use jiff::Timestamp;
+use tokio::time::timeout;
 
 use super::MicrovmRuntime;
-use super::sandbox::{Sandbox, locked};
+use super::sandbox::{ANSWER, Sandbox, locked};
 use super::vm::GuestStats;
 use crate::runtime::stats::{ContainerStats, DiskUsage, Limits, SandboxStats, StatsScope, Usage};
 use crate::runtime::types::{ContainerStatus, Resources};
 use crate::telemetry::chain;
 
 impl MicrovmRuntime {
-    /// Of every sandbox whose guest answers.
+    /// Of every sandbox whose guest answers in time.
     pub(super) async fn read_stats(&self, scope: StatsScope) -> Vec<SandboxStats> {
         let of_each = self.sandboxes(None).into_iter().map(|sandbox| async move {
             let vm = sandbox.vm()?;
-            match vm.stats(scope).await {
-                Ok(stats) => Some(told(&sandbox, stats, scope)),
-                Err(error) => {
+            // Cancel-safe: it only asks.
+            match timeout(ANSWER, vm.stats(scope)).await {
+                Ok(Ok(stats)) => return Some(told(&sandbox, stats, scope)),
+                Ok(Err(error)) => {
                     tracing::debug!(sandbox = sandbox.id, error = chain(&error), "a guest does not say what it uses");
-                    None
                 }
+                Err(_) => tracing::debug!(sandbox = sandbox.id, "a guest does not say in time what it uses"),
             }
+            None
         });
         futures::future::join_all(of_each).await.into_iter().flatten().collect()
     }

@@ -7,9 +7,10 @@ use futures::TryStreamExt;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-use super::fake::FakeVms;
+use super::fake::{FakeVms, Manners};
 use super::*;
 use crate::runtime::types::{EventKind, MachineFiles, NamespaceMode, PodRef, SandboxNetwork, SandboxState};
+use crate::runtime::verb::Verb;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -25,6 +26,10 @@ impl Host {
     }
 
     async fn driver(&self) -> MicrovmRuntime {
+        self.open().await.unwrap()
+    }
+
+    fn open(&self) -> impl Future<Output = Result<MicrovmRuntime>> {
         let options = MicrovmOptions {
             owner: "me".into(),
             root: self.root.path().into(),
@@ -32,7 +37,7 @@ impl Host {
             logs: LogLimits::default(),
         };
         let images = Arc::new(self.vms.engine.clone());
-        MicrovmRuntime::open(options, Arc::new(self.vms.clone()), images).await.unwrap()
+        MicrovmRuntime::open(options, Arc::new(self.vms.clone()), images)
     }
 
     fn container(&self, name: &str, image: &str, command: &[&str]) -> ContainerConfig {
@@ -252,4 +257,133 @@ async fn what_a_guest_cannot_have_is_refused_with_the_reason() {
     assert_eq!(error.kind(), Kind::Unsupported);
     assert!(error.to_string().contains("/etc is not shared"), "{error}");
     assert!(driver.list_containers(None).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_guest_that_ends_nothing_ends_with_its_vm() {
+    let ignored = [Manners::Silent, Manners::Endless, Manners::Lying].map(|manners| async move {
+        let host = Host::new();
+        let driver = host.driver().await;
+        let id = started(&driver, &host.container("c", "i", &["idle"])).await;
+        let sandbox = sandbox(&driver).await;
+        host.vms.behave(manners);
+        let stopped = driver.stop_within(&id, Duration::from_millis(20), Duration::from_millis(200));
+        timeout(PATIENCE, stopped).await.expect("it is not waited for").unwrap();
+        assert_eq!(exited(&driver, &id).await.exit_code, 137, "{manners:?}");
+        assert_eq!(driver.pod_sandbox_status(&sandbox).await.unwrap().state, SandboxState::NotReady, "{manners:?}");
+        driver.stop_within(&id, Duration::ZERO, Duration::ZERO).await.unwrap();
+        driver.remove_pod_sandbox(&sandbox).await.unwrap();
+        assert_eq!(host.vms.count(), 0);
+    });
+    join_all(ignored).await;
+}
+
+#[tokio::test]
+async fn a_container_that_heeds_leaves_its_vm_and_the_others_alone() {
+    let host = Host::new();
+    let driver = host.driver().await;
+    let id = started(&driver, &host.container("c", "i", &["idle"])).await;
+    let other = started(&driver, &host.container("d", "i", &["idle"])).await;
+    driver.pause_container(&id).await.unwrap();
+    driver.stop_container(&id, PATIENCE).await.unwrap();
+    assert_eq!(driver.container_status(&id).await.unwrap().state, ContainerState::Exited);
+    assert_eq!(driver.container_status(&other).await.unwrap().state, ContainerState::Running);
+}
+
+#[tokio::test]
+async fn a_silent_guest_holds_up_neither_lists_nor_statistics() {
+    let host = Host::new();
+    let driver = host.driver().await;
+    let id = started(&driver, &host.container("c", "i", &["idle"])).await;
+    host.vms.behave(Manners::Silent);
+    let asked = async {
+        let listed = driver.list_containers(None).await.unwrap();
+        assert_eq!((listed.len(), &listed[0].id, listed[0].state), (1, &id, ContainerState::Running));
+        assert!(driver.list_pod_sandbox_stats(StatsScope::All).await.unwrap().is_empty());
+    };
+    timeout(PATIENCE, asked).await.expect("it is done without");
+}
+
+#[tokio::test]
+async fn a_silent_guest_does_not_hold_up_a_new_process() {
+    let host = Host::new();
+    let first = host.driver().await;
+    let id = started(&first, &host.container("c", "i", &["idle"])).await;
+    drop(first);
+    host.vms.behave(Manners::Silent);
+    let second = timeout(PATIENCE, host.driver()).await.expect("it is done without");
+    assert_eq!(second.list_pod_sandboxes(None).await.unwrap()[0].state, SandboxState::Ready);
+    assert_eq!(second.container_status(&id).await.unwrap().state, ContainerState::Running);
+}
+
+#[tokio::test]
+async fn one_that_is_given_up_while_it_opens_lets_go_of_its_sandboxes() {
+    let host = Host::new();
+    let first = host.driver().await;
+    sandbox(&first).await;
+    drop(first);
+    let alive = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let settled = async |before: usize| {
+        while alive() > before {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(PATIENCE, settled(0)).await.expect("the first lets go");
+    host.vms.behave(Manners::Silent);
+    // Once it attends the sandbox, it waits for the guest.
+    let attended = async {
+        while alive() == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    // Both are cancel-safe: that the first is, is what is shown.
+    tokio::select! {
+        _ = host.open() => panic!("it waits for the guest"),
+        () = attended => {}
+    }
+    timeout(PATIENCE, settled(0)).await.expect("nobody holds on to the guest");
+    host.vms.behave(Manners::Good);
+    assert_eq!(host.driver().await.list_pod_sandboxes(None).await.unwrap()[0].state, SandboxState::Ready);
+}
+
+#[tokio::test]
+async fn a_sandbox_that_cannot_be_taken_over_hides_no_other() {
+    let host = Host::new();
+    let driver = host.driver().await;
+    let id = started(&driver, &host.container("c", "i", &["idle"])).await;
+    let before = sandbox(&driver).await;
+    drop(driver);
+    let logs = host.root.path().join("sandboxes").join(before.as_str()).join("logs");
+    std::fs::remove_dir_all(&logs).unwrap();
+    std::fs::write(&logs, "no directory").unwrap();
+    let driver = host.driver().await;
+    assert_eq!(driver.list_pod_sandboxes(None).await.unwrap()[0].id, before);
+    assert_eq!(driver.container_status(&id).await.unwrap().state, ContainerState::Running);
+    driver.remove_pod_sandbox(&before).await.unwrap();
+    assert_eq!(host.vms.count(), 0);
+}
+
+#[tokio::test]
+async fn the_log_of_a_start_that_nobody_waits_for_is_fetched() {
+    let host = Host::new();
+    let driver = host.driver().await;
+    let config = host.container("c", "i", &["print", "one", "exit", "0"]);
+    let id = driver.create_container(&sandbox(&driver).await, &config).await.unwrap();
+    host.vms.behave(Manners::Absent);
+    assert!(timeout(Duration::from_millis(100), driver.start_container(&id)).await.is_err());
+    assert_eq!(log(&driver, &id, true).await, "one\n");
+    assert_eq!(exited(&driver, &id).await.exit_code, 0);
+}
+
+#[tokio::test]
+async fn a_start_that_is_repeated_writes_no_line_twice() {
+    let host = Host::new();
+    let driver = host.driver().await;
+    let words = ["sleep", "50", "print", "one", "sleep", "50", "print", "two", "exit", "0"];
+    let id = driver.create_container(&sandbox(&driver).await, &host.container("c", "i", &words)).await.unwrap();
+    host.vms.engine.fail_next(Verb::StartContainer, RuntimeError::new(Kind::Unavailable, "the session is lost"));
+    assert_eq!(driver.start_container(&id).await.unwrap_err().kind(), Kind::Unavailable);
+    driver.start_container(&id).await.unwrap();
+    assert_eq!(exited(&driver, &id).await.exit_code, 0);
+    assert_eq!(log(&driver, &id, true).await, "one\ntwo\n");
 }

@@ -7,6 +7,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
 use super::*;
 use crate::network::bridge::Bridge;
+use crate::runtime::microvm::machine::pin::Hold;
 use crate::runtime::microvm::machine::qemu::{AccelChoice, Qemu};
 
 /// Under TCG on a busy host.
@@ -45,6 +46,16 @@ async fn ask(guest: &mut BufReader<Pin<Box<dyn Duplex>>>, request: &str) -> Stri
     line.trim().to_owned()
 }
 
+/// What the host shows of a VMM: where it may run, and nothing of what its guest's kernel is told.
+fn seen_from_the_host(pid: i32, held: &Hold) {
+    let arguments = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
+    assert!(arguments.contains("-kernel") && !arguments.contains("A=1"), "{arguments}");
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
+    assert_eq!(line("Cpus_allowed_list:"), held.cpus.as_ref().unwrap()[0].to_string());
+    assert_eq!(line("Mems_allowed_list:"), held.numa_node.unwrap().to_string());
+}
+
 #[test]
 fn a_real_replica_runs_on_its_image_and_gives_all_of_it_back() {
     let Some(guest) = guest() else { return };
@@ -66,6 +77,7 @@ fn a_real_replica_runs_on_its_image_and_gives_all_of_it_back() {
             assets: AssetDirs::new(vec![bench.place.path().join("assets"), guest.clone()]),
             services: Services::default(),
             cgroup_parent: cgroup_parent.clone(),
+            pins: Pins::of_host(),
             most: 1,
             memory: 256 << 20,
         };
@@ -78,12 +90,14 @@ fn a_real_replica_runs_on_its_image_and_gives_all_of_it_back() {
             memory: 128 << 20,
             ..bench.wish()
         };
+        let turns = Pins::of_host();
         for round in 0..2 {
             let replica = replicas.create(&wish).await.unwrap();
             let id = VmId::new(replica.id.as_str()).unwrap();
-            let machine = Arc::clone(&locked(&replicas.0.running)[&id].machine);
+            let machine = Arc::clone(&locked(&replicas.inner.running)[&id].machine);
             let mut line = BufReader::new(machine.agent().await.unwrap());
             assert!(ask(&mut line, "").await.starts_with("READY"), "round {round}");
+            seen_from_the_host(machine.pid(), &turns.next(1).unwrap());
             assert_eq!(ask(&mut line, "size image0").await, "1");
             assert_eq!(ask(&mut line, "read image0 10").await, "a function");
             let told = ask(&mut line, "sh cat /proc/cmdline").await;

@@ -10,6 +10,7 @@ use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use lambdalet_proto::agent::v1::{self, FileLayout};
 use tokio::sync::Mutex as AsyncMutex;
+use tokio::time::{Instant, timeout_at};
 
 use super::told;
 use crate::runtime::microvm::agent::spec::{ImageFacts, container_spec, resources};
@@ -25,6 +26,8 @@ use crate::runtime::{Kind, Result, RuntimeError};
 
 /// How long a guest that runs may take to open a session.
 const SESSION_PATIENCE: Duration = Duration::from_secs(30);
+/// One that did not is not waited for again so soon.
+const SILENCE: Duration = Duration::from_secs(5);
 /// How much of a console is shown with an error, in bytes.
 const SHOWN: u64 = 1000;
 /// The file system of images.
@@ -34,28 +37,54 @@ const FILESYSTEM: &str = "erofs";
 pub(super) struct HostVm {
     machine: Box<dyn Machine>,
     /// A machine has room for one session at a time.
-    session: AsyncMutex<Option<Agent>>,
+    line: AsyncMutex<Line>,
+}
+
+#[derive(Default)]
+struct Line {
+    session: Option<Agent>,
+    /// When the guest was last waited for in vain.
+    silent: Option<Instant>,
 }
 
 impl HostVm {
     pub(super) fn new(machine: Box<dyn Machine>) -> Self {
-        Self { machine, session: AsyncMutex::default() }
+        Self { machine, line: AsyncMutex::default() }
     }
 
     async fn agent(&self) -> Result<Agent> {
         self.agent_within(SESSION_PATIENCE).await
     }
 
-    /// The open session, or a new one once that has ended. Dropped while it waits, it leaves none.
+    /// The open session, or a new one once that has ended; with what others wait for it, within `patience`. Dropped while it
+    /// waits, it leaves none.
     pub(super) async fn agent_within(&self, patience: Duration) -> Result<Agent> {
-        let mut session = self.session.lock().await;
-        if let Some(agent) = session.take() {
+        let until = Instant::now() + patience;
+        let silent = || {
+            let id = self.machine.dir().id();
+            RuntimeError::new(Kind::Unavailable, format!("the guest of microVM {id} does not answer"))
+        };
+        // Cancel-safe: who stops waiting has no lock.
+        let mut line = timeout_at(until, self.line.lock()).await.map_err(|_| silent())?;
+        if let Some(agent) = line.session.take() {
             if agent.ended().now_or_never().is_none() {
-                *session = Some(agent.clone());
+                line.session = Some(agent.clone());
                 return Ok(agent);
             }
             agent.close();
         }
+        if line.silent.is_some_and(|at| at.elapsed() < SILENCE) {
+            return Err(silent());
+        }
+        // Cancel-safe, as each part of it.
+        let connected = timeout_at(until, self.connect(patience)).await.unwrap_or_else(|_| Err(silent()));
+        line.silent = Some(Instant::now()).filter(|now| connected.is_err() && *now >= until);
+        let agent = connected?;
+        line.session = Some(agent.clone());
+        Ok(agent)
+    }
+
+    async fn connect(&self, patience: Duration) -> Result<Agent> {
         let id = self.machine.dir().id();
         let tried = || format!("failed to reach the guest of microVM {id}");
         let lost = |error: MachineError| RuntimeError::new(Kind::Unavailable, tried()).with_source(error);
@@ -70,7 +99,6 @@ impl HostVm {
             }
         };
         tracing::debug!(machine = %id, kernel = hello.kernel_release, agent = hello.agent_version, "a guest answers");
-        *session = Some(agent.clone());
         Ok(agent)
     }
 
@@ -89,7 +117,7 @@ impl HostVm {
 
     /// Ends the session, for a template to be made of the machine: it is to hold nobody's.
     pub(super) async fn hang_up(&self) {
-        if let Some(agent) = self.session.lock().await.take() {
+        if let Some(agent) = self.line.lock().await.session.take() {
             agent.close();
         }
     }

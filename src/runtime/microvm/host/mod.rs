@@ -28,6 +28,7 @@ use tokio::task::JoinSet;
 
 use self::guest::HostVm;
 use self::size::Size;
+use super::machine::pin::Pins;
 use super::machine::template::Templates;
 use super::machine::{
     Asset, AssetDirs, MAX_IMAGE_SLOTS, Machine, MachineError, MachineManager, MachineSpec, TapLink, TapUse, Template,
@@ -79,6 +80,8 @@ pub struct HostOptions {
     pub cgroup: String,
     /// The node's Pod network; without it guests have no network card.
     pub taps: Option<Arc<dyn Taps>>,
+    /// Which of the host's CPUs they run on.
+    pub pins: Pins,
 }
 
 /// The VMs of this host.
@@ -120,6 +123,7 @@ impl HostOptions {
             upkeep: Duration::from_secs(10),
             cgroup: "lambdalet".to_owned(),
             taps: None,
+            pins: Pins::default(),
         }
     }
 }
@@ -355,7 +359,9 @@ impl Inner {
         // To its end each, as above.
         let (copied, tap) = tokio::join!(copied, tapped);
         copied?;
-        let tap = tap.map_err(|error: NetworkError| RuntimeError::new(Kind::Internal, tried()).with_source(error))?;
+        let internal = || RuntimeError::new(Kind::Internal, tried());
+        let tap = tap.map_err(|error: NetworkError| internal().with_source(error))?;
+        let held = self.options.pins.next(size.vcpus).map_err(|error| internal().with_source(error))?;
         Ok(MachineSpec {
             dir,
             kernel,
@@ -363,8 +369,8 @@ impl Inner {
             kernel_args: Vec::new(),
             memory: size.memory,
             vcpus: size.vcpus,
-            cpus: None,
-            numa_node: None,
+            cpus: held.cpus,
+            numa_node: held.numa_node,
             tap,
             scratch,
             image_slots: MAX_IMAGE_SLOTS,

@@ -21,6 +21,8 @@ use crate::runtime::types::{MachineFiles, NamespaceMode, PodRef, SandboxNetwork}
 enum Says {
     /// Nothing: it hangs up.
     Nothing,
+    /// Nothing: it waits.
+    Silence,
     /// Any bytes, without an end.
     Garbage,
     /// That it is there; then it hangs up.
@@ -102,6 +104,7 @@ impl Machine for HostileMachine {
         tokio::spawn(async move {
             match says {
                 Says::Nothing => {}
+                Says::Silence => drop(tokio::io::copy(&mut guests, &mut tokio::io::sink()).await),
                 Says::Garbage => while guests.write_all(&rand::random::<[u8; 4096]>()).await.is_ok() {},
                 Says::Goodbye => {
                     let (reader, mut writer) = guests.split();
@@ -239,6 +242,27 @@ async fn what_does_not_end_is_found_again_by_its_directory() {
     bench.vms.destroy("vm").await.unwrap();
     assert!(bench.vms.inner.dirs.list().unwrap().is_empty());
     assert_eq!(counted.killed.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn nobody_waits_longer_for_a_silent_guest_than_he_has_patience() {
+    let place = tempfile::tempdir().unwrap();
+    let dir = VmDirs::new(place.path(), "default").unwrap().of(&VmId::random());
+    let counted = Arc::<Counted>::default();
+    let (says, ended) = (Says::Silence, Notify::new());
+    let vm = HostVm::new(Box::new(HostileMachine { dir, says, counted: Arc::clone(&counted), ended }));
+    let begun = Instant::now();
+    let (patient, other) = (vm.agent_within(Duration::from_secs(2)), vm.agent_within(Duration::from_millis(10)));
+    let other = async { (other.await, begun.elapsed()) };
+    let (first, (second, waited)) = tokio::join!(patient, other);
+    // It has waited for its turn.
+    assert!(waited < Duration::from_secs(2), "{waited:?}");
+    let third = vm.agent_within(RESTORE_PATIENCE).await;
+    assert!(begun.elapsed() < RESTORE_PATIENCE, "he who comes next knows");
+    for answer in [first, second, third] {
+        assert_eq!(answer.expect_err("it is silent").kind(), Kind::Unavailable);
+    }
+    assert_eq!(counted.asked.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use futures::future::join_all;
 
 use super::Inner;
 use super::guest::HostVm;
-use crate::runtime::blocking;
+use crate::runtime::microvm::machine::trim_consoles;
 use crate::telemetry::chain;
 
 /// How many looks at a console go by until the clock is set.
@@ -17,7 +17,7 @@ pub(super) async fn keep(inner: Arc<Inner>) {
     loop {
         for _ in 0..LOOKS {
             tokio::time::sleep(inner.options.upkeep).await;
-            shorten_consoles(&running(&inner)).await;
+            trim_consoles(running(&inner).iter().map(|vm| vm.machine().dir().clone()).collect()).await;
         }
         join_all(running(&inner).iter().map(|vm| set_clock(vm))).await;
     }
@@ -25,21 +25,6 @@ pub(super) async fn keep(inner: Arc<Inner>) {
 
 fn running(inner: &Inner) -> Vec<Arc<HostVm>> {
     inner.running().values().cloned().collect()
-}
-
-async fn shorten_consoles(vms: &[Arc<HostVm>]) {
-    let dirs: Vec<_> = vms.iter().map(|vm| vm.machine().dir().clone()).collect();
-    let shorten = move || {
-        for dir in dirs {
-            if let Err(error) = dir.trim_console() {
-                tracing::warn!(machine = %dir.id(), error = chain(&error), "a console grows");
-            }
-        }
-        Ok(())
-    };
-    if let Err(error) = blocking("failed to look at consoles".to_owned(), shorten).await {
-        tracing::warn!(error = chain(&error), "consoles grow");
-    }
 }
 
 async fn set_clock(vm: &HostVm) {

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::VmId;
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -180,13 +182,19 @@ impl VmCgroup {
     /// most. Removing what is not there is Ok.
     pub(super) async fn remove(&self) -> io::Result<()> {
         let cgroup = self.clone();
-        tokio::task::spawn_blocking(move || cgroup.remove_here()).await.map_err(io::Error::other)?
+        tokio::task::spawn_blocking(move || cgroup.remove_here(Left::Spared)).await.map_err(io::Error::other)?
     }
 
-    fn remove_here(&self) -> io::Result<()> {
+    /// The same, and kills what runs in it: a VMM that nobody took over, and nobody will.
+    pub(super) async fn end(&self) -> io::Result<()> {
+        let cgroup = self.clone();
+        tokio::task::spawn_blocking(move || cgroup.remove_here(Left::Killed)).await.map_err(io::Error::other)?
+    }
+
+    fn remove_here(&self, left: Left) -> io::Result<()> {
         let (directories, until) = (self.directories(), Instant::now() + RMDIR_PATIENCE);
         // All of them, whatever becomes of one: who comes back for the rest may not know of it.
-        let removed: Vec<_> = directories.iter().map(|directory| remove(directory, until)).collect();
+        let removed: Vec<_> = directories.iter().map(|directory| remove(directory, left, until)).collect();
         removed.into_iter().collect::<io::Result<()>>()?;
         if self.pod().is_some() {
             for pod in directories.iter().filter_map(|directory| directory.parent()) {
@@ -205,15 +213,34 @@ impl VmCgroup {
     }
 }
 
-fn remove(directory: &Path, until: Instant) -> io::Result<()> {
+/// What becomes of those in a cgroup that is to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Left {
+    Spared,
+    Killed,
+}
+
+fn remove(directory: &Path, left: Left, until: Instant) -> io::Result<()> {
     loop {
         match fs::remove_dir(directory) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < until => {
+                if left == Left::Killed {
+                    kill_all(directory);
+                }
                 thread::sleep(RMDIR_PAUSE);
             }
             done => return done,
         }
+    }
+}
+
+/// Whom no signal reaches keeps the cgroup busy, and that is told.
+fn kill_all(directory: &Path) {
+    let listed = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+    // One of a process namespace that is not to be seen from here is listed as 0, which is none.
+    for pid in listed.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)) {
+        let _ = kill_process(pid, Signal::KILL);
     }
 }
 
@@ -299,10 +326,10 @@ mod tests {
             (kernel_v2::read(&own, "pids.max"), kernel_v2::read(&own, "cpuset.cpus")),
             ("256".into(), "0".into())
         );
-        assert!(cgroup.remove_here().is_err(), "it is in use");
-        child.kill().unwrap();
-        child.wait().unwrap();
-        cgroup.remove_here().unwrap();
+        assert!(cgroup.remove_here(Left::Spared).is_err(), "it is in use");
+        let reaper = thread::spawn(move || child.wait().unwrap());
+        cgroup.remove_here(Left::Killed).unwrap();
+        assert!(!reaper.join().unwrap().success());
         assert!(!kernel_v2::directory(&pod).exists());
         fs::remove_dir(kernel_v2::directory(&name)).unwrap();
     }
@@ -310,6 +337,7 @@ mod tests {
     #[test]
     fn removing_what_is_not_there_is_fine() {
         let root = tempfile::tempdir().unwrap();
-        VmCgroup::at(root.path(), "l", &id()).remove_here().unwrap();
+        VmCgroup::at(root.path(), "l", &id()).remove_here(Left::Spared).unwrap();
+        VmCgroup::at(root.path(), "l", &id()).remove_here(Left::Killed).unwrap();
     }
 }

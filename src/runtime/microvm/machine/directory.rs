@@ -14,8 +14,11 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
+use super::MachineSpec;
 use super::error::{MachineError, Result};
+use super::process::boot_id;
 use crate::file::{self, Synced};
+use crate::telemetry::chain;
 
 /// containerd's limit on identifiers.
 const LONGEST: usize = 76;
@@ -48,7 +51,7 @@ pub struct VmDir {
 pub struct Checkpoint {
     /// The manager that started it, by name.
     pub manager: String,
-    /// The VMM's process.
+    /// The VMM's process; 0 for one that is being started, of which so far only the cgroup is known.
     pub pid: i32,
     /// When that was started, in clock ticks after the host's boot: a number that is used again does not pass for it.
     pub start_time: u64,
@@ -58,6 +61,26 @@ pub struct Checkpoint {
     pub image_slots: u8,
     /// What its cgroup was made in.
     pub cgroup_parent: String,
+}
+
+// === impl Checkpoint ===
+
+impl Checkpoint {
+    /// Of a machine that is being started: what it is to run in is known, so that it is found even if this process ends
+    /// before more is.
+    ///
+    /// # Errors
+    /// The host does not say which boot this is.
+    pub(super) fn of_start(manager: &str, spec: &MachineSpec) -> Result<Self> {
+        Ok(Self {
+            manager: manager.to_owned(),
+            pid: 0,
+            start_time: 0,
+            boot_id: boot_id().map_err(MachineError::start("look at the host", spec.dir.id()))?,
+            image_slots: spec.image_slots,
+            cgroup_parent: spec.cgroup_parent.clone(),
+        })
+    }
 }
 
 // === impl VmId ===
@@ -209,15 +232,6 @@ impl VmDir {
         std::os::unix::fs::chown(&inside, Some(uid), Some(gid)).map_err(MachineError::file("give away", &inside))
     }
 
-    /// Makes it as if it were new: empty. No process may use it any more.
-    ///
-    /// # Errors
-    /// [`MachineError::File`].
-    pub fn clean(&self, uid: u32, gid: u32) -> Result<()> {
-        self.remove()?;
-        self.create(uid, gid)
-    }
-
     /// Removes it with all there is in it. Removing one that is not there is Ok.
     ///
     /// # Errors
@@ -312,6 +326,20 @@ impl VmDir {
     }
 }
 
+/// Shortens the consoles of these machines; what goes wrong is told in the log.
+pub async fn trim_consoles(dirs: Vec<VmDir>) {
+    let trim = move || {
+        for dir in dirs {
+            if let Err(error) = dir.trim_console() {
+                tracing::warn!(machine = %dir.id(), error = chain(&error), "a console grows");
+            }
+        }
+    };
+    if let Err(error) = tokio::task::spawn_blocking(trim).await {
+        tracing::warn!(error = chain(&error), "consoles grow");
+    }
+}
+
 /// The file of that name in the directory; a link is an error.
 fn open_without_links(directory: &Path, name: &str, flags: OFlags) -> io::Result<OwnedFd> {
     let dir = File::open(directory)?;
@@ -374,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_is_roots_and_a_cleaned_one_is_like_new() {
+    fn a_directory_is_roots_and_is_removed_with_all_in_it() {
         let base = tempfile::tempdir().unwrap();
         let (uid, gid) = own();
         let all = dirs(base.path());
@@ -387,10 +415,6 @@ mod tests {
             fs::write(file, "stale").unwrap();
         }
         symlink("/", dir.inside().join("root")).unwrap();
-        dir.clean(uid, gid).unwrap();
-        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        assert_eq!(left, ["vmm"]);
-        assert_eq!(fs::read_dir(dir.inside()).unwrap().count(), 0);
         assert_eq!(all.list().unwrap(), std::slice::from_ref(&dir));
         dir.remove().unwrap();
         dir.remove().unwrap();

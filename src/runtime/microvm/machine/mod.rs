@@ -39,7 +39,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 pub use asset::{Asset, AssetDirs};
-pub use directory::{VmDir, VmDirs, VmId};
+pub use directory::{VmDir, VmDirs, VmId, trim_consoles};
 pub use error::{MachineError, Result};
 pub use jail::VmmUser;
 pub use template::{Template, TemplateKind};
@@ -52,6 +52,9 @@ pub const SCRATCH: &str = "scratch";
 /// Most image slots of a machine. With a scratch disk, a network card, the agent's port and a random number generator
 /// that leaves half of the 24 transports of QEMU's `microvm` machine.
 pub const MAX_IMAGE_SLOTS: u8 = 8;
+
+/// The largest file a VMM may write where the scratch disk is smaller: its console is one.
+const SMALLEST_LARGEST_FILE: u64 = 64 << 20;
 
 /// Serial of an image slot, counted from 0.
 pub fn slot_name(slot: u8) -> String {

@@ -1,11 +1,12 @@
 //! Setups: what a machine needs before there is one, made ahead of time: its directory and its tap.
 //!
 //! ```text
-//! fill(n) --build, in parallel--> idle (oldest first) --get--> occupied --give_back--> cleaned --> idle (at its end)
+//! fill(n) --build, in parallel--> idle (oldest first) --get--> occupied --give_back--> made anew --> idle (at its end)
 //!                                   '- none: get builds one, without holding anybody up
 //! ```
-//! A setup is cleaned before it is idle again: nothing of the machine before is there for the next. What cannot be
-//! cleaned is destroyed; its id is then free, and nothing of this ends the process.
+//! A setup is made anew before it is idle again, when it is given back and not when it is needed: nothing of the machine
+//! before is there for the next, not even its name, by which an address may rest and a late release may come. What cannot
+//! be removed is left to the next process, which finds it by its directory; nothing of this ends the process.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
@@ -38,7 +39,7 @@ pub trait Setups: Send + Sync {
     /// Nothing is left behind.
     async fn build(&self) -> Result<Setup>;
 
-    /// Makes a used one as if it were new; no machine uses it any more.
+    /// Makes a new one in the place of a used one, by another name; no machine uses it any more.
     async fn clean(&self, setup: &Setup) -> Result<Setup>;
 
     /// Removes all of it. Removing what is half there is Ok.
@@ -89,10 +90,10 @@ impl HostSetups {
     }
 
     async fn remove(&self, dir: &VmDir) -> Result<()> {
+        // The directory last: by it the tap is found again.
         let removed = self.taps.remove_tap(dir.id().as_str()).await;
-        // The directory goes even if the tap does not.
-        dir.remove()?;
-        removed.map_err(|error| tap_error("remove the tap", dir, error))
+        removed.map_err(|error| tap_error("remove the tap", dir, error))?;
+        dir.remove()
     }
 }
 
@@ -112,8 +113,8 @@ impl Setups for HostSetups {
     }
 
     async fn clean(&self, setup: &Setup) -> Result<Setup> {
-        setup.dir.clean(self.user.uid, self.user.gid)?;
-        self.make(setup.dir.clone()).await
+        self.remove(&setup.dir).await?;
+        self.build().await
     }
 
     async fn destroy(&self, setup: &Setup) -> Result<()> {
@@ -188,7 +189,7 @@ impl<S: Setups> SetupPool<S> {
         self.state().occupied.insert(setup.dir.id().clone(), setup);
     }
 
-    /// Gives a setup back: it is cleaned, and idle as the last.
+    /// Gives a setup back: one made in its place is idle as the last, unless there are enough.
     ///
     /// # Errors
     /// [`MachineError::NotAssigned`] if it is not occupied; and those of cleaning: it is then destroyed, not idle.
@@ -206,8 +207,21 @@ impl<S: Setups> SetupPool<S> {
             let _ = self.setups.destroy(setup).await;
         }
         returning.setup = None;
-        self.state().idle.extend(cleaned?);
-        Ok(())
+        match cleaned?.and_then(|setup| self.keep(setup)) {
+            // Others were given back meanwhile.
+            Some(surplus) => self.setups.destroy(&surplus).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Keeps a setup idle, or returns what there is no room for.
+    fn keep(&self, setup: Setup) -> Option<Setup> {
+        let mut state = self.state();
+        if state.idle.len() >= self.most_idle {
+            return Some(setup);
+        }
+        state.idle.push_back(setup);
+        None
     }
 
     /// Destroys all that is idle, before the end of the process. What is being made is waited for.

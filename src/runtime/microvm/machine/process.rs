@@ -55,15 +55,28 @@ impl Process {
         })
     }
 
-    /// The process that a checkpoint tells of, if that still runs.
-    pub(super) fn adopt(checkpoint: &Checkpoint) -> Option<Self> {
-        if boot_id().ok()? != checkpoint.boot_id {
-            return None;
+    /// The process that a checkpoint tells of, if that still runs. What else is in the machine's cgroup is ended with it:
+    /// a VMM whose node ended before it was written down, which nobody could reach any more.
+    pub(super) async fn take_over(checkpoint: &Checkpoint, cgroup: &VmCgroup) -> io::Result<Option<Self>> {
+        let adopted = Self::adopt(checkpoint)?;
+        if adopted.is_none() {
+            cgroup.end().await?;
+        }
+        Ok(adopted)
+    }
+
+    /// # Errors
+    /// Whether it runs is not to be found out.
+    fn adopt(checkpoint: &Checkpoint) -> io::Result<Option<Self>> {
+        if boot_id()? != checkpoint.boot_id {
+            return Ok(None);
         }
         // Opened before it is looked at: what is looked at is then what was opened, or started later.
-        let process = Self::open(checkpoint.pid).ok()?;
-        let started = start_time(checkpoint.pid)?;
-        (started == checkpoint.start_time).then_some(process)
+        let process = match Self::open(checkpoint.pid) {
+            Err(error) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => return Ok(None),
+            process => process?,
+        };
+        Ok(Some(process).filter(|_| start_time(checkpoint.pid) == Some(checkpoint.start_time)))
     }
 
     pub(super) fn pid(&self) -> i32 {
@@ -190,17 +203,18 @@ mod tests {
     async fn a_number_used_again_is_not_adopted() {
         let pid = sleeper();
         let known = checkpoint(pid);
-        let process = Process::adopt(&known).unwrap();
+        let process = Process::adopt(&known).unwrap().unwrap();
         for other in [
             Checkpoint { start_time: known.start_time + 1, ..known.clone() },
             Checkpoint { boot_id: "another boot".to_owned(), ..known.clone() },
             Checkpoint { pid: i32::MAX, ..known.clone() },
+            Checkpoint { pid: 0, start_time: 0, ..known.clone() },
         ] {
-            assert!(Process::adopt(&other).is_none(), "{other:?}");
+            assert!(Process::adopt(&other).unwrap().is_none(), "{other:?}");
         }
         process.kill();
         process.ended().await;
-        assert!(Process::adopt(&known).is_none());
+        assert!(Process::adopt(&known).unwrap().is_none());
     }
 
     #[tokio::test]
@@ -208,7 +222,7 @@ mod tests {
         let script = "sleep 1000 >/dev/null 2>&1 & echo $!";
         let output = Command::new("sh").args(["-c", script]).output().unwrap();
         let pid = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
-        let process = Process::adopt(&checkpoint(pid)).unwrap();
+        let process = Process::adopt(&checkpoint(pid)).unwrap().unwrap();
         assert_eq!(process.try_ended(), None);
         process.kill();
         assert_eq!(process.ended().await, VmExit::Unknown);
@@ -237,6 +251,28 @@ mod tests {
         process.end(&cgroup, &id, END_PATIENCE).await.unwrap();
         process.end(&cgroup, &id, END_PATIENCE).await.unwrap();
         assert!(!state.exists());
+        for tree in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+            let _ = fs::remove_dir(tree.path().join(&name));
+        }
+    }
+
+    #[tokio::test]
+    async fn one_that_was_not_written_down_in_time_is_ended_by_its_cgroup() {
+        let name = format!("lambdalet-test-{}", VmId::random());
+        if !Path::new("/sys/fs/cgroup/pids/cgroup.procs").exists() || !nix::unistd::geteuid().is_root() {
+            println!("skipped: needs root and cgroup v1");
+            return;
+        }
+        let cgroup = VmCgroup::of_host(&name, &VmId::new("one").unwrap());
+        cgroup.make(&Limits::default()).unwrap();
+        let process = Process::open(sleeper()).unwrap();
+        cgroup.join(process.pid()).unwrap();
+        let before = Checkpoint { pid: 0, start_time: 0, ..checkpoint(process.pid()) };
+        let reaped = process.ended();
+        let (taken, exit) = tokio::join!(Process::take_over(&before, &cgroup), reaped);
+        assert!(taken.unwrap().is_none());
+        assert_eq!(exit, VmExit::Signal(9));
+        assert!(!Path::new("/sys/fs/cgroup/pids").join(&name).join("vmm-one").exists());
         for tree in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
             let _ = fs::remove_dir(tree.path().join(&name));
         }

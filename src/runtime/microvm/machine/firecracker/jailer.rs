@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use super::API_SOCKET;
 use crate::file;
 use crate::runtime::microvm::machine::jail::VmmUser;
 use crate::runtime::microvm::machine::{Asset, MachineError, Result, VmDir};
@@ -23,7 +24,7 @@ pub(super) fn root(dir: &VmDir, program: &Path) -> PathBuf {
 
 /// # Errors
 /// [`MachineError::Invalid`] if the jailer would refuse the machine's id.
-pub(super) fn arguments(dir: &VmDir, program: &Path, user: VmmUser, socket: &str) -> Result<Vec<String>> {
+pub(super) fn arguments(dir: &VmDir, program: &Path, user: VmmUser, largest_file: u64) -> Result<Vec<String>> {
     let id = dir.id().as_str();
     if id.len() > LONGEST_ID || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') {
         let reason = "Firecracker's jailer takes letters, digits and '-', 64 at the most".to_owned();
@@ -38,9 +39,10 @@ pub(super) fn arguments(dir: &VmDir, program: &Path, user: VmmUser, socket: &str
         ("--gid", user.gid.to_string()),
         ("--chroot-base-dir", text(&base)),
         ("--resource-limit", "no-file=1024".to_owned()),
+        ("--resource-limit", format!("fsize={largest_file}")),
     ];
     let mut arguments: Vec<String> = pairs.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect();
-    arguments.extend(["--new-pid-ns", "--", "--api-sock", socket].map(str::to_owned));
+    arguments.extend(["--new-pid-ns", "--", "--api-sock", API_SOCKET].map(str::to_owned));
     Ok(arguments)
 }
 
@@ -102,11 +104,11 @@ mod tests {
         let program = Path::new("/usr/bin/firecracker");
         let user = VmmUser { uid: 7, gid: 8 };
         let dir = dir(Path::new("/run/vms"), "one");
-        let line = arguments(&dir, program, user, "firecracker.sock").unwrap().join(" ");
+        let line = arguments(&dir, program, user, 4096).unwrap().join(" ");
         assert_eq!(
             line,
             "--id one --exec-file /usr/bin/firecracker --uid 7 --gid 8 --chroot-base-dir /run/vms/default/one/jail \
-             --resource-limit no-file=1024 --new-pid-ns -- --api-sock firecracker.sock"
+             --resource-limit no-file=1024 --resource-limit fsize=4096 --new-pid-ns -- --api-sock firecracker.sock"
         );
         assert_eq!(root(&dir, program), Path::new("/run/vms/default/one/jail/firecracker/one/root"));
     }
@@ -114,7 +116,7 @@ mod tests {
     #[test]
     fn ids_that_the_jailer_refuses_are_refused_before() {
         for id in ["a.b", "a_b", &"x".repeat(65)] {
-            assert!(arguments(&dir(Path::new("/r"), id), Path::new("/f"), VmmUser::default(), "s").is_err(), "{id}");
+            assert!(arguments(&dir(Path::new("/r"), id), Path::new("/f"), VmmUser::default(), 1).is_err(), "{id}");
         }
     }
 

@@ -18,10 +18,11 @@ mod vsock;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, oneshot};
 
 pub use api::BackendType;
 use api::{
@@ -33,11 +34,11 @@ use machine::FirecrackerMachine;
 use super::cgroup::{Limits, VmCgroup};
 use super::directory::Checkpoint;
 use super::jail::VmmUser;
-use super::process::{Process, boot_id, start_time};
+use super::process::{Process, start_time};
 use super::template::TemplateKind;
 use super::{
-    Asset, Machine, MachineError, MachineManager, MachineSpec, Result, SCRATCH, TapUse, Template, VmDir, VmExit, Why,
-    host, slot_name,
+    Asset, Machine, MachineError, MachineManager, MachineSpec, Result, SCRATCH, SMALLEST_LARGEST_FILE, TapUse,
+    Template, VmDir, VmExit, Why, host, slot_name,
 };
 
 /// Where the guest's agent listens.
@@ -94,15 +95,18 @@ impl Firecracker {
     async fn start(&self, spec: &MachineSpec) -> Result<FirecrackerMachine> {
         spec.validate()?;
         let step = |action| MachineError::start(action, spec.dir.id());
-        let root = self.prepare(spec)?;
+        let (root, largest_file) = self.prepare(spec)?;
         let cgroup = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
         let limits = Limits { guest_memory: spec.memory, cpus: spec.cpus.clone(), numa_node: spec.numa_node };
-        cgroup.make(&limits).map_err(step("make a cgroup"))?;
-        let started = self.run_jailer(spec, &root).await;
+        spec.dir.write_checkpoint(&Checkpoint::of_start(NAME, spec)?)?;
+        let started = match cgroup.make(&limits) {
+            Ok(()) => self.run_jailer(spec, &root, largest_file, &cgroup).await,
+            Err(error) => Err(step("make a cgroup")(error)),
+        };
         let process = match started {
             Ok(process) => process,
             Err(error) => {
-                // Nothing is in it; what cannot be removed now is found by its name.
+                // Nothing runs in it, and half of it may be there; what cannot be removed now is found by its name.
                 let _ = cgroup.remove().await;
                 return Err(error);
             }
@@ -117,7 +121,7 @@ impl Firecracker {
             template: None,
         };
         let finished = async {
-            machine.cgroup.join(machine.pid()).map_err(step("enter the cgroup"))?;
+            machine.cgroup.join_entered(machine.pid()).map_err(step("enter the cgroup"))?;
             answers(&machine).await
         };
         match finished.await {
@@ -130,51 +134,56 @@ impl Firecracker {
         }
     }
 
-    /// The jail with all files in it.
-    fn prepare(&self, spec: &MachineSpec) -> Result<PathBuf> {
+    /// The jail with all files in it, and how large Firecracker may make one.
+    fn prepare(&self, spec: &MachineSpec) -> Result<(PathBuf, u64)> {
         let VmmUser { uid, gid } = self.user;
         spec.dir.create(uid, gid)?;
         let root = jailer::root(&spec.dir, &self.program);
         jailer::prepare(&root, self.user)?;
         jailer::show(&spec.kernel, &root, KERNEL)?;
         jailer::show(&spec.initramfs, &root, INITRAMFS)?;
-        spec.dir.give_inside(spec.scratch_name(), uid, gid)?;
+        let scratch = spec.dir.give_inside(spec.scratch_name(), uid, gid)?;
         jailer::show(&Asset::open_beneath(&spec.dir.inside(), spec.scratch_name())?, &root, SCRATCH)?;
         for slot in 0..spec.image_slots {
             jailer::make_blank(&root, &blank(slot), BLANK_SIZE)?;
         }
-        Ok(root)
+        // A template's memory becomes a file.
+        let memory = spec.template.as_ref().map_or(0, |_| spec.memory);
+        Ok((root, scratch.max(memory).max(SMALLEST_LARGEST_FILE)))
     }
 
     /// Runs the jailer to its end and writes the checkpoint of the Firecracker it left: on a thread, so that this is done
-    /// even if the caller stops waiting.
-    async fn run_jailer(&self, spec: &MachineSpec, root: &Path) -> Result<Process> {
+    /// even if the caller stops waiting. The thread is one of its own, which enters the cgroup before.
+    async fn run_jailer(
+        &self,
+        spec: &MachineSpec,
+        root: &Path,
+        largest_file: u64,
+        cgroup: &VmCgroup,
+    ) -> Result<Process> {
         let console = spec.dir.open_console(self.user.uid, self.user.gid)?;
         let mut command = Command::new(&self.jailer);
-        command.args(jailer::arguments(&spec.dir, &self.program, self.user, API_SOCKET)?);
-        let (dir, root, program) = (spec.dir.clone(), root.to_owned(), self.program.clone());
-        let (image_slots, cgroup_parent) = (spec.image_slots, spec.cgroup_parent.clone());
+        command.args(jailer::arguments(&spec.dir, &self.program, self.user, largest_file)?);
+        let (dir, root, program, cgroup) = (spec.dir.clone(), root.to_owned(), self.program.clone(), cgroup.clone());
+        let begun = Checkpoint::of_start(NAME, spec)?;
         let run = move || {
             let step = |action| MachineError::start(action, dir.id());
+            cgroup.enter().map_err(step("enter the cgroup"))?;
             let errors = console.try_clone().map_err(step("open the console"))?;
             command.env_clear().process_group(0).stdin(Stdio::null()).stdout(console).stderr(errors);
             let status = command.status().map_err(step("run the jailer"))?;
             let Some(pid) = jailer::pid(&root, &program).filter(|_| status.success()) else {
                 return Err(ended(&dir, status.code().map_or(VmExit::Unknown, VmExit::Code)));
             };
-            let checkpoint = Checkpoint {
-                manager: NAME.to_owned(),
-                pid,
-                start_time: start_time(pid).unwrap_or_default(),
-                boot_id: boot_id().map_err(step("look at the host"))?,
-                image_slots,
-                cgroup_parent,
-            };
-            dir.write_checkpoint(&checkpoint)?;
-            Process::open(pid).map_err(step("watch the VMM"))
+            dir.write_checkpoint(&Checkpoint { pid, start_time: start_time(pid).unwrap_or_default(), ..begun })?;
+            Ok(pid)
         };
-        let died = |error| MachineError::start("run the jailer", spec.dir.id())(std::io::Error::other(error));
-        tokio::task::spawn_blocking(run).await.map_err(died)?
+        let step = |action| MachineError::start(action, spec.dir.id());
+        let (answer, answered) = oneshot::channel();
+        let thread = thread::Builder::new().name("jailer".to_owned());
+        thread.spawn(move || drop(answer.send(run()))).map_err(step("start a thread"))?;
+        let pid = answered.await.map_err(|error| step("run the jailer")(std::io::Error::other(error)))??;
+        Process::open(pid).map_err(step("watch the VMM"))
     }
 
     async fn configure(&self, api: &Api, spec: &MachineSpec) -> Result<()> {
@@ -288,9 +297,8 @@ impl MachineManager for Firecracker {
             return Ok(None);
         };
         let cgroup = VmCgroup::of_host(&checkpoint.cgroup_parent, dir.id());
-        let Some(process) = Process::adopt(&checkpoint) else {
-            let removed = cgroup.remove().await;
-            removed.map_err(MachineError::file("remove the cgroup of", dir.path()))?;
+        let taken = Process::take_over(&checkpoint, &cgroup).await;
+        let Some(process) = taken.map_err(MachineError::file("take over the VMM of", dir.path()))? else {
             return Ok(None);
         };
         let root = jailer::root(dir, &self.program);

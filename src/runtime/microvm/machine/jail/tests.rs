@@ -87,8 +87,8 @@ async fn whoever_takes_over_a_vmm_has_its_directory_and_nothing_else() {
     println!("jailed in {:?}", begun.elapsed());
     let process = Process::open(pid).unwrap();
     cgroup.join_entered(pid).unwrap();
-    fs::write(place.path().join("vmm/go"), "").unwrap();
     let allowed = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    fs::write(place.path().join("vmm/go"), "").unwrap();
     let exit = process.ended().await;
     let console = fs::read_to_string(place.path().join("console")).unwrap();
     println!("{exit:?}\n{}", console.lines().filter(|line| !line.starts_with("forked")).collect::<Vec<_>>().join("\n"));

@@ -1,6 +1,6 @@
 //! The pool, over setups that are only remembered, and over those of this host.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Barrier;
@@ -21,6 +21,8 @@ struct Remembered {
     slow_clean: bool,
     /// All that are built at once meet here.
     together: Option<Barrier>,
+    /// And all that are cleaned.
+    clean_together: Option<Barrier>,
 }
 
 fn dir(name: &str) -> VmDir {
@@ -47,6 +49,9 @@ impl Setups for &Remembered {
 
     async fn clean(&self, setup: &Setup) -> Result<Setup> {
         self.cleaned.fetch_add(1, Ordering::SeqCst);
+        if let Some(together) = &self.clean_together {
+            together.wait().await;
+        }
         if self.slow_clean {
             std::future::pending::<()>().await;
         }
@@ -142,9 +147,22 @@ async fn above_the_bound_it_is_destroyed() {
     assert_eq!((pool.count(), setups.destroyed.load(Ordering::SeqCst)), ((0, 0), 2));
 }
 
+#[tokio::test]
+async fn of_those_given_back_at_once_no_more_are_kept_than_there_is_room_for() {
+    let setups = Remembered { clean_together: Some(Barrier::new(3)), ..Remembered::default() };
+    let pool = SetupPool::new(&setups, 1);
+    let taken = [pool.get().await.unwrap(), pool.get().await.unwrap(), pool.get().await.unwrap()];
+    for given in join_all(taken.iter().map(|setup| pool.give_back(setup.dir.id()))).await {
+        given.unwrap();
+    }
+    assert_eq!((pool.count(), setups.destroyed.load(Ordering::SeqCst)), ((1, 0), 2));
+}
+
 /// Taps that are only remembered; the one of this number cannot be made.
 #[derive(Default)]
 struct Wires {
+    /// None can be removed.
+    stuck: AtomicBool,
     there: Mutex<Vec<String>>,
     made: AtomicUsize,
     bad: Option<usize>,
@@ -172,6 +190,9 @@ impl Taps for Wires {
     }
 
     async fn remove_tap(&self, sandbox: &str) -> Result<(), NetworkError> {
+        if self.stuck.load(Ordering::SeqCst) {
+            return Err(NetworkError::BadName { name: sandbox.to_owned() });
+        }
         self.there.lock().unwrap().retain(|name| name != sandbox);
         Ok(())
     }
@@ -195,7 +216,8 @@ async fn a_setup_of_this_host_is_clean_when_it_is_used_again() {
     std::fs::write(setup.dir.console(), "console").unwrap();
     pool.give_back(setup.dir.id()).await.unwrap();
     let again = pool.get().await.unwrap();
-    assert_eq!(again.dir, setup.dir);
+    assert_ne!(again.dir.id(), setup.dir.id(), "who knew the one before does not reach this one");
+    assert!(!setup.dir.path().exists() && !wires.there.lock().unwrap().contains(&setup.dir.id().to_string()));
     assert_eq!(std::fs::read_dir(again.dir.inside()).unwrap().count(), 0);
     assert!(!again.dir.console().exists());
     let other = pool.get().await.unwrap();
@@ -206,5 +228,22 @@ async fn a_setup_of_this_host_is_clean_when_it_is_used_again() {
         pool.give_back(setup.dir.id()).await.unwrap();
     }
     pool.drain().await.unwrap();
+    assert!(dirs.list().unwrap().is_empty() && wires.there.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_directory_stays_until_its_tap_is_gone() {
+    let base = tempfile::tempdir().unwrap();
+    let user = VmmUser { uid: nix::unistd::geteuid().as_raw(), gid: nix::unistd::getegid().as_raw() };
+    let dirs = VmDirs::new(base.path(), "default").unwrap();
+    let wires = Arc::<Wires>::default();
+    let setups = HostSetups::new(dirs.clone(), wires.clone(), user, TapUse::Named { uid: 7 });
+    let setup = setups.build().await.unwrap();
+    wires.stuck.store(true, Ordering::SeqCst);
+    setups.destroy(&setup).await.unwrap_err();
+    setups.clean(&setup).await.unwrap_err();
+    assert_eq!(dirs.list().unwrap(), std::slice::from_ref(&setup.dir), "by it the next process finds the tap");
+    wires.stuck.store(false, Ordering::SeqCst);
+    setups.destroy(&setup).await.unwrap();
     assert!(dirs.list().unwrap().is_empty() && wires.there.lock().unwrap().is_empty());
 }

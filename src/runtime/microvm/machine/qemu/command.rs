@@ -67,7 +67,11 @@ pub(super) fn arguments(spec: &MachineSpec, accel: Accel, memory: Memory) -> Vec
     }
     line.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").add("-display", "none");
     line.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
-    line.add("-L", FIRMWARE).add("-kernel", KERNEL).add("-initrd", INITRAMFS).add("-append", kernel_line(spec, accel));
+    line.add("-L", FIRMWARE).add("-kernel", KERNEL).add("-initrd", INITRAMFS);
+    match untold(spec, accel, memory) {
+        Some(_) => line.flag("-preconfig"),
+        None => line.add("-append", kernel_line(accel, &[])),
+    };
     line.add("-chardev", format!("socket,id=qmp,path={QMP_SOCKET},server=on,wait=off"));
     line.add("-mon", "chardev=qmp,mode=control");
     line.add("-chardev", format!("file,id=console,path={CONSOLE},append=on")).add("-serial", "chardev:console");
@@ -110,7 +114,14 @@ pub(super) fn blank_node(slot: u8) -> String {
     format!("image{slot}-blank")
 }
 
-fn kernel_line(spec: &MachineSpec, accel: Accel) -> String {
+/// The kernel's command line where it is not among QEMU's arguments, which every user of the host can read: QEMU then
+/// waits to be told. A clone's guest has read its own long ago.
+pub(super) fn untold(spec: &MachineSpec, accel: Accel, memory: Memory) -> Option<String> {
+    let told = spec.kernel_args.is_empty() || matches!(memory, Memory::Clone { .. });
+    (!told).then(|| kernel_line(accel, &spec.kernel_args))
+}
+
+fn kernel_line(accel: Accel, more: &[String]) -> String {
     let mut words = vec!["console=ttyS0".to_owned(), "reboot=t".to_owned(), "panic=-1".to_owned(), "quiet".to_owned()];
     if let Accel::Tcg { tsc_khz } = accel {
         // Without the rate of the clock the kernel tries to measure it, and one boot in three never ends. What is
@@ -118,7 +129,7 @@ fn kernel_line(spec: &MachineSpec, accel: Accel) -> String {
         words.extend([format!("tsc_early_khz={tsc_khz}"), "mitigations=off".to_owned()]);
     }
     words.push("random.trust_cpu=on".to_owned());
-    words.extend(spec.kernel_args.iter().cloned());
+    words.extend(more.iter().cloned());
     words.join(" ")
 }
 
@@ -164,8 +175,18 @@ mod tests {
 
     #[test]
     fn a_small_machine_without_a_network_has_this_command_line() {
-        let line = lines(&arguments(&spec(), Accel::Tcg { tsc_khz: 2_596_122 }, Memory::Own));
+        let plain = MachineSpec { kernel_args: Vec::new(), ..spec() };
+        let line = lines(&arguments(&plain, Accel::Tcg { tsc_khz: 2_596_122 }, Memory::Own));
         assert_eq!(line, SMALL);
+    }
+
+    #[test]
+    fn what_a_caller_tells_the_kernel_is_not_on_the_command_line() {
+        let tcg = Accel::Tcg { tsc_khz: 1 };
+        let arguments = arguments(&spec(), tcg, Memory::Own);
+        assert!(!lines(&arguments).contains("VMID=one") && arguments.iter().any(|option| option == "-preconfig"));
+        assert!(untold(&spec(), tcg, Memory::Own).unwrap().ends_with(" VMID=one"));
+        assert_eq!(untold(&spec(), tcg, Memory::Clone { read_only: true }), None);
     }
 
     #[test]
@@ -178,9 +199,10 @@ mod tests {
     #[test]
     fn a_template_differs_from_its_clones_only_in_whose_memory_it_is() {
         let tcg = Accel::Tcg { tsc_khz: 1 };
-        let mut clone = arguments(&spec(), tcg, Memory::Clone { read_only: true });
+        let spec = MachineSpec { kernel_args: Vec::new(), ..spec() };
+        let mut clone = arguments(&spec, tcg, Memory::Clone { read_only: true });
         assert_eq!(clone.split_off(clone.len() - 3), ["-incoming", "defer", "-S"]);
-        let template = arguments(&spec(), tcg, Memory::Template);
+        let template = arguments(&spec, tcg, Memory::Template);
         let differ: Vec<_> = clone.iter().zip(&template).filter(|(a, b)| a != b).collect();
         assert_eq!(clone.len(), template.len());
         assert_eq!(differ.len(), 1, "{differ:?}");

@@ -24,17 +24,18 @@ use async_trait::async_trait;
 use serde_json::json;
 use tokio::sync::OnceCell;
 
-use command::{Accel, CONSOLE, INITRAMFS, KERNEL, MEMORY, Memory, VM, arguments, blank_file};
+use command::{Accel, CONSOLE, INITRAMFS, KERNEL, MEMORY, Memory, VM, arguments, blank_file, untold};
 use machine::QemuMachine;
 use qmp::Qmp;
 
 use super::cgroup::{Limits, VmCgroup};
 use super::directory::Checkpoint;
 use super::jail::{Bind, BindKind, Failed, Jail, SHELL, Source, VmmUser, strip};
-use super::process::{Process, boot_id, start_time};
+use super::process::{Process, start_time};
 use super::template::TemplateKind;
 use super::{
-    Asset, Machine, MachineError, MachineManager, MachineSpec, Result, TapUse, Template, VmDir, VmExit, Why, host,
+    Asset, Machine, MachineError, MachineManager, MachineSpec, Result, SMALLEST_LARGEST_FILE, TapUse, Template, VmDir,
+    VmExit, Why, host,
 };
 
 const NAME: &str = "qemu";
@@ -56,8 +57,6 @@ const START_PATIENCE: Duration = Duration::from_secs(20);
 const START_PAUSE: Duration = Duration::from_millis(1);
 /// How long writing or reading a template's state may take; some 0.1 s for a small guest.
 const MIGRATION_PATIENCE: Duration = Duration::from_secs(60);
-/// The largest file QEMU may write where the scratch disk is smaller: its console is one.
-const SMALLEST_LARGEST_FILE: u64 = 64 << 20;
 /// How much of a console is shown with an error.
 const SHOWN: u64 = 2000;
 
@@ -126,7 +125,12 @@ impl Qemu {
         let cgroup = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
         let jail = Jail { cgroup: Some(cgroup.clone()), ..self.jail(spec, accel, memory, template)? };
         let limits = Limits { guest_memory: spec.memory, cpus: spec.cpus.clone(), numa_node: spec.numa_node };
-        cgroup.make(&limits).map_err(MachineError::start("make a cgroup", spec.dir.id()))?;
+        spec.dir.write_checkpoint(&Checkpoint::of_start(NAME, spec)?)?;
+        if let Err(error) = cgroup.make(&limits) {
+            // Half of it may be there; what cannot be removed now is found by its name.
+            let _ = cgroup.remove().await;
+            return Err(MachineError::start("make a cgroup", spec.dir.id())(error));
+        }
         let started = match jail.start().await {
             Ok(pid) => Process::of_child(pid).map_err(|source| Failed { step: "watch the VMM".to_owned(), source }),
             Err(failed) => Err(failed),
@@ -141,7 +145,7 @@ impl Qemu {
         };
         // From here on its end is that of the machine; nothing is waited for before its checkpoint is written.
         let machine = QemuMachine::new(spec.dir.clone(), process, cgroup, spec.image_slots);
-        match self.finish_start(&machine, spec, state).await {
+        match self.finish_start(&machine, spec, (untold(spec, accel, memory), state)).await {
             Ok(()) => Ok(machine),
             Err(error) => {
                 // That it goes on is found by its checkpoint.
@@ -152,20 +156,25 @@ impl Qemu {
     }
 
     /// From a process to a QEMU that answers, and that has nothing left of what it was started from.
-    async fn finish_start(&self, machine: &QemuMachine, spec: &MachineSpec, state: Option<&File>) -> Result<()> {
+    async fn finish_start(
+        &self,
+        machine: &QemuMachine,
+        spec: &MachineSpec,
+        (kernel_line, state): (Option<String>, Option<&File>),
+    ) -> Result<()> {
         let step = |action| MachineError::start(action, spec.dir.id());
         machine.cgroup.join_entered(machine.pid()).map_err(step("enter the cgroup"))?;
         let gone = || io::Error::other("the VMM has ended");
         let checkpoint = Checkpoint {
-            manager: NAME.to_owned(),
             pid: machine.pid(),
             start_time: start_time(machine.pid()).ok_or_else(gone).map_err(step("look at the VMM"))?,
-            boot_id: boot_id().map_err(step("look at the host"))?,
-            image_slots: spec.image_slots,
-            cgroup_parent: spec.cgroup_parent.clone(),
+            ..Checkpoint::of_start(NAME, spec)?
         };
         spec.dir.write_checkpoint(&checkpoint)?;
         let mut qmp = answers(machine).await?;
+        if let Some(kernel_line) = &kernel_line {
+            qmp.configure(kernel_line).await?;
+        }
         // QEMU answers commands once it has read all it starts from.
         let started_from = PROGRAMS.iter().chain(&[KERNEL, INITRAMFS, MEMORY]);
         let places = started_from.map(PathBuf::from).chain([self.program.clone()]).collect();
@@ -285,9 +294,8 @@ impl MachineManager for Qemu {
             return Ok(None);
         };
         let cgroup = VmCgroup::of_host(&checkpoint.cgroup_parent, dir.id());
-        let Some(process) = Process::adopt(&checkpoint) else {
-            let removed = cgroup.remove().await;
-            removed.map_err(MachineError::file("remove the cgroup of", dir.path()))?;
+        let taken = Process::take_over(&checkpoint, &cgroup).await;
+        let Some(process) = taken.map_err(MachineError::file("take over the VMM of", dir.path()))? else {
             return Ok(None);
         };
         Ok(Some(Box::new(QemuMachine::new(dir.clone(), process, cgroup, checkpoint.image_slots))))

@@ -144,6 +144,13 @@ impl Qmp {
         serde_json::from_value(value).map_err(|error| broken(&self.dir, "understand", invalid(error)))
     }
 
+    /// Tells a QEMU that waits for it the kernel's command line, and to go on: it answers when it has read the kernel.
+    pub(super) async fn configure(&mut self, kernel_line: &str) -> Result<()> {
+        let append = json!({"path": "/machine", "property": "append", "value": kernel_line});
+        self.execute("qom-set", append).await?;
+        self.execute("x-exit-preconfig", json!({})).await.map(drop)
+    }
+
     pub(super) async fn cont(&mut self) -> Result<()> {
         self.execute("cont", json!({})).await.map(drop)
     }

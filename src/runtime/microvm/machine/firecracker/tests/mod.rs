@@ -3,7 +3,6 @@
 mod stand_in;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::pin::Pin;
 
 use stand_in::StandIn;
@@ -15,12 +14,13 @@ use crate::runtime::microvm::machine::template::Templates;
 use crate::runtime::microvm::machine::{TapLink, VmDirs, VmId};
 use crate::runtime::session::Duplex;
 
-/// Does what is seen of the jailer: leaves a process and its number.
+/// Does what is seen of the jailer: leaves a process and its number. By then its machine is written down.
 const JAILER: &str = r#"#!/bin/sh
 while [ "$1" != -- ]; do
   case $1 in --id) id=$2 ;; --chroot-base-dir) base=$2 ;; --exec-file) program=${2##*/} ;; esac
   shift
 done
+[ -s "${base%/jail}/machine.json" ] || exit 1
 sleep 1000 </dev/null >/dev/null 2>&1 &
 echo $! >"$base/$program/$id/root/$program.pid"
 "#;
@@ -42,8 +42,10 @@ impl Bench {
         let place = tempfile::tempdir().unwrap();
         let script = |name: &str, text: &str| {
             let path = place.path().join(name);
-            fs::write(&path, text).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            // By another process: one that a test beside this starts just now would keep it open for writing a moment longer.
+            let mut writer = std::process::Command::new("sh");
+            writer.args(["-c", "printf %s \"$1\" >\"$0\" && chmod 755 \"$0\""]).arg(&path).arg(text);
+            assert!(writer.status().unwrap().success());
             path
         };
         let program = script("firecracker", "#!/bin/sh\necho Firecracker v1.16.1\n");
@@ -144,6 +146,21 @@ async fn a_machine_is_configured_in_an_order_that_firecracker_takes() {
     machine.kill().await.unwrap();
     machine.exited().await;
     assert!(bench.manager.adopt(&spec.dir).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn one_whose_node_ended_before_it_was_written_down_is_not_left_running() {
+    let Some(bench) = Bench::new(BackendType::File) else { return };
+    let spec = bench.spec();
+    let _server = bench.stand_in(&spec);
+    let machine = bench.manager.boot(&spec).await.unwrap();
+    spec.dir.write_checkpoint(&Checkpoint::of_start(NAME, &spec).unwrap()).unwrap();
+    assert!(bench.manager.adopt(&spec.dir).await.unwrap().is_none());
+    machine.exited().await;
+    assert_eq!(start_time(machine.pid()), None);
+    let directories = fs::read_dir("/sys/fs/cgroup").unwrap().flatten().map(|tree| tree.path().join(&bench.cgroup));
+    let left: Vec<_> = directories.flat_map(|one| fs::read_dir(one).into_iter().flatten().flatten()).collect();
+    assert!(left.iter().all(|entry| !entry.path().is_dir()), "{left:?}");
 }
 
 #[tokio::test]
