@@ -12,10 +12,11 @@ use nix::unistd;
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
-/// How long a process may take to end by itself once its client is gone, in looks and the pause between them.
-const HANG_UP_LOOKS: u32 = 20;
+/// How long a process may take to end by itself once its client is gone, and the pause between looks. A look goes through
+/// all processes of the host, so it is the clock that counts and not the looks.
+const HANG_UP_PATIENCE: Duration = Duration::from_millis(400);
 const HANG_UP_PAUSE: Duration = Duration::from_millis(20);
 /// After that it is killed; one that forks meanwhile is met by the next round.
 const KILL_ROUNDS: u32 = 20;
@@ -59,7 +60,8 @@ impl Process {
     /// left that on purpose, as a daemon does (`setsid`).
     pub(super) async fn hang_up(&self) {
         self.signal(&[Signal::SIGHUP, Signal::SIGCONT]).await;
-        for _ in 0..HANG_UP_LOOKS {
+        let until = Instant::now() + HANG_UP_PATIENCE;
+        while Instant::now() < until {
             sleep(HANG_UP_PAUSE).await;
             if self.signal(&[]).await == 0 {
                 return;

@@ -1,7 +1,7 @@
 //! `kubectl logs` with every option, and the node's own log endpoint where the API server rounds.
 
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 
 use crate::harness::node::{Options, output};
-use crate::harness::pods::{STAY, busybox, container, has_ended, restarts, status, terminated};
+use crate::harness::pods::{STAY, busybox, container, restarts, status, terminated};
 use crate::harness::wait::SOON;
 use crate::harness::{Case, on_own_node, on_shared_node};
 
@@ -105,10 +105,10 @@ fn since_a_moment_counts_fractions_of_a_second() {
 #[ignore = "needs cluster: run hack/test"]
 fn following_shows_lines_as_they_are_written_and_ends_with_the_container() {
     on_shared_node(async |t| {
-        let spec =
-            json!({"restartPolicy": "Never", "containers": [busybox("for i in 1 2 3; do echo $i; sleep 1; done")]});
+        let script = "for i in 1 2 3; do until [ -e /go$i ]; do sleep 0.05; done; echo $i; done";
+        let spec = json!({"restartPolicy": "Never", "containers": [busybox(script)]});
         t.pod("slow", spec).await;
-        t.until("slow", "started", |p| has_ended(p) || crate::harness::pods::is_ready(p)).await;
+        t.running("slow").await;
         let mut command = t.cluster.kubectl(&["-n", &t.namespace, "logs", "-f", "slow"]);
         let mut child =
             tokio::process::Command::from(std::mem::replace(&mut command, std::process::Command::new("true")))
@@ -117,17 +117,15 @@ fn following_shows_lines_as_they_are_written_and_ends_with_the_container() {
                 .spawn()
                 .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let mut times = Vec::new();
-        let follow = async {
-            while let Some(line) = lines.next_line().await.unwrap() {
-                times.push((line, Instant::now()));
-            }
-            child.wait().await.unwrap()
-        };
-        let status = tokio::time::timeout(SOON, follow).await.expect("kubectl logs -f does not end");
-        assert!(status.success());
-        assert_eq!(times.iter().map(|(line, _)| line.as_str()).collect::<Vec<_>>(), ["1", "2", "3"]);
-        assert!(times[2].1 - times[1].1 > Duration::from_millis(500), "it came in one piece at the end");
+        for number in ["1", "2", "3"] {
+            // The next line is not written before this one was seen.
+            t.kubectl_text(&["exec", "slow", "--", "touch", &format!("/go{number}")]);
+            let line = tokio::time::timeout(SOON, lines.next_line()).await.expect("a line is shown as it is written");
+            assert_eq!(line.unwrap().as_deref(), Some(number));
+        }
+        let end = tokio::time::timeout(SOON, async { (lines.next_line().await.unwrap(), child.wait().await.unwrap()) });
+        let (rest, status) = end.await.expect("kubectl logs -f does not end");
+        assert!(rest.is_none() && status.success(), "{rest:?}, {status}");
     });
 }
 

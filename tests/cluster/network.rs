@@ -45,7 +45,7 @@ fn a_port_without_a_listener_is_refused_at_once() {
         let began = std::time::Instant::now();
         let refused = get(&format!("{address}:8080"), "/").await.unwrap_err();
         assert!(refused.contains("refused"), "{refused}");
-        assert!(began.elapsed().as_millis() < 500, "{:?}", began.elapsed());
+        assert!(began.elapsed().as_millis() < 900, "{:?}", began.elapsed());
     });
 }
 

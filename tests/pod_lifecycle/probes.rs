@@ -175,12 +175,13 @@ async fn a_pod_that_ends_tells_its_readiness_and_is_not_killed_for_its_liveness(
 }
 
 #[tokio::test]
-async fn an_end_is_visible_within_a_tenth_of_a_second() {
+async fn an_end_is_told_before_anything_looks_again() {
     let world = World::new();
     let uid = world.running(pod("a").policy("Never")).await;
     let main = world.attempt(&uid, "main", 0).await;
     let began = Instant::now();
     world.runtime.exit_container(&main.id, 3);
     until("the end is told", || !world.api.container("a", 0)["state"]["terminated"].is_null()).await;
-    assert!(began.elapsed() < Duration::from_millis(100), "it took {:?}", began.elapsed());
+    // A minute is what the next look would take; how fast it is, a benchmark says.
+    assert!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
 }

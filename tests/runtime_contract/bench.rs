@@ -512,6 +512,11 @@ impl Bench {
         self.says("idle", "trap 'exit 143' TERM; while :; do sleep 0.05; done")
     }
 
+    /// The same, and says `ready` once a signal would not be lost.
+    pub(crate) fn listens(&self) -> Vec<String> {
+        self.says("print|ready|idle", "trap 'exit 143' TERM; echo ready; while :; do sleep 0.05; done")
+    }
+
     /// Runs until it is killed.
     pub(crate) fn stubborn(&self) -> Vec<String> {
         self.says("stubborn", "trap '' TERM; while :; do sleep 1; done")

@@ -11,6 +11,7 @@ use lambdalet::runtime::types::{
 };
 
 use crate::bench::Bench;
+use crate::machines::says;
 
 pub(crate) async fn a_container_is_created_then_runs_then_has_exited(bench: &Bench) {
     let sandbox = bench.sandbox("p").await;
@@ -142,9 +143,8 @@ pub(crate) async fn the_exit_code_is_the_process_own(bench: &Bench) {
 }
 
 pub(crate) async fn a_stop_lets_the_process_end_by_itself(bench: &Bench) {
-    let id = bench.started("c", bench.idles()).await;
-    // The shell needs a moment to set its trap.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let id = bench.started("c", bench.listens()).await;
+    says(bench, &id, "ready").await;
     let begun = Instant::now();
     bench.runtime.stop_container(&id, Duration::from_secs(30)).await.unwrap();
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
@@ -153,8 +153,9 @@ pub(crate) async fn a_stop_lets_the_process_end_by_itself(bench: &Bench) {
 }
 
 pub(crate) async fn a_process_that_ignores_the_signal_is_killed_after_the_grace(bench: &Bench) {
-    let id = bench.started("c", bench.stubborn()).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let deaf = bench.says("stubborn|print|ready|idle", "trap '' TERM; echo ready; while :; do sleep 1; done");
+    let id = bench.started("c", deaf).await;
+    says(bench, &id, "ready").await;
     let begun = Instant::now();
     bench.runtime.stop_container(&id, Duration::from_millis(600)).await.unwrap();
     assert!(begun.elapsed() >= Duration::from_millis(600), "{:?}", begun.elapsed());

@@ -241,12 +241,16 @@ pub(crate) async fn standard_input_stays_open_for_the_next_client(bench: &Bench)
 }
 
 pub(crate) async fn a_client_attached_without_input_only_listens(bench: &Bench) {
-    let command = bench.says("sleep|300|print|one|warn|two|exit|0", "busybox sleep 0.3; echo one; echo two >&2");
-    let id = bench.started("c", command).await;
+    let command = bench.says("line|print|one|warn|two|exit|0", "read x; echo one; echo two >&2");
+    let id = attachable(bench, false, command).await;
     let request = AttachRequest { stdin: false, stdout: false, stderr: true };
-    let session = bench.runtime.attach(&id, &request).await.unwrap();
-    assert!(session.stdin.is_none());
-    assert_eq!(finish(session).await, (Vec::new(), b"two\n".to_vec(), 0));
+    let listener = bench.runtime.attach(&id, &request).await.unwrap();
+    assert!(listener.stdin.is_none());
+    let mut speaker = attach(bench, &id).await;
+    write(&mut speaker, b"go\n").await;
+    let (heard, said) = join!(finish(listener), finish(speaker));
+    assert_eq!(heard, (Vec::new(), b"two\n".to_vec(), 0));
+    assert_eq!(said, (b"one\n".to_vec(), b"two\n".to_vec(), 0));
 }
 
 async fn echoed(bench: &Bench, sandbox: &SandboxId, port: u16, bytes: &[u8]) {
@@ -294,12 +298,15 @@ pub(crate) async fn a_port_where_nothing_listens_is_invalid_and_says_so(bench: &
 }
 
 pub(crate) async fn a_paused_container_waits_until_it_is_thawed(bench: &Bench) {
-    let command = bench.says("print|one|sleep|300|print|two|exit|0", "echo one; busybox sleep 0.3; echo two");
-    let id = bench.started("c", command).await;
+    let command = bench.says("line|print|two|exit|0", "read x; echo two");
+    let id = attachable(bench, false, command).await;
+    let mut session = attach(bench, &id).await;
     for _ in 0..2 {
         bench.runtime.pause_container(&id).await.unwrap();
     }
-    tokio::time::sleep(Duration::from_millis(700)).await;
+    write(&mut session, b"go\n").await;
+    // What it would take to answer, and more.
+    tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(bench.runtime.container_status(&id).await.unwrap().state, ContainerState::Running);
     let error = bench.runtime.exec(&id, &request(bench.exits(0))).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Invalid, "{error}");
@@ -310,6 +317,7 @@ pub(crate) async fn a_paused_container_waits_until_it_is_thawed(bench: &Bench) {
             Err(error) => assert_eq!(error.kind(), Kind::Invalid),
         }
     }
+    assert_eq!(finish(session).await, (b"two\n".to_vec(), Vec::new(), 0));
     assert_eq!(bench.exited(&id).await.exit_code, 0);
 }
 
