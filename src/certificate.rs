@@ -65,6 +65,11 @@ impl Names {
     pub fn cover(&self, other: &Self) -> bool {
         self.dns.is_superset(&other.dns) && self.ip.is_superset(&other.ip)
     }
+
+    /// Whether there are any. A client certificate is asked for without, and nobody looks at what it has of them.
+    pub fn matter(&self) -> bool {
+        !self.dns.is_empty() || !self.ip.is_empty()
+    }
 }
 
 /// What a certificate says.

@@ -183,7 +183,20 @@ async fn cluster(api: &ApiServer, known: Option<&Record>, node: &str) -> Result<
     let doubted = |record: &&Record| record.node == node && record.cluster != service && record.node_uid.is_some();
     let Some(record) = known.filter(doubted) else { return Ok(service) };
     let nodes: Api<Node> = Api::all(api.client.clone());
-    let there = api.request(nodes.get_opt(node)).await?.and_then(|node| node.metadata.uid);
+    let there = loop {
+        match api.request(nodes.get_opt(node)).await {
+            Ok(there) => break there.and_then(|node| node.metadata.uid),
+            Err(error) if matches!(error.trouble, Trouble::Forbidden | Trouble::UnknownAuthority) => return Err(error),
+            // To go on as in the cluster of the record would be to remove that one's Pods if this is another.
+            Err(error) => {
+                warn!(
+                    error = chain(&error),
+                    "waiting for the API server: the Node must tell whether the cluster is the same"
+                );
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+        }
+    };
     if there != record.node_uid {
         return Ok(service);
     }

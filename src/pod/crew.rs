@@ -495,6 +495,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_was_prepared_of_an_older_image_is_not_started() {
+        let node = Node::new();
+        let here = watch::Sender::new(vec!["setup:1".to_owned(), "code:1".to_owned()]);
+        let crew = crew(&node, &here);
+        let id = EnvironmentId { replica: ReplicaId(0), ordinal: 0 };
+        for version in [1, 2] {
+            crew.prepare_one(id).await;
+            assert!(crew.members().contains_key(&id), "it is prepared");
+            here.send_replace(vec!["setup:2".to_owned(), "code:2".to_owned()]);
+            assert_eq!(crew.claim(id).await.is_some(), version == 2, "of version {version}");
+        }
+    }
+
+    #[tokio::test]
     async fn what_a_stop_that_was_dropped_half_way_left_is_removed_by_the_next() {
         let (node, here) = (Node::new(), watch::Sender::default());
         let crew = crew(&node, &here);

@@ -365,9 +365,10 @@ fn need(view: &View<'_>, container: &Container, init: bool) -> Need {
         return if done_before && !init { Need::Nothing } else { Need::Start(next()) };
     };
     let attempts = view.observed.attempts(&container.name);
+    let beside = |other: &ContainerStatus| other.state == ContainerState::Running && other.sandbox == current.sandbox;
     match current.state {
         // Made to take the place of one that has yet to end, as a resize has it.
-        ContainerState::Created if attempts.iter().any(|other| other.state == ContainerState::Running) => Need::Nothing,
+        ContainerState::Created if attempts.iter().any(beside) => Need::Nothing,
         ContainerState::Created if is_outdated(view.spec, current) => Need::Start(next()),
         ContainerState::Created => Need::Start(current.attempt),
         ContainerState::Running if init => Need::Busy,

@@ -26,7 +26,7 @@ const WARM_UP_PATIENCE: Duration = Duration::from_secs(30);
 const FIRST_LOOK: Duration = Duration::from_millis(1);
 const LAST_LOOK: Duration = Duration::from_millis(25);
 /// How long it may take to hear of the end of an environment that broke off a call, before it is stopped.
-const END_PATIENCE: Duration = Duration::from_secs(1);
+const END_PATIENCE: Duration = Duration::from_millis(250);
 /// How long an adopted environment may take to become known to be idle; then it is replaced.
 const IDLE_PATIENCE: Duration = Duration::from_secs(900);
 

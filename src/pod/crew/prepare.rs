@@ -48,15 +48,16 @@ impl Crew {
         self.reserve.0.lock().await.started.insert(id);
     }
 
-    /// Starts an environment if it is prepared, and tells how it is from then on. One in which something went wrong is
-    /// removed, so that another can be begun in its place.
+    /// Starts an environment if it is prepared, and tells how it is from then on. One in which something went wrong, or
+    /// that is not of what the Pod is now, is removed, so that another can be begun in its place.
     pub(super) async fn claim(&self, id: EnvironmentId) -> Option<watch::Receiver<Option<PodStatus>>> {
         let mut books = self.reserve.0.lock().await;
-        books.prepared.remove(&id)?;
+        // Of another image, it is about to be dismissed.
+        let fresh = is_made_of(&books.prepared.remove(&id)?.made_of, &self.derived());
         {
             let members = self.members();
             let member = members.get(&id)?;
-            if member.statuses.borrow().as_ref().is_none_or(|status| verdict(status).is_none()) {
+            if fresh && member.statuses.borrow().as_ref().is_none_or(|status| verdict(status).is_none()) {
                 member.go.send_replace(true);
                 return Some(member.statuses.clone());
             }

@@ -15,7 +15,7 @@ use crate::pod::ephemeral;
 use crate::pod::eviction::{DISRUPTION, End, Order};
 use crate::pod::inputs::following::Following;
 use crate::pod::node_shutdown;
-use crate::pod::plan::Goal;
+use crate::pod::plan::{self, Goal};
 use crate::pod::resize::Note;
 use crate::pod::status::{Trouble, crash_loop};
 use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus, LogOptions, SandboxId};
@@ -66,7 +66,7 @@ impl Worker {
         let Some(Order { trouble, grace, end, disruption }) = self.shared.evictions.take(&self.reference.uid) else {
             return;
         };
-        if self.memory.released {
+        if self.memory.released || self.is_over() {
             return;
         }
         self.memory.hurry = Some(self.memory.hurry.map_or(grace, |before| before.min(grace)));
@@ -83,6 +83,15 @@ impl Worker {
         });
         self.memory.leaves_nothing = end == End::ForRoom;
         self.memory.ended = Some(trouble);
+    }
+
+    /// Whether the Pod has come to its own end, of which only what is left remains to be removed.
+    fn is_over(&self) -> bool {
+        let finished = |spec| plan::finished(spec, &self.observed, self.probes.health()).is_some();
+        self.memory.ended.is_none()
+            && self.function.is_none()
+            && self.observed.running().next().is_none()
+            && self.pod.spec.as_ref().is_some_and(finished)
     }
 
     /// The goal, with no more grace than an order leaves.

@@ -312,7 +312,7 @@ impl Reading {
     async fn next(mut self) -> Result<Option<(Vec<LogChunk>, Self)>> {
         loop {
             // Before looking: what is written until then is read.
-            let ended = !self.follow || self.ended.now().await;
+            let ended = !self.follow || self.last_looks < LAST_LOOKS || self.ended.now().await;
             let (mut reader, since) = (self.reader, self.since);
             let read = blocking(self.tried.clone(), move || {
                 let (mut chunks, mut ahead) = (Vec::new(), 0);

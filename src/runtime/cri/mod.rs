@@ -163,7 +163,10 @@ impl CriRuntime {
             options,
             cable,
         };
-        made.leave_logs().await?;
+        // What cannot be removed is in nobody's way.
+        if let Err(error) = made.leave_logs().await {
+            tracing::warn!(error = crate::telemetry::chain(&error), "logs of Pods that are gone may be left");
+        }
         Ok(made)
     }
 

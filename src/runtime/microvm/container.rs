@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use super::checkpoint::{ContainerRecord, Phase};
 use super::image::{BlockImage, ImageConfig};
 use super::logs::LogBook;
-use super::sandbox::{Log, Sandbox, locked};
+use super::sandbox::{ANSWER, Log, Sandbox, locked};
 use super::slots::Place;
 use super::vm::{GuestContainer, GuestMount, MountSource, Vm, VolumeKind};
 use super::volumes::{Volume, of_mount};
@@ -224,13 +224,20 @@ impl MicrovmRuntime {
         }
         let Some(vm) = sandbox.vm() else { return Ok(()) };
         let signal = sandbox.record().containers.get(id.as_str()).map(|one| one.stop_signal.clone());
-        let asked = end_by(vm.as_ref(), id.as_str(), signal.as_deref().unwrap_or("SIGTERM"), false);
-        let heeded = !grace.is_zero() && matches!(timeout(grace, asked).await, Ok(Ok(())));
+        let signal = signal.as_deref().unwrap_or("SIGTERM");
+        let heeded = !grace.is_zero() && {
+            // Its grace begins when it has been told.
+            let told = timeout(grace.max(ANSWER).min(patience), tell(vm.as_ref(), id.as_str(), signal, false)).await;
+            matches!(told, Ok(Ok(()))) && matches!(timeout(grace, wait(vm.as_ref(), id.as_str())).await, Ok(Ok(())))
+        };
+        let kill = async {
+            tell(vm.as_ref(), id.as_str(), "SIGKILL", true).await?;
+            wait(vm.as_ref(), id.as_str()).await
+        };
+        // Cancel-safe, as all that is waited for here: what was not seen by then ends with the VM.
+        let ended = heeded || matches!(timeout(patience, kill).await, Ok(Ok(())));
         let has_ended = || sandbox.record().containers.get(id.as_str()).is_none_or(|one| one.ended.is_some());
-        let killed = async {
-            if !heeded && let Err(error) = end_by(vm.as_ref(), id.as_str(), "SIGKILL", true).await {
-                tracing::debug!(container = %id, error = chain(&error), "a guest does not kill a container");
-            }
+        let seen = async {
             loop {
                 self.inner.look(&sandbox).await;
                 if has_ended() || sandbox.vm().is_none() {
@@ -239,8 +246,7 @@ impl MicrovmRuntime {
                 sleep(AGAIN).await;
             }
         };
-        // Cancel-safe: what was not seen by then ends with the VM.
-        let _ = timeout(patience, killed).await;
+        let _ = timeout(if ended { patience } else { ANSWER }, seen).await;
         if has_ended() {
             return Ok(());
         }
@@ -387,20 +393,25 @@ fn log_directory(sandbox: &Sandbox, id: &str) -> std::path::PathBuf {
     sandbox.directory.join("logs").join(id)
 }
 
-/// Tells a container to end, and waits until it has. What a lost session had no answer to is asked again.
-async fn end_by(vm: &dyn Vm, id: &str, signal: &str, all: bool) -> Result<()> {
-    let mut told = false;
+/// Tells a container to end.
+async fn tell(vm: &dyn Vm, id: &str, signal: &str, all: bool) -> Result<()> {
+    insist(vm, || async {
+        // One that is frozen heeds no signal; of one that has just ended there is nothing to thaw.
+        let _ = vm.set_frozen(id, false).await;
+        vm.signal(id, signal, all).await
+    })
+    .await
+}
+
+/// Waits until a container has ended.
+async fn wait(vm: &dyn Vm, id: &str) -> Result<()> {
+    insist(vm, || vm.wait(id)).await
+}
+
+/// What a lost session had no answer to is asked again, until the VM has ended.
+async fn insist<F: Future<Output = Result<()>>>(vm: &dyn Vm, ask: impl Fn() -> F) -> Result<()> {
     loop {
-        let asked = async {
-            if !told {
-                // One that is frozen heeds no signal; of one that has just ended there is nothing to thaw.
-                let _ = vm.set_frozen(id, false).await;
-                vm.signal(id, signal, all).await?;
-                told = true;
-            }
-            vm.wait(id).await
-        };
-        match asked.await {
+        match ask().await {
             // Both are cancel-safe: they only wait.
             Err(error) if error.kind() == Kind::Unavailable => tokio::select! {
                 () = sleep(AGAIN) => {}

@@ -143,16 +143,24 @@ impl Sandbox {
         }
     }
 
-    /// What the guest says of its containers, as far as it can be asked.
+    /// What the guest says of its containers; nothing if it does not say so soon.
     pub(super) async fn guests(&self) -> Vec<GuestState> {
-        let Some(vm) = self.vm() else { return Vec::new() };
         // Cancel-safe: it only asks.
-        match timeout(ANSWER, vm.list()).await {
-            Ok(Ok(list)) => return list,
-            Ok(Err(error)) => tracing::debug!(sandbox = self.id, error = chain(&error), "the guest cannot be asked"),
-            Err(_) => tracing::debug!(sandbox = self.id, "the guest does not say in time what there is"),
+        match timeout(ANSWER, self.ask()).await {
+            Ok(guests) => guests.unwrap_or_default(),
+            Err(_) => {
+                tracing::debug!(sandbox = self.id, "the guest does not say in time what there is");
+                Vec::new()
+            }
         }
-        Vec::new()
+    }
+
+    /// The same, for as long as a guest may take; `None` if it cannot be asked.
+    async fn ask(&self) -> Option<Vec<GuestState>> {
+        let listed = self.vm()?.list().await;
+        listed
+            .inspect_err(|error| tracing::debug!(sandbox = self.id, error = chain(error), "the guest cannot be asked"))
+            .ok()
     }
 }
 
@@ -216,7 +224,13 @@ impl MicrovmRuntime {
     }
 
     pub(super) async fn stop_sandbox(&self, sandbox: &Arc<Sandbox>) -> Result<()> {
-        if let Some(vm) = sandbox.vm() {
+        let vm = match sandbox.vm() {
+            Some(vm) => Some(vm),
+            // One that could not be taken over at the start may run all the same.
+            None if sandbox.record().phase == Phase::Running => self.inner.vms.find(&sandbox.id).await?,
+            None => None,
+        };
+        if let Some(vm) = vm {
             // What is said until the end is part of the log.
             let farewell = async {
                 let running: Vec<_> = sandbox.record().containers.keys().cloned().collect();
@@ -298,15 +312,19 @@ impl Inner {
                 let changes = vm.changes().await;
                 // What happened before is seen by looking.
                 let Some(sandbox) = weak.upgrade().filter(|sandbox| sandbox.vm().is_some()) else { return };
-                inner.look(&sandbox).await;
+                // What this look does not see nobody tells again.
+                let seen = inner.look(&sandbox).await;
                 drop(sandbox);
-                if let Ok(mut changes) = changes {
+                if seen && let Ok(mut changes) = changes {
                     while changes.next().await.is_some() {
                         // One look sees all that is told by now.
                         (0..AT_ONCE).take_while(|_| changes.next().now_or_never().flatten().is_some()).for_each(drop);
                         let Some(sandbox) = weak.upgrade() else { return };
-                        inner.look(&sandbox).await;
+                        let seen = inner.look(&sandbox).await;
                         drop(sandbox);
+                        if !seen {
+                            break;
+                        }
                         sleep(BREATH).await;
                     }
                 }
@@ -315,14 +333,19 @@ impl Inner {
         });
     }
 
-    /// Compares what the guest says with what is written down; writes down, and tells, what is new.
-    pub(super) async fn look(&self, sandbox: &Arc<Sandbox>) -> Vec<GuestState> {
+    /// Compares what the guest says with what is written down; writes down, and tells, what is new. Whether the guest
+    /// could be asked.
+    pub(super) async fn look(&self, sandbox: &Arc<Sandbox>) -> bool {
         let _looking = sandbox.looking.lock().await;
-        let guests = sandbox.guests().await;
+        let Some(guests) = sandbox.ask().await else { return false };
         let until = Instant::now() + LAST_WORDS;
         for guest in &guests {
             let Some((started, ended)) = known(sandbox, &guest.id) else { continue };
             if let (false, Some(at)) = (started, guest.started_at) {
+                // First, for of what is noted nobody looks after the log. Whoever started it may have been gone before.
+                if let Err(error) = self.open_log(sandbox, &guest.id, true).await {
+                    tracing::warn!(container = guest.id, error = chain(&error), "its log is not fetched");
+                }
                 let noted = sandbox.change(|record| {
                     if let Some(container) = record.containers.get_mut(&guest.id) {
                         container.started = Some(nanoseconds(at));
@@ -331,17 +354,13 @@ impl Inner {
                 if let Err(error) = noted.await {
                     tracing::warn!(container = guest.id, error = chain(&error), "failed to write down its start");
                 }
-                // Whoever started it may have been gone before its log was fetched.
-                if let Err(error) = self.open_log(sandbox, &guest.id, true).await {
-                    tracing::warn!(container = guest.id, error = chain(&error), "its log is not fetched");
-                }
                 self.tell(sandbox, EventKind::Started);
             }
             if guest.state == ContainerState::Exited && !ended {
                 self.container_ended(sandbox, guest, until).await;
             }
         }
-        guests
+        true
     }
 
     /// Writes down the end of a container, once its last words are here or it is too late for them.

@@ -1,6 +1,7 @@
 //! Statistics: what guests say they use, in the sandboxes' terms.
 
 use std::path::Path;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::time::timeout;
@@ -12,18 +13,33 @@ use crate::runtime::stats::{ContainerStats, DiskUsage, Limits, SandboxStats, Sta
 use crate::runtime::types::{ContainerStatus, Resources};
 use crate::telemetry::chain;
 
+/// How long a guest may walk through the files of its containers.
+const WALK: Duration = Duration::from_secs(8);
+
 impl MicrovmRuntime {
     /// Of every sandbox whose guest answers in time.
     pub(super) async fn read_stats(&self, scope: StatsScope) -> Vec<SandboxStats> {
         let of_each = self.sandboxes(None).into_iter().map(|sandbox| async move {
             let vm = sandbox.vm()?;
-            // Cancel-safe: it only asks.
-            match timeout(ANSWER, vm.stats(scope)).await {
-                Ok(Ok(stats)) => return Some(told(&sandbox, stats, scope)),
-                Ok(Err(error)) => {
-                    tracing::debug!(sandbox = sandbox.id, error = chain(&error), "a guest does not say what it uses");
+            // One with many files takes a while to walk through them; what else it uses is told without.
+            let tries: &[_] = match scope {
+                StatsScope::All => &[(StatsScope::All, WALK), (StatsScope::CpuAndMemory, ANSWER)],
+                StatsScope::CpuAndMemory => &[(StatsScope::CpuAndMemory, ANSWER)],
+            };
+            for (scope, patience) in tries.iter().copied() {
+                // Cancel-safe: it only asks.
+                match timeout(patience, vm.stats(scope)).await {
+                    Ok(Ok(stats)) => return Some(told(&sandbox, stats, scope)),
+                    Ok(Err(error)) => {
+                        tracing::debug!(
+                            sandbox = sandbox.id,
+                            error = chain(&error),
+                            "a guest does not say what it uses"
+                        );
+                        return None;
+                    }
+                    Err(_) => tracing::debug!(sandbox = sandbox.id, "a guest does not say in time what it uses"),
                 }
-                Err(_) => tracing::debug!(sandbox = sandbox.id, "a guest does not say in time what it uses"),
             }
             None
         });

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::VmId;
+use super::process::END_PATIENCE;
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// The v1 trees that a VMM has its place in.
@@ -192,7 +193,8 @@ impl VmCgroup {
     }
 
     fn remove_here(&self, left: Left) -> io::Result<()> {
-        let (directories, until) = (self.directories(), Instant::now() + RMDIR_PATIENCE);
+        let patience = if left == Left::Killed { END_PATIENCE } else { RMDIR_PATIENCE };
+        let (directories, until) = (self.directories(), Instant::now() + patience);
         // All of them, whatever becomes of one: who comes back for the rest may not know of it.
         let removed: Vec<_> = directories.iter().map(|directory| remove(directory, left, until)).collect();
         removed.into_iter().collect::<io::Result<()>>()?;

@@ -53,6 +53,8 @@ const PROGRAMS: [&str; 9] = [
 ];
 /// How long QEMU may take from exec to an answer; some 0.1 s on an idle host.
 const START_PATIENCE: Duration = Duration::from_secs(20);
+/// For a QEMU that broke off to be gone.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How often its socket is tried meanwhile: there is no event for "it listens now".
 const START_PAUSE: Duration = Duration::from_millis(1);
 /// How long writing or reading a template's state may take; some 0.1 s for a small guest.
@@ -172,8 +174,12 @@ impl Qemu {
         };
         spec.dir.write_checkpoint(&checkpoint)?;
         let mut qmp = answers(machine).await?;
-        if let Some(kernel_line) = &kernel_line {
-            qmp.configure(kernel_line).await?;
+        if let Some(kernel_line) = &kernel_line
+            && let Err(error) = qmp.configure(kernel_line).await
+        {
+            // If that was its end it says why.
+            let end = tokio::time::timeout(LAST_WORDS, machine.process.ended()).await;
+            return Err(end.map_or(error, |exit| ended(machine.dir(), exit)));
         }
         // QEMU answers commands once it has read all it starts from.
         let started_from = PROGRAMS.iter().chain(&[KERNEL, INITRAMFS, MEMORY]);

@@ -16,6 +16,7 @@ use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
+use super::START_PATIENCE;
 use super::command::QMP_SOCKET;
 use crate::runtime::microvm::machine::VmDir;
 use crate::runtime::microvm::machine::error::{MachineError, Result};
@@ -148,7 +149,9 @@ impl Qmp {
     pub(super) async fn configure(&mut self, kernel_line: &str) -> Result<()> {
         let append = json!({"path": "/machine", "property": "append", "value": kernel_line});
         self.execute("qom-set", append).await?;
-        self.execute("x-exit-preconfig", json!({})).await.map(drop)
+        // It takes as long as a start does.
+        let begun = timeout(START_PATIENCE, self.exchange("x-exit-preconfig", json!({}), None)).await;
+        begun.map_err(|_| self.late("x-exit-preconfig"))?.map(drop)
     }
 
     pub(super) async fn cont(&mut self) -> Result<()> {

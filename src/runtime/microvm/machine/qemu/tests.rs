@@ -229,11 +229,14 @@ async fn a_machine_outlives_its_node_and_is_adopted() {
 #[tokio::test]
 async fn a_kernel_that_is_none_is_told_in_qemus_words_and_leaves_nothing() {
     let Some(bench) = Bench::new() else { return };
-    let kernel = Asset::open(&bench.image("kernel", "no kernel", 4096)).unwrap();
-    let error = bench.qemu.boot(&MachineSpec { kernel, ..bench.spec() }).await.unwrap_err();
-    let MachineError::Ended { said, .. } = &error else { panic!("{error}") };
-    assert!(said.contains("kernel"), "{said}");
-    assert!(bench.cgroups().is_empty(), "{:?}", bench.cgroups());
+    // With words for the kernel QEMU reads it after it was told them.
+    for kernel_args in [vec![], vec!["VMID=one".to_owned()]] {
+        let kernel = Asset::open(&bench.image("kernel", "no kernel", 4096)).unwrap();
+        let error = bench.qemu.boot(&MachineSpec { kernel, kernel_args, ..bench.spec() }).await.unwrap_err();
+        let MachineError::Ended { said, .. } = &error else { panic!("{error}") };
+        assert!(said.contains("kernel"), "{said}");
+        assert!(bench.cgroups().is_empty(), "{:?}", bench.cgroups());
+    }
     let path = bench.image("private", "x", 512);
     fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     let kernel = Asset::open(&path).unwrap();
