@@ -189,13 +189,10 @@ impl Network {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
-    use std::thread;
-
     use futures::FutureExt;
-    use nix::sched::{CloneFlags, unshare};
 
     use super::*;
+    use crate::network::bridge::tests::{on_a_host, shell};
     use crate::network::ports::Protocol;
     use crate::runtime::types::PodRef;
 
@@ -215,26 +212,6 @@ mod tests {
 
     async fn plugged(root: &Path) -> Network {
         Network::open(root, (None, range("10.1.0.0/16")), Some(plug(BRIDGE))).await.unwrap()
-    }
-
-    /// Runs the test in a network namespace of its own, or says why not.
-    fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
-        if !nix::unistd::geteuid().is_root() {
-            println!("skipped: needs root to make network namespaces");
-            return;
-        }
-        let host = move || {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            seen("ip link set lo up");
-            tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test());
-        };
-        thread::spawn(host).join().unwrap();
-    }
-
-    fn seen(command: &str) -> String {
-        let output = Command::new("sh").args(["-c", command]).output().unwrap();
-        assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
     }
 
     #[tokio::test]
@@ -293,11 +270,11 @@ mod tests {
             for _ in 0..2 {
                 network.set_range(range("10.2.0.0/24")).await.unwrap_err();
             }
-            assert!(network.trouble().is_some() && !seen("ip -o link").contains(BRIDGE));
+            assert!(network.trouble().is_some() && !shell("ip -o link").contains(BRIDGE));
             named(BRIDGE, &mut network);
             network.set_range(range("10.2.0.0/24")).await.unwrap();
             assert_eq!(network.trouble(), None);
-            assert!(seen("ip -o addr").contains("10.2.0.1/24"));
+            assert!(shell("ip -o addr").contains("10.2.0.1/24"));
         });
     }
 
@@ -326,7 +303,7 @@ mod tests {
             before.ipam().release("released").unwrap();
             drop(before);
             let network = plugged(root.path()).await;
-            assert!(seen("iptables -t nat -S").contains("--dport 8080"));
+            assert!(shell("iptables -t nat -S").contains("--dport 8080"));
             let ready = SandboxStatus {
                 id: "sandbox".into(),
                 pod: PodRef { uid: "ready".into(), namespace: "n".into(), name: "p".into() },
@@ -337,7 +314,7 @@ mod tests {
                 pid: None,
             };
             network.adopt(std::slice::from_ref(&ready)).await;
-            let rules = seen("iptables -t nat -S");
+            let rules = shell("iptables -t nat -S");
             let open = [8080, 8081, 8082].map(|port| rules.contains(&format!("--dport {port}")));
             assert_eq!(open, [false, false, true], "{rules}");
             assert_eq!(network.ipam().held(), [(ready.addresses[0], "ready".to_owned())]);

@@ -14,7 +14,7 @@ use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -27,6 +27,7 @@ use super::replicas::{Reason, Refusal, Replica, ReplicaWish, Replicas, TryAgain}
 use crate::network::NetworkError;
 use crate::network::ipam::{Ipam, NO_POD};
 use crate::network::tap::{Taps, mac_of};
+use crate::runtime::locked;
 use crate::runtime::microvm::machine::arguments::Services;
 use crate::runtime::microvm::machine::pin::Pins;
 use crate::runtime::microvm::machine::pool::{Setup, SetupPool, Setups};
@@ -390,11 +391,6 @@ async fn keep_consoles_short<S: Setups>(inner: Arc<Inner<S>>) {
         let dirs = locked(&inner.running).values().map(|one| one.machine.dir().clone()).collect();
         trim_consoles(dirs).await;
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Entries are inserted and removed whole, so a panic elsewhere does not spoil them.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Whom the node's addresses know a replica by.

@@ -412,4 +412,4 @@ pub(super) fn ended() -> NetworkError {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;

@@ -1,5 +1,6 @@
 //! A node for unit tests: everything that workers use, over the runtime in memory and without an API server.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,6 +32,7 @@ use crate::metrics::Metrics;
 use crate::network::ipam::Ipam;
 use crate::node::{NodeFacts, Registration};
 use crate::runtime::fake::FakeRuntime;
+use crate::runtime::types::{ContainerState, ContainerStatus, PodRef};
 
 /// The UID of [`pod`].
 pub(super) const UID: &str = "u";
@@ -110,4 +112,28 @@ pub(super) fn function(spec: Value) -> Pod {
     let mut pod = pod(spec);
     pod.metadata.labels = Some([("com.openfaas.scale.max".to_owned(), "1".to_owned())].into());
     pod
+}
+
+/// What is told of a container; nothing of its times, its image and how it ended.
+pub(super) fn container_status(pod: &PodRef, id: &str, name: &str, state: ContainerState) -> ContainerStatus {
+    ContainerStatus {
+        id: id.into(),
+        sandbox: "sandbox".into(),
+        pod: pod.clone(),
+        name: name.to_owned(),
+        attempt: 0,
+        state,
+        created_at: jiff::Timestamp::UNIX_EPOCH,
+        started_at: None,
+        finished_at: None,
+        frozen: false,
+        exit_code: 0,
+        oom_killed: false,
+        message: String::new(),
+        image: "".into(),
+        image_ref: String::new(),
+        pid: None,
+        resources: None,
+        annotations: BTreeMap::new(),
+    }
 }

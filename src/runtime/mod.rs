@@ -43,6 +43,7 @@ pub mod verb;
 
 use std::path::Path;
 use std::pin::Pin;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
@@ -242,6 +243,11 @@ pub trait ImageStore: Send + Sync + 'static {
 /// never closed.
 async fn turn(semaphore: &Semaphore) -> Result<SemaphorePermit<'_>> {
     semaphore.acquire().await.map_err(|error| RuntimeError::new(Kind::Unavailable, "shutting down").with_source(error))
+}
+
+/// Locks what is never half changed, so that a panic elsewhere does not spoil it.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A driver that is both.

@@ -124,7 +124,7 @@ async fn pooled(
         assets: AssetDirs::new(microvm.asset_dirs.clone()),
         services: services(parts, settings),
         cgroup_parent: owner::cgroup_root(&parts.owner),
-        pins: if microvm.pin_cpus { Pins::of_host() } else { Pins::default() },
+        pins: microvm.pin_cpus.then(Pins::of_host).unwrap_or_default(),
         most: MOST,
         memory,
     };

@@ -44,7 +44,7 @@ pub(super) fn make(maker: &Maker<'_>, survey: &Survey, usable: &[Vmm]) -> (Vec<N
     let full_name = |vmm: Vmm| format!("{MICROVM}-{}", vmm.name());
     let handler = |vmm: Vmm| if first.unwrap_or(Vmm::Qemu) == vmm { MICROVM.to_owned() } else { full_name(vmm) };
     let images = images(maker);
-    let pins = if settings.runtime.microvm.pin_cpus { Pins::of_host() } else { Pins::default() };
+    let pins = settings.runtime.microvm.pin_cpus.then(Pins::of_host).unwrap_or_default();
     let (mut made, mut offered, mut missing) = (Vec::new(), Vec::new(), BTreeMap::new());
     for vmm in Vmm::ALL {
         let works = usable.contains(&vmm);

@@ -65,7 +65,7 @@ pub(in crate::network) fn ask(to: IpAddr) -> Result<String, io::Error> {
     Ok(text)
 }
 
-pub(in crate::network) fn shell(command: &str) -> String {
+pub(crate) fn shell(command: &str) -> String {
     let output = Command::new("sh").args(["-c", command]).output().unwrap();
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
@@ -76,7 +76,7 @@ fn rules_of(command: &str) -> Vec<String> {
 }
 
 /// Runs the test with a namespace of its own as its host, or says why not.
-pub(in crate::network) fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+pub(crate) fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
     if !nix::unistd::geteuid().is_root() {
         println!("skipped: needs root to make network namespaces");
         return;

@@ -193,31 +193,14 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::runtime::types::{ImageId, PodRef};
+    use crate::pod::testing;
+    use crate::runtime::types::PodRef;
 
     const UID: &str = "u-1";
 
     fn container(id: &str, name: &str, state: ContainerState) -> ContainerStatus {
-        ContainerStatus {
-            id: id.into(),
-            sandbox: "sandbox".into(),
-            pod: PodRef { uid: UID.to_owned(), namespace: "default".to_owned(), name: "f".to_owned() },
-            name: name.to_owned(),
-            attempt: 0,
-            state,
-            created_at: jiff::Timestamp::UNIX_EPOCH,
-            started_at: None,
-            finished_at: None,
-            frozen: false,
-            exit_code: 0,
-            oom_killed: false,
-            message: String::new(),
-            image: ImageId::from(""),
-            image_ref: String::new(),
-            pid: None,
-            resources: None,
-            annotations: BTreeMap::new(),
-        }
+        let pod = PodRef { uid: UID.to_owned(), namespace: "default".to_owned(), name: "f".to_owned() };
+        testing::container_status(&pod, id, name, state)
     }
 
     /// A pool at work, with these environments.

@@ -1,15 +1,13 @@
 //! Single turns of a worker, over the runtime in memory.
 
-use std::collections::BTreeMap;
-
 use futures::FutureExt as _;
 use serde_json::json;
 
 use super::*;
 use crate::pod::eviction::{End, Order};
 use crate::pod::probes::machine::Kind;
-use crate::pod::testing::{Node, UID, pod};
-use crate::runtime::types::{ContainerState, ContainerStatus};
+use crate::pod::testing::{Node, UID, container_status, pod};
+use crate::runtime::types::ContainerState;
 use crate::runtime::verb::Verb;
 
 /// How long anything may take that should happen at once.
@@ -80,32 +78,9 @@ async fn a_probe_may_give_any_grace_period() {
     let probe = json!({ "tcpSocket": { "port": 1 }, "terminationGracePeriodSeconds": i64::MAX });
     let container = json!({ "name": "c", "image": "busybox", "livenessProbe": probe });
     let mut worker = node.worker(pod(json!({ "containers": [container] })));
-    let status = running(&worker.reference);
+    let status = container_status(&worker.reference, "c-0", "c", ContainerState::Running);
     let id = status.id.clone();
     worker.observed.put_container(status);
     worker.kill(&id, Kind::Liveness);
     assert!(worker.endings.ids().contains(&id));
-}
-
-fn running(pod: &PodRef) -> ContainerStatus {
-    ContainerStatus {
-        id: "c-0".into(),
-        sandbox: "s".into(),
-        pod: pod.clone(),
-        name: "c".to_owned(),
-        attempt: 0,
-        state: ContainerState::Running,
-        created_at: Timestamp::UNIX_EPOCH,
-        started_at: None,
-        finished_at: None,
-        frozen: false,
-        exit_code: 0,
-        oom_killed: false,
-        message: String::new(),
-        image: "sha256:0".into(),
-        image_ref: "busybox".to_owned(),
-        pid: None,
-        resources: None,
-        annotations: BTreeMap::new(),
-    }
 }

@@ -16,7 +16,7 @@ use super::{CriRuntime, spec};
 use crate::runtime::labels::{self, Facts};
 use crate::runtime::process::Process;
 use crate::runtime::types::{ContainerConfig, ContainerId, ContainerState, ContainerStatus, Grace, ImageId, SandboxId};
-use crate::runtime::{Kind, Result, RuntimeError, blocking, turn};
+use crate::runtime::{Kind, Result, RuntimeError, blocking, locked, turn};
 
 /// How long a removal that someone else began may take.
 const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
@@ -92,7 +92,7 @@ impl CriRuntime {
             let lost = |error| RuntimeError::new(Kind::Internal, "lost a container's creation").with_source(error);
             match made.map_err(lost)? {
                 Ok(made) => {
-                    self.unstarted().insert(made.container_id.clone());
+                    locked(&self.unstarted).insert(made.container_id.clone());
                     return Ok(ContainerId::from(made.container_id));
                 }
                 Err(error) if is_taken(&error) => sleep(CREATE_PAUSE).await,
@@ -203,7 +203,7 @@ impl CriRuntime {
 
     pub(super) async fn start(&self, id: &ContainerId) -> Result<()> {
         let tried = || format!("failed to start container {id}");
-        if !self.unstarted().remove(id.as_str()) {
+        if !locked(&self.unstarted).remove(id.as_str()) {
             let looked = self.look_at(id).await?;
             let looked =
                 looked.ok_or_else(|| RuntimeError::new(Kind::NotFound, format!("{}: it does not exist", tried())))?;
@@ -300,7 +300,7 @@ impl CriRuntime {
 
     /// Removes a container that is known to be ours and not frozen, and its log.
     pub(super) async fn remove_own(&self, id: &ContainerId, facts: &Facts) -> Result<()> {
-        self.unstarted().remove(id.as_str());
+        locked(&self.unstarted).remove(id.as_str());
         // First, for without the container nobody would look for its log.
         let (logs, facts) = (self.logs.clone(), (facts.pod.uid.clone(), facts.container.clone(), facts.attempt));
         let tried = format!("failed to remove the log of container {id}");

@@ -33,7 +33,7 @@ mod streams;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
@@ -179,21 +179,6 @@ impl CriRuntime {
 
     fn owner(&self) -> &str {
         &self.options.owner
-    }
-
-    fn plugged(&self) -> MutexGuard<'_, HashSet<String>> {
-        // A set of ids is never half changed, so a panic elsewhere does not spoil it.
-        self.plugged.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn halting(&self) -> MutexGuard<'_, HashMap<String, usize>> {
-        // As above.
-        self.halting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn unstarted(&self) -> MutexGuard<'_, HashSet<String>> {
-        // As above.
-        self.unstarted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

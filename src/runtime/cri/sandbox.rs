@@ -23,7 +23,7 @@ use super::info::{self, Place};
 use super::{CriRuntime, spec};
 use crate::runtime::labels::{self, Facts};
 use crate::runtime::types::{ContainerId, SandboxConfig, SandboxId, SandboxNetwork, SandboxState, SandboxStatus};
-use crate::runtime::{Kind, Result, RuntimeError, blocking, turn};
+use crate::runtime::{Kind, Result, RuntimeError, blocking, locked, turn};
 
 /// How often a create is tried anew after what held its name was removed, or while another holds it.
 pub(super) const CREATE_TRIES: u32 = 50;
@@ -125,11 +125,11 @@ impl CriRuntime {
     }
 
     async fn plug(&self, id: &str, addresses: &[IpAddr]) -> Result<()> {
-        if self.plugged().contains(id) {
+        if locked(&self.plugged).contains(id) {
             return Ok(());
         }
         let _turn = self.turns.turn(id).await;
-        if self.plugged().contains(id) {
+        if locked(&self.plugged).contains(id) {
             return Ok(());
         }
         let tried = || format!("failed to plug sandbox {id} in as {addresses:?}");
@@ -147,7 +147,7 @@ impl CriRuntime {
         }
         let plugged = self.cable.plug(place.pid, id, addresses).await;
         plugged.map_err(|error| RuntimeError::new(Kind::Internal, tried()).with_source(error))?;
-        self.plugged().insert(id.to_owned());
+        locked(&self.plugged).insert(id.to_owned());
         Ok(())
     }
 
@@ -226,7 +226,7 @@ impl CriRuntime {
         let _halting = Halting::begin(self, id.as_str());
         // Whoever looked at it just now may be plugging it in.
         let _turn = self.turns.turn(id.as_str()).await;
-        self.plugged().remove(id.as_str());
+        locked(&self.plugged).remove(id.as_str());
         // First, since the runtime takes its time, in which an address without a process would not answer.
         self.cable.unplug(id.as_str()).await.map_err(|error| {
             RuntimeError::new(Kind::Internal, format!("failed to unplug sandbox {id}")).with_source(error)
@@ -289,7 +289,7 @@ impl CriRuntime {
     }
 
     async fn sandbox_status_of(&self, seen: Seen) -> Result<SandboxStatus> {
-        let mut ready = seen.ready && !self.halting().contains_key(&seen.id);
+        let mut ready = seen.ready && !locked(&self.halting).contains_key(&seen.id);
         if ready && let Err(error) = self.plug_seen(&seen).await {
             tracing::warn!(sandbox = seen.id, pod = %seen.facts.pod, error = crate::telemetry::chain(&error),
                 "a running sandbox has no network");
@@ -323,14 +323,14 @@ struct Halting<'a>(&'a CriRuntime, &'a str);
 
 impl<'a> Halting<'a> {
     fn begin(runtime: &'a CriRuntime, id: &'a str) -> Self {
-        *runtime.halting().entry(id.to_owned()).or_default() += 1;
+        *locked(&runtime.halting).entry(id.to_owned()).or_default() += 1;
         Self(runtime, id)
     }
 }
 
 impl Drop for Halting<'_> {
     fn drop(&mut self) {
-        let mut halting = self.0.halting();
+        let mut halting = locked(&self.0.halting);
         if let Some(by) = halting.get_mut(self.1) {
             *by -= 1;
             if *by == 0 {

@@ -13,7 +13,7 @@ mod streams;
 
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -37,17 +37,12 @@ use super::types::{
     SandboxStatus,
 };
 use super::verb::Verb;
-use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime, reference};
+use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime, locked, reference};
 
 /// Events a slow subscriber may be behind; one that is further behind is cut off, as by a daemon that went away.
 const EVENTS_BEHIND: usize = 1024;
 /// Exit code of a process that SIGTERM ended.
 const TERMINATED: i32 = 143;
-
-/// Locks without minding a panic elsewhere: a test that failed has said so already.
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// The runtime. Clones share everything.
 #[derive(Clone, Debug)]

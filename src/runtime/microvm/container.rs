@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use super::checkpoint::{ContainerRecord, Phase};
 use super::image::{BlockImage, ImageConfig};
 use super::logs::LogBook;
-use super::sandbox::{ANSWER, Log, Sandbox, locked};
+use super::sandbox::{ANSWER, Log, Sandbox};
 use super::slots::Place;
 use super::vm::{GuestContainer, GuestMount, MountSource, Vm, VolumeKind};
 use super::volumes::{Volume, of_mount};
@@ -20,7 +20,7 @@ use crate::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, EventKind, Grace, ImageId, LogChunk, LogOptions,
     SandboxId,
 };
-use crate::runtime::{Kind, Result, RuntimeError, blocking};
+use crate::runtime::{Kind, Result, RuntimeError, blocking, locked};
 use crate::telemetry::chain;
 
 /// How long a killed process may take to be gone, before its microVM is ended.

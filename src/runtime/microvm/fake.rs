@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -22,7 +22,7 @@ use crate::runtime::stats::StatsScope;
 use crate::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ImageId, LogOptions, PodRef, Resources, SandboxConfig, SandboxId,
 };
-use crate::runtime::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime};
+use crate::runtime::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime, locked};
 
 /// As many as the machines have.
 const SLOTS: u8 = 8;
@@ -68,10 +68,6 @@ pub struct FakeVm {
     ended: watch::Sender<bool>,
     stuck: Arc<AtomicBool>,
     manners: Arc<Mutex<Manners>>,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl FakeVms {

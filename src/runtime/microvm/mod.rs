@@ -45,7 +45,7 @@ use tokio::time::timeout;
 use self::checkpoint::{Phase, SandboxRecord};
 use self::image::Blocks;
 use self::logs::LogLimits;
-use self::sandbox::{ANSWER, Sandbox, locked};
+use self::sandbox::{ANSWER, Sandbox};
 use self::vm::Vms;
 use self::volumes::Places;
 use super::session::{AttachRequest, Duplex, ExecRequest, Session};
@@ -54,7 +54,7 @@ use super::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, Grace, Image, ImageId, LogChunk, LogOptions,
     RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
-use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime, blocking};
+use super::{ImageStore, Kind, Result, RuntimeError, SandboxRuntime, blocking, locked};
 use crate::telemetry::chain;
 use crate::turns::Turns;
 

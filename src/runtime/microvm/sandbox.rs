@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use futures::{FutureExt, StreamExt};
@@ -24,7 +24,7 @@ use super::{Inner, MicrovmRuntime, refresh};
 use crate::runtime::types::{
     ContainerState, EventKind, ImageId, RuntimeEvent, SandboxConfig, SandboxId, SandboxState, SandboxStatus,
 };
-use crate::runtime::{Kind, Result, RuntimeError, blocking};
+use crate::runtime::{Kind, Result, RuntimeError, blocking, locked};
 use crate::telemetry::chain;
 
 /// How long the ends of logs may take to come once containers have exited: of all that one look finds.
@@ -69,11 +69,6 @@ pub(super) struct Log {
     pub(super) whole: watch::Receiver<bool>,
     /// Whether it is fetched, or was: once is enough.
     pub(super) fetched: bool,
-}
-
-/// Locks what is never half changed, so that a panic elsewhere does not spoil it.
-pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Sandbox {

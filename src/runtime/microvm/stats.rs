@@ -7,8 +7,9 @@ use jiff::Timestamp;
 use tokio::time::timeout;
 
 use super::MicrovmRuntime;
-use super::sandbox::{ANSWER, Sandbox, locked};
+use super::sandbox::{ANSWER, Sandbox};
 use super::vm::GuestStats;
+use crate::runtime::locked;
 use crate::runtime::stats::{ContainerStats, DiskUsage, Limits, SandboxStats, StatsScope, Usage};
 use crate::runtime::types::{ContainerStatus, Resources};
 use crate::telemetry::chain;

@@ -248,7 +248,8 @@ impl Writer {
                     }
                     // An unsolicited Pong (RFC 6455, section 5.5.3).
                     Write::Beat => self.sink.feed(Frame::Pong(Bytes::new())).await?,
-                    // There are no such messages, and nobody waits for a mark here: channels are there from the start and end with the connection.
+                    // There are no such messages, and nobody waits for a mark here: channels are there from the start and
+                    // end with the connection.
                     Write::Reply(_) | Write::End(_) | Write::Reset(_) | Write::Mark(_) => {}
                 }
                 match self.queue.try_recv() {

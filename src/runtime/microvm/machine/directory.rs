@@ -283,8 +283,7 @@ impl VmDir {
         }
     }
 
-    /// Writes the checkpoint. The disk is not waited for: after another boot of the host no machine of it
-    /// runs.
+    /// Writes the checkpoint. The disk is not waited for: after another boot of the host no machine of it runs.
     pub(super) fn write_checkpoint(&self, checkpoint: &Checkpoint) -> Result<()> {
         let path = self.checkpoint_path();
         write_json(&path, checkpoint, Synced::No).map_err(MachineError::file("write", &path))
@@ -347,6 +346,7 @@ fn open_without_links(directory: &Path, name: &str, flags: OFlags) -> io::Result
     Ok(openat2(&dir, name, flags | OFlags::CLOEXEC, Mode::empty(), resolve)?)
 }
 
+/// Puts a value in the place of what is there; see [`file::replace`].
 pub(super) fn write_json(path: &Path, value: &impl Serialize, synced: Synced) -> io::Result<()> {
     file::replace(path, &path.with_extension("new"), &serde_json::to_vec(value)?, synced)
 }

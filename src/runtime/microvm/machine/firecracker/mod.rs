@@ -98,9 +98,10 @@ impl Firecracker {
         let (root, largest_file) = self.prepare(spec)?;
         let cgroup = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
         let limits = Limits { guest_memory: spec.memory, cpus: spec.cpus.clone(), numa_node: spec.numa_node };
-        spec.dir.write_checkpoint(&Checkpoint::of_start(NAME, spec)?)?;
+        let begun = Checkpoint::of_start(NAME, spec)?;
+        spec.dir.write_checkpoint(&begun)?;
         let started = match cgroup.make(&limits) {
-            Ok(()) => self.run_jailer(spec, &root, largest_file, &cgroup).await,
+            Ok(()) => self.run_jailer(spec, (begun, &cgroup), (&root, largest_file)).await,
             Err(error) => Err(step("make a cgroup")(error)),
         };
         let process = match started {
@@ -157,15 +158,13 @@ impl Firecracker {
     async fn run_jailer(
         &self,
         spec: &MachineSpec,
-        root: &Path,
-        largest_file: u64,
-        cgroup: &VmCgroup,
+        (begun, cgroup): (Checkpoint, &VmCgroup),
+        (root, largest_file): (&Path, u64),
     ) -> Result<Process> {
         let console = spec.dir.open_console(self.user.uid, self.user.gid)?;
         let mut command = Command::new(&self.jailer);
         command.args(jailer::arguments(&spec.dir, &self.program, self.user, largest_file)?);
         let (dir, root, program, cgroup) = (spec.dir.clone(), root.to_owned(), self.program.clone(), cgroup.clone());
-        let begun = Checkpoint::of_start(NAME, spec)?;
         let run = move || {
             let step = |action| MachineError::start(action, dir.id());
             cgroup.enter().map_err(step("enter the cgroup"))?;

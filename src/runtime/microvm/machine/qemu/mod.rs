@@ -127,7 +127,8 @@ impl Qemu {
         let cgroup = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
         let jail = Jail { cgroup: Some(cgroup.clone()), ..self.jail(spec, accel, memory, template)? };
         let limits = Limits { guest_memory: spec.memory, cpus: spec.cpus.clone(), numa_node: spec.numa_node };
-        spec.dir.write_checkpoint(&Checkpoint::of_start(NAME, spec)?)?;
+        let begun = Checkpoint::of_start(NAME, spec)?;
+        spec.dir.write_checkpoint(&begun)?;
         if let Err(error) = cgroup.make(&limits) {
             // Half of it may be there; what cannot be removed now is found by its name.
             let _ = cgroup.remove().await;
@@ -147,7 +148,7 @@ impl Qemu {
         };
         // From here on its end is that of the machine; nothing is waited for before its checkpoint is written.
         let machine = QemuMachine::new(spec.dir.clone(), process, cgroup, spec.image_slots);
-        match self.finish_start(&machine, spec, (untold(spec, accel, memory), state)).await {
+        match self.finish_start(&machine, (spec, begun), (untold(spec, accel, memory), state)).await {
             Ok(()) => Ok(machine),
             Err(error) => {
                 // That it goes on is found by its checkpoint.
@@ -161,7 +162,7 @@ impl Qemu {
     async fn finish_start(
         &self,
         machine: &QemuMachine,
-        spec: &MachineSpec,
+        (spec, begun): (&MachineSpec, Checkpoint),
         (kernel_line, state): (Option<String>, Option<&File>),
     ) -> Result<()> {
         let step = |action| MachineError::start(action, spec.dir.id());
@@ -170,7 +171,7 @@ impl Qemu {
         let checkpoint = Checkpoint {
             pid: machine.pid(),
             start_time: start_time(machine.pid()).ok_or_else(gone).map_err(step("look at the VMM"))?,
-            ..Checkpoint::of_start(NAME, spec)?
+            ..begun
         };
         spec.dir.write_checkpoint(&checkpoint)?;
         let mut qmp = answers(machine).await?;
