@@ -9,13 +9,17 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use axum::Router;
+use axum::body::Body;
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use http::{Request, StatusCode, header};
-use hyper::body::Incoming;
+use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -33,7 +37,7 @@ use tracing::{debug, error, info, warn};
 use super::meters::{Lost, Meters};
 use super::peer::Peer;
 use super::seldom::{Last, Seldom};
-use super::slots::{Admission, Slot, Slots};
+use super::slots::{Admission, Slot, Slots, Work};
 use super::streaming::upgrade::Handover;
 use super::tls::Tls;
 use crate::telemetry::chain;
@@ -52,13 +56,18 @@ const KEEPALIVE_IDLE: u32 = 30;
 /// ... again after this many, ...
 const KEEPALIVE_INTERVAL: u32 = 10;
 /// ... and given up after this many times. Without, a client whose host vanished would follow a log for ever.
+///
+/// One that vanishes while it owes acknowledgements is given up by the kernel after a quarter of an hour
+/// (`net.ipv4.tcp_retries2`). `TCP_USER_TIMEOUT` would shorten that, but it also ends clients that are there and do not
+/// read for as long, since it minds a window that stays shut, not whether its probes are answered.
 const KEEPALIVE_PROBES: u32 = 3;
 
 /// Bounds that keep one client from starving the others.
 #[derive(Clone, Debug)]
 pub struct Limits {
     /// Connections at once; each followed log and each exec is one. When they are all taken, one that never had a
-    /// request let through gives way, else the newcomer is answered 503. Default 1024.
+    /// request let through gives way, else the one that has idled longest; if none idles the newcomer is answered 503.
+    /// Default 1024.
     pub connections: usize,
     /// For the TLS handshake. Default 10 s.
     pub handshake: Duration,
@@ -220,7 +229,7 @@ impl Server {
             // Not cancel-safe, and need not be: the connection is over.
             () = self.connection(tcp, address, &slot, shutdown) => {}
             // Cancel-safe: a token stays cancelled.
-            () = slot.evicted() => debug!(peer = %address, "closed a connection that proved nothing, for another"),
+            () = slot.evicted() => debug!(peer = %address, "closed a connection that was not served, for another"),
         }
         self.meters.connections.dec();
     }
@@ -241,7 +250,8 @@ impl Server {
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());
             request.extensions_mut().insert(held.clone());
-            router.call(request)
+            let (work, answered) = (slot.work(), router.call(request));
+            async move { answered.await.map(|answer| answer.map(|body| Answer { body, _work: work })) }
         });
         let connection = self.http().serve_connection(TokioIo::new(tls), service).with_upgrades();
         tokio::pin!(connection);
@@ -258,6 +268,7 @@ impl Server {
             debug!(peer = %address, error = chain(&cause), "connection ended early");
         }
         if let Some(upgraded) = handover.take() {
+            let _streams = slot.work();
             tokio::select! {
                 // Not cancel-safe, and must not be: what runs for the client ends with its connection.
                 () = upgraded => {}
@@ -306,6 +317,29 @@ impl Server {
         let service =
             service_fn(move |_: Request<Incoming>| async move { Ok::<_, std::convert::Infallible>(full(limit)) });
         Ok(self.http().keep_alive(false).serve_connection(TokioIo::new(tls), service).await?)
+    }
+}
+
+/// An answer, which is under way until it is at its end.
+struct Answer {
+    body: Body,
+    _work: Work,
+}
+
+impl hyper::body::Body for Answer {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -1,17 +1,20 @@
 //! The bound on connections, and who gives way when it is reached.
 //!
-//! A client that connects and then stalls must not keep others out. So when all places are taken, the oldest connection
-//! that never had a request let through gives way; only when every place belongs to a client that proved its right is
-//! a newcomer told so, in HTTP, by one of a few places kept for that.
+//! A client that connects and then stalls or idles must not keep others out. So when all places are taken, the oldest
+//! connection that never had a request let through gives way, else the one on which nothing has been under way for
+//! longest. Only when every place belongs to a client that is being served is a newcomer told so, in HTTP, by one of a
+//! few places kept for that.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio_util::sync::CancellationToken;
 
 /// Places for telling newcomers that there is no place.
 const REFUSING: usize = 32;
+/// The share of all places in which newcomers may prove themselves before they give way to each other: without, those
+/// that come at the same time would, while others only idle.
+const NEWCOMERS: usize = 32;
 
 /// All places.
 #[derive(Debug)]
@@ -24,14 +27,36 @@ pub(super) struct Slots {
 struct Inner {
     next: u64,
     /// By age.
-    open: BTreeMap<u64, Arc<State>>,
+    open: BTreeMap<u64, Place>,
     refusing: usize,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    proven: AtomicBool,
+/// A connection.
+#[derive(Debug)]
+struct Place {
+    proven: bool,
+    /// Requests that are being answered, and streams.
+    under_way: usize,
+    /// Since when nothing is under way, in the order in which connections came and work ended.
+    since: u64,
     evicted: CancellationToken,
+}
+
+impl Inner {
+    fn tick(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    /// Whose place a newcomer gets, of this many.
+    fn gives_way(&self, limit: usize) -> Option<u64> {
+        let strangers = || self.open.iter().filter(|(_, place)| !place.proven);
+        let idle = self.open.iter().filter(|(_, place)| place.proven && place.under_way == 0);
+        let (stranger, idle) = (strangers().next(), idle.min_by_key(|(_, place)| place.since));
+        let few = strangers().count() < limit / NEWCOMERS;
+        let chosen = if few { idle.or(stranger) } else { stranger.or(idle) };
+        chosen.map(|(id, _)| *id)
+    }
 }
 
 /// What becomes of a new connection.
@@ -52,22 +77,18 @@ impl Slots {
 
     pub(super) fn admit(self: &Arc<Self>) -> Admission {
         let mut inner = self.lock();
-        let mut evicted = false;
-        if inner.open.len() >= self.limit {
-            let stalled = inner.open.iter().find(|(_, state)| !state.proven.load(Ordering::Relaxed));
-            let Some(id) = stalled.map(|(id, _)| *id) else {
+        let full = inner.open.len() >= self.limit;
+        if full {
+            let Some(id) = inner.gives_way(self.limit) else {
                 return self.refuse(&mut inner);
             };
-            if let Some(state) = inner.open.remove(&id) {
-                state.evicted.cancel();
+            if let Some(place) = inner.open.remove(&id) {
+                place.evicted.cancel();
             }
-            evicted = true;
         }
-        let id = inner.next;
-        inner.next += 1;
-        let state = Arc::new(State::default());
-        inner.open.insert(id, state.clone());
-        Admission::Serve { slot: Slot { slots: self.clone(), id, state }, evicted }
+        let (id, evicted) = (inner.tick(), CancellationToken::new());
+        inner.open.insert(id, Place { proven: false, under_way: 0, since: id, evicted: evicted.clone() });
+        Admission::Serve { slot: Slot { slots: self.clone(), id, evicted }, evicted: full }
     }
 
     fn refuse(self: &Arc<Self>, inner: &mut Inner) -> Admission {
@@ -81,6 +102,13 @@ impl Slots {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Notes something of a connection, unless it gave way already.
+    fn note(&self, id: u64, note: impl FnOnce(&mut Place)) {
+        if let Some(place) = self.lock().open.get_mut(&id) {
+            note(place);
+        }
+    }
 }
 
 /// A connection's place, given back on drop.
@@ -88,18 +116,24 @@ impl Slots {
 pub(super) struct Slot {
     slots: Arc<Slots>,
     id: u64,
-    state: Arc<State>,
+    evicted: CancellationToken,
 }
 
 impl Slot {
     /// Resolves when this connection must give way.
     pub(super) async fn evicted(&self) {
-        self.state.evicted.cancelled().await;
+        self.evicted.cancelled().await;
     }
 
     /// A handle for saying that the client proved its right.
     pub(super) fn proof(&self) -> Proof {
-        Proof(self.state.clone())
+        Proof(self.slots.clone(), self.id)
+    }
+
+    /// Something is under way on this connection: a client that proved its right does not give way meanwhile.
+    pub(super) fn work(&self) -> Work {
+        self.slots.note(self.id, |place| place.under_way += 1);
+        Work(self.slots.clone(), self.id)
     }
 }
 
@@ -111,11 +145,25 @@ impl Drop for Slot {
 
 /// See [`Slot::proof`].
 #[derive(Debug)]
-pub(super) struct Proof(Arc<State>);
+pub(super) struct Proof(Arc<Slots>, u64);
 
 impl Proof {
     pub(super) fn mark(&self) {
-        self.0.proven.store(true, Ordering::Relaxed);
+        self.0.note(self.1, |place| place.proven = true);
+    }
+}
+
+/// See [`Slot::work`]; it ends on drop.
+#[derive(Debug)]
+pub(super) struct Work(Arc<Slots>, u64);
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        let mut inner = self.0.lock();
+        let now = inner.tick();
+        if let Some(place) = inner.open.get_mut(&self.1) {
+            (place.under_way, place.since) = (place.under_way - 1, now);
+        }
     }
 }
 
@@ -142,16 +190,20 @@ mod tests {
         }
     }
 
+    fn gave_way(slots: &[Slot]) -> Vec<bool> {
+        slots.iter().map(|slot| slot.evicted().now_or_never().is_some()).collect()
+    }
+
     #[test]
     fn the_oldest_unproven_connection_gives_way() {
         let slots = Slots::new(3);
         let all: Vec<_> = (0..3).map(|_| served(slots.admit())).collect();
         all[0].proof().mark();
+        // What a stranger asks for keeps no place.
+        let _refused = all[1].work();
         let Admission::Serve { slot, evicted } = slots.admit() else { panic!("refused") };
         assert!(evicted);
-        assert!(all[0].evicted().now_or_never().is_none());
-        assert!(all[1].evicted().now_or_never().is_some());
-        assert!(all[2].evicted().now_or_never().is_none());
+        assert_eq!(gave_way(&all), [false, true, false]);
         assert!(slot.evicted().now_or_never().is_none());
         assert_eq!(slots.lock().open.len(), 3);
         drop(all);
@@ -159,10 +211,40 @@ mod tests {
     }
 
     #[test]
-    fn proven_connections_stay_and_a_newcomer_is_told() {
+    fn of_proven_connections_the_one_that_idled_longest_gives_way() {
+        let slots = Slots::new(3);
+        let mut all: Vec<_> = (0..3).map(|_| served(slots.admit())).collect();
+        all.iter().for_each(|slot| slot.proof().mark());
+        let busy = all[2].work();
+        drop(all[0].work());
+        let mut newcomer = || {
+            let slot = served(slots.admit());
+            slot.proof().mark();
+            all.push(slot);
+            gave_way(&all)
+        };
+        assert_eq!(newcomer(), [false, true, false, false]);
+        assert_eq!(newcomer(), [true, true, false, false, false]);
+        drop(busy);
+        assert_eq!(newcomer(), [true, true, false, true, false, false]);
+    }
+
+    #[test]
+    fn newcomers_do_not_give_way_to_each_other_while_others_idle() {
+        let slots = Slots::new(2 * NEWCOMERS);
+        let idle: Vec<_> = (0..2 * NEWCOMERS).map(|_| served(slots.admit())).collect();
+        idle.iter().for_each(|slot| slot.proof().mark());
+        let newcomers: Vec<_> = (0..3).map(|_| served(slots.admit())).collect();
+        assert_eq!(gave_way(&newcomers), [true, false, false]);
+        assert_eq!(gave_way(&idle[..3]), [true, true, false]);
+    }
+
+    #[test]
+    fn connections_that_are_served_stay_and_a_newcomer_is_told() {
         let slots = Slots::new(1);
         let slot = served(slots.admit());
         slot.proof().mark();
+        let _work = slot.work();
         let told: Vec<_> = (0..REFUSING).map(|_| slots.admit()).collect();
         assert!(told.iter().all(|admission| matches!(admission, Admission::Refuse(_))));
         assert!(matches!(slots.admit(), Admission::Close));

@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::join_all;
-use lambdalet::kubelet_api::{Access, Authorization, Limits};
+use lambdalet::kubelet_api::{Access, Authorization, Limits, REVIEWS_AT_ONCE};
 use serde_json::json;
+use tokio::task::JoinSet;
 
-use crate::support::{Authority, Client, Mood, NODE, Node, Setup};
+use crate::support::{Authority, Client, Mood, NODE, Node, Setup, eventually};
 
 fn with(access: Access) -> Setup {
     Setup { access, ..Setup::default() }
@@ -225,6 +226,22 @@ async fn an_api_server_that_is_away_is_503_and_not_remembered() {
     *node.cluster.mood.lock().unwrap() = Mood::Well;
     assert_eq!(client.status("/metrics", Some("good")).await, 200);
     assert_eq!(node.get("/metrics").await.0, 200);
+}
+
+#[tokio::test]
+async fn strangers_whose_tokens_take_long_keep_nobody_waiting_who_has_a_certificate() {
+    let node = Node::start(Setup::default()).await;
+    *node.cluster.mood.lock().unwrap() = Mood::SlowForTokens;
+    let mut strangers = JoinSet::new();
+    for number in 0..64 {
+        let mut client = node.connect(None).await.unwrap();
+        strangers.spawn(async move { client.get("/metrics", Some(&format!("token-{number}"))).await });
+    }
+    // From here on each turn of a TokenReview is taken, and the others wait for one.
+    assert!(eventually(10, || node.cluster.token_reviews.load(Ordering::SeqCst) >= REVIEWS_AT_ONCE / 2).await);
+    let answered = tokio::time::timeout(Duration::from_secs(5), node.get("/metrics")).await;
+    assert_eq!(answered.expect("an answer before the strangers' reviews are given up").0, 200);
+    assert_eq!(node.cluster.calls(), (REVIEWS_AT_ONCE / 2, 1), "a flood of tokens is none on the API server");
 }
 
 #[tokio::test]

@@ -8,7 +8,8 @@ use lambdalet::kubelet_api::Limits;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{Node, Setup, request, tls};
+use crate::spdy::Spdy;
+use crate::support::{Node, Setup, eventually, request, tls};
 
 fn limited(limits: Limits) -> Setup {
     Setup { limits, ..Setup::default() }
@@ -52,6 +53,29 @@ async fn when_every_place_is_in_use_a_newcomer_is_told() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert!(served);
+}
+
+#[tokio::test]
+async fn who_idles_gives_way_and_who_is_served_does_not() {
+    let node = Node::start(limited(Limits { connections: 3, ..Limits::default() })).await;
+    node.world.set_log(|| Ok(futures::stream::pending().boxed()));
+    let mut following = node.api_server().await;
+    let mut log = following.open("/containerLogs/ns/p/c?follow=true", None).await.unwrap().into_body();
+    let mut spdy =
+        Spdy::connect(&node, "/exec/ns/p/c?output=1&command=sleep", &["v4.channel.k8s.io"]).await.ok().unwrap();
+    spdy.streams(["error", "stdout"]).await;
+    assert!(eventually(5, || node.world.processes.running() == 1).await);
+    let mut idle = Vec::new();
+    for _ in 0..3 {
+        let mut client = node.api_server().await;
+        assert_eq!(client.status("/healthz", None).await, 200);
+        idle.push(client);
+    }
+    assert!(idle[0].get("/healthz", None).await.is_err());
+    assert_eq!(idle[2].status("/healthz", None).await, 200);
+    assert_eq!(node.world.processes.running(), 1);
+    let quiet = tokio::time::timeout(Duration::from_millis(100), http_body_util::BodyExt::frame(&mut log)).await;
+    assert!(quiet.is_err());
 }
 
 #[tokio::test]

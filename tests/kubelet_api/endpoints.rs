@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use http::Method;
 use lambdalet::kubelet_api::{SelfSigned, Serving, TlsParams};
+use lambdalet::node::NodeFacts;
 use serde_json::Value;
+use tokio::sync::watch;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::support::{Authority, Client, NODE, Node, Setup, request};
@@ -91,11 +93,10 @@ async fn only_http_1_over_tls_1_2_or_1_3_is_spoken() {
 #[tokio::test]
 async fn without_files_it_serves_with_a_certificate_of_its_own() {
     let directory = tempfile::tempdir().unwrap();
-    let own = SelfSigned {
-        directory: directory.path().join("pki"),
-        names: vec![NODE.to_owned()],
-        addresses: vec![IpAddr::from([127, 0, 0, 1])],
-    };
+    let (capacity, allocatable) = Default::default();
+    let addresses = vec![IpAddr::from([127, 0, 0, 1])];
+    let (_facts, facts) = watch::channel(NodeFacts { name: NODE.to_owned(), addresses, capacity, allocatable });
+    let own = SelfSigned { directory: directory.path().join("pki"), node: facts };
     let tls = TlsParams::new(Serving::SelfSigned(own));
     let node = Node::start_with(Setup::default(), tls, directory, Authority::new("none")).await;
     let mut client = node.connect(None).await.unwrap();

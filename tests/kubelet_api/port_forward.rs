@@ -176,6 +176,7 @@ async fn streams_that_are_no_port_forward_are_reset() {
         spdy.writer.open(&[("streamtype", "data"), ("port", "0")]),
         spdy.writer.open(&[("streamtype", "data"), ("port", "65536")]),
         spdy.writer.open(&[("streamtype", "stdin"), ("port", "80")]),
+        spdy.writer.open(&[("streamtype", "data"), ("port", "80"), ("requestid", &"7".repeat(65))]),
     ];
     spdy.writer.send().await;
     for id in wrong {

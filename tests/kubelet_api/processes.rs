@@ -11,7 +11,7 @@ use lambdalet::runtime::session::{ExecRequest, Output, Session, Terminal, Termin
 use lambdalet::runtime::types::LogSource;
 use lambdalet::runtime::{Kind, Result, RuntimeError};
 use tokio::io::{AsyncReadExt, AsyncWrite, DuplexStream, duplex};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -26,9 +26,19 @@ pub(crate) struct Processes {
     pub(crate) written: Arc<AtomicUsize>,
     /// All that `swallow` read, in the order in which they ended.
     pub(crate) swallowed: Arc<Mutex<Vec<Vec<u8>>>>,
+    /// Those that their sessions only joined.
+    joined: Arc<Mutex<JoinSet<()>>>,
 }
 
-struct Running(Arc<AtomicUsize>);
+/// One of a number, until it is dropped.
+pub(crate) struct Running(Arc<AtomicUsize>);
+
+impl Running {
+    pub(crate) fn among(number: &Arc<AtomicUsize>) -> Self {
+        number.fetch_add(1, Ordering::SeqCst);
+        Self(number.clone())
+    }
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -123,8 +133,7 @@ impl Processes {
         let (output, outputs) = mpsc::channel(2);
         let (screen, sizes) = watch::channel(None);
         let inside = Inside { stdin: request.stdin.then_some(stdin), output, sizes, all: self.clone() };
-        self.running.fetch_add(1, Ordering::SeqCst);
-        let running = Running(self.running.clone());
+        let running = Running::among(&self.running);
         let mut task = JoinSet::new();
         let command = request.command.clone();
         task.spawn(async move {
@@ -135,5 +144,16 @@ impl Processes {
         let exit = async move { Ok(task.join_next().await.unwrap().unwrap()) }.boxed();
         let stdin = request.stdin.then(|| Box::pin(outside) as std::pin::Pin<Box<dyn AsyncWrite + Send>>);
         Ok(Session { stdin, output: ReceiverStream::new(outputs).boxed(), terminal: Box::new(Screen(screen)), exit })
+    }
+
+    /// As [`start`](Self::start), but the process goes on without the session.
+    pub(crate) fn join(&self, request: &ExecRequest) -> Result<Session> {
+        let mut session = self.start(request)?;
+        let (tell, told) = oneshot::channel();
+        let exit = std::mem::replace(&mut session.exit, async { told.await.unwrap() }.boxed());
+        self.joined.lock().unwrap_or_else(PoisonError::into_inner).spawn(async {
+            let _ = tell.send(exit.await);
+        });
+        Ok(session)
     }
 }

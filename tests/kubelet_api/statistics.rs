@@ -55,6 +55,7 @@ fn sandbox(number: u64) -> SandboxStats {
             writable_layer: disk(4096),
             log: disk(512),
         }],
+        volumes: Vec::new(),
     }
 }
 

@@ -39,7 +39,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::processes::Processes;
+use crate::processes::{Processes, Running};
 
 #[path = "../../src/pod/probes/anybody.rs"]
 mod anybody;
@@ -113,6 +113,8 @@ pub(crate) enum Mood {
     Down,
     /// This node may not create reviews.
     Forbidding,
+    /// A TokenReview is never answered.
+    SlowForTokens,
 }
 
 /// The mock API server: the token `good` is `system:serviceaccount:ns:sa`, every right in `granted` is granted.
@@ -152,7 +154,8 @@ impl Cluster {
                     "message": "forbidden", "reason": "Forbidden", "code": 403});
                 return Ok(Response::builder().status(403).body(Full::from(status.to_string())).unwrap());
             }
-            Mood::Well => {}
+            Mood::SlowForTokens if token => std::future::pending().await,
+            Mood::Well | Mood::SlowForTokens => {}
         }
         review["status"] = if token { token_status(&review["spec"]) } else { self.access_status(&review["spec"]) };
         *self.last.lock().unwrap() = review["spec"].clone();
@@ -188,6 +191,10 @@ pub(crate) struct World {
     pub(crate) log: Mutex<Option<LogSource>>,
     /// What `exec` and `attach` run.
     pub(crate) processes: Processes,
+    /// What `attach` joins; `None` is `cat`.
+    pub(crate) joined: Mutex<Option<&'static str>>,
+    /// Callers that keep the container there.
+    pub(crate) stays: Arc<AtomicUsize>,
     /// What runs; `None` fails.
     pub(crate) stats: Mutex<Option<Vec<SandboxStats>>>,
     /// The Pods' volumes.
@@ -232,7 +239,10 @@ impl PodTargets for World {
     ) -> Result<Entrance, TargetError> {
         self.port_target(ns, pod, uid).await?;
         match container {
-            "c" => Ok(Entrance { container: ContainerId::from("current"), stay: None }),
+            "c" => {
+                let stay = Some(Box::new(Running::among(&self.stays)) as _);
+                Ok(Entrance { container: ContainerId::from("current"), stay })
+            }
             other => Err(TargetError::NotRunning(other.to_owned())),
         }
     }
@@ -323,8 +333,8 @@ impl SandboxRuntime for World {
     }
     async fn attach(&self, _: &ContainerId, request: &AttachRequest) -> RuntimeResult<Session> {
         let AttachRequest { stdin, stdout, stderr } = *request;
-        let command = vec!["cat".to_owned()];
-        self.processes.start(&ExecRequest { command, tty: false, stdin, stdout, stderr })
+        let command = vec![self.joined.lock().unwrap().unwrap_or("cat").to_owned()];
+        self.processes.join(&ExecRequest { command, tty: false, stdin, stdout, stderr })
     }
     async fn port_forward(&self, _: &SandboxId, port: u16) -> RuntimeResult<Pin<Box<dyn Duplex>>> {
         match TcpStream::connect(("127.0.0.1", port)).await {

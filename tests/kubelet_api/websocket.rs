@@ -1,6 +1,7 @@
 //! exec, attach and port-forward over WebSocket, in every subprotocol.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use base64::Engine;
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{WebSocketStream, client_async};
@@ -52,6 +54,10 @@ async fn connect(node: &Node, path: &str, protocol: Option<&'static str>) -> Res
 async fn exec(node: &Node, streams: &str, command: &str, protocol: &'static str) -> Socket {
     let protocol = (!protocol.is_empty()).then_some(protocol);
     connect(node, &format!("/exec/ns/p/c?{streams}&command={command}"), protocol).await.unwrap()
+}
+
+fn close(code: CloseCode) -> CloseFrame {
+    CloseFrame { code, reason: "".into() }
 }
 
 /// What came on each channel, and how the connection was closed.
@@ -190,7 +196,7 @@ async fn before_v5_closing_the_connection_ends_the_input_and_the_process_finishe
         let mut socket = exec(&node, "input=1&output=1", "swallow", protocol).await;
         socket.send(0, b"all of ").await;
         socket.send(0, b"it").await;
-        socket.inner.close(None).await.unwrap();
+        socket.inner.close((protocol == V4).then(|| close(CloseCode::Normal))).await.unwrap();
         socket.rest().await;
         let done = || node.world.processes.swallowed.lock().unwrap().pop();
         let mut swallowed = None;
@@ -208,6 +214,34 @@ async fn before_v5_closing_the_connection_ends_the_input_and_the_process_finishe
 }
 
 #[tokio::test]
+async fn before_v5_closing_the_connection_ends_a_session_that_only_joined_a_process() {
+    let node = start().await;
+    let gone = || eventually(10, || node.world.stays.load(Ordering::SeqCst) == 0);
+    for protocol in ["", V1, V1_BASE64, V4, V4_BASE64] {
+        let named = (!protocol.is_empty()).then_some(protocol);
+        // It never ends, and neither does it read.
+        *node.world.joined.lock().unwrap() = Some("sleep");
+        let mut socket = connect(&node, "/attach/ns/p/c?input=1&output=1", named).await.unwrap();
+        socket.send(0, b"unread").await;
+        socket.inner.close(None).await.unwrap();
+        socket.rest().await;
+        assert!(gone().await, "{protocol:?}");
+        // Its input is handed on.
+        *node.world.joined.lock().unwrap() = Some("swallow");
+        let mut socket = connect(&node, "/attach/ns/p/c?input=1&output=1", named).await.unwrap();
+        socket.send(0, b"all of ").await;
+        socket.send(0, b"it").await;
+        socket.inner.close(None).await.unwrap();
+        socket.rest().await;
+        assert!(gone().await, "{protocol:?}");
+        let swallowed = || node.world.processes.swallowed.lock().unwrap().clone();
+        assert!(eventually(5, || !swallowed().is_empty()).await, "{protocol:?}");
+        assert_eq!(swallowed(), [b"all of it"], "{protocol:?}");
+        node.world.processes.swallowed.lock().unwrap().clear();
+    }
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_otherwise_ends_the_process_within_a_second() {
     let node = start().await;
     let running = |wanted| {
@@ -220,6 +254,13 @@ async fn a_client_that_leaves_otherwise_ends_the_process_within_a_second() {
         assert!(eventually(5, running(1)).await);
         socket.inner.close(None).await.unwrap();
         assert!(eventually(10, running(0)).await, "{streams} {protocol}");
+    }
+    // With a word that says it did not mean to.
+    for code in [CloseCode::Away, CloseCode::Error] {
+        let mut socket = exec(&node, ALL, "sleep", V4).await;
+        assert!(eventually(5, running(1)).await);
+        socket.inner.close(Some(close(code))).await.unwrap();
+        assert!(eventually(10, running(0)).await, "{code}");
     }
     // Without a word.
     for protocol in [V1, V4, V5] {

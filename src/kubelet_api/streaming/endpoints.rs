@@ -59,7 +59,7 @@ impl Room {
         let ExecRequest { tty, stdin, stdout, stderr, .. } = exec;
         let options = Options { stdin, stdout, stderr, tty };
         let session = async move { runtime.exec(&id, &exec).await }.boxed();
-        Command { options, session, doing: "error executing command in container", judged: true, idle: self.idle }
+        Command { options, session, doing: "error executing command in container", own: true, idle: self.idle }
     }
 
     /// The process of a container, joined.
@@ -67,7 +67,7 @@ impl Room {
         let Options { stdin, stdout, stderr, .. } = options;
         let attach = AttachRequest { stdin, stdout, stderr };
         let session = async move { runtime.attach(&id, &attach).await }.boxed();
-        Command { options, session, doing: "error attaching to container", judged: false, idle: self.idle }
+        Command { options, session, doing: "error attaching to container", own: false, idle: self.idle }
     }
 
     /// The ports of a sandbox; `pod` is its name for texts.

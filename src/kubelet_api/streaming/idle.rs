@@ -1,14 +1,18 @@
-//! Connections on which nothing happens any more, and clients that left while they were being waited for.
+//! Connections on which nothing happens any more, clients that left while they were being waited for, and those that
+//! have not yet got all.
 
+use std::ffi::c_int;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use nix::libc::TIOCOUTQ;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::ioctl::{Getter, Opcode, ioctl};
 use tokio::time::{Instant, sleep, sleep_until};
 
-/// How often a connection that nobody reads is looked at.
+/// How often a connection is looked at that nobody reads, or whose client reads late.
 const LOOK: Duration = Duration::from_millis(250);
 
 /// When a connection last carried anything; clones share it. What only keeps a connection alive (a PING) is nothing:
@@ -46,14 +50,14 @@ impl Idle {
 }
 
 /// Sees that a client hung up although there is something left to read, so that a process which does not take its
-/// input is ended all the same.
-#[derive(Debug)]
-pub(in crate::kubelet_api) struct HangUp(Option<OwnedFd>);
+/// input is ended all the same; and that it has got all. Clones share the look.
+#[derive(Clone, Debug)]
+pub(in crate::kubelet_api) struct HangUp(Option<Arc<OwnedFd>>);
 
 impl HangUp {
     /// Looks at this socket; `None` never hangs up. A descriptor of its own, since the socket is busy elsewhere.
     pub(super) fn of(socket: Option<&impl AsFd>) -> Self {
-        Self(socket.and_then(|socket| socket.as_fd().try_clone_to_owned().ok()))
+        Self(socket.and_then(|socket| socket.as_fd().try_clone_to_owned().ok()).map(Arc::new))
     }
 
     /// Resolves soon after the other end has closed or reset the connection. Cancel-safe.
@@ -71,6 +75,15 @@ impl HangUp {
             beat();
         }
     }
+
+    /// Resolves once the client's host has all that was written. Before that a socket must not be closed: what the
+    /// client sends to a closed one is answered with a reset, which takes along what still waits to be sent. Cancel-safe.
+    pub(super) async fn delivered(&self) {
+        let Some(socket) = &self.0 else { return };
+        while unacknowledged(socket) > 0 {
+            sleep(LOOK).await;
+        }
+    }
 }
 
 /// Whether the other end sends no more. That is the only event asked for, besides those that always come and mean more
@@ -79,6 +92,15 @@ fn closed(socket: &OwnedFd) -> bool {
     let half_closed = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
     let mut looked = [PollFd::new(socket.as_fd(), half_closed)];
     poll(&mut looked, PollTimeout::ZERO).is_ok() && looked[0].revents().is_none_or(|events| !events.is_empty())
+}
+
+/// Bytes that were written and that the other end did not acknowledge yet (tcp(7), SIOCOUTQ); none where that cannot be
+/// said.
+fn unacknowledged(socket: &OwnedFd) -> c_int {
+    // SAFETY: what is asked for by this number is an `int`, and that is what the kernel writes.
+    #[allow(unsafe_code)]
+    let asked = unsafe { ioctl(socket, Getter::<{ TIOCOUTQ as Opcode }, c_int>::new()) };
+    asked.unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -8,9 +8,11 @@
 //! Both directions are bounded in bytes, per connection: a reader that finds no room waits, and so does the client.
 
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 /// Most bytes in one piece.
@@ -77,9 +79,29 @@ impl Inbox {
         }
     }
 
+    /// Bytes that are here already, and the room that they take for as long as they are held.
+    pub(super) fn waiting(&mut self) -> Option<(Bytes, OwnedSemaphorePermit)> {
+        if self.ended || self.reset.is_cancelled() {
+            return None;
+        }
+        match self.pieces.try_recv() {
+            Ok(Piece::Data(bytes, room)) => Some((bytes, room)),
+            Ok(Piece::End) => {
+                self.ended = true;
+                None
+            }
+            Err(_) => None,
+        }
+    }
+
     /// Cancelled when the client gives the stream up, whatever is still waiting here.
     pub(super) fn reset(&self) -> CancellationToken {
         self.reset.clone()
+    }
+
+    /// Whether the client gave it up.
+    pub(super) fn is_reset(&self) -> bool {
+        self.reset.is_cancelled()
     }
 }
 
@@ -118,6 +140,18 @@ impl Feed {
     /// The client is done sending.
     pub(super) async fn end(&self) {
         let _ = self.pieces.send(Piece::End).await;
+    }
+
+    /// The client is done sending and left. Resolves once whoever takes the bytes is done with all of them, or has
+    /// taken none for `patience`.
+    pub(super) async fn finish(&self, patience: Duration) {
+        if timeout(patience, self.end()).await.is_err() {
+            return;
+        }
+        let mut room = self.budget.0.available_permits();
+        while timeout(patience, self.pieces.closed()).await.is_err() && self.budget.0.available_permits() > room {
+            room = self.budget.0.available_permits();
+        }
     }
 
     /// The client gave it up.
@@ -221,6 +255,7 @@ pub(super) fn stream(id: u32, budget: &Budget, writes: &mpsc::Sender<Write>) -> 
 #[cfg(test)]
 mod tests {
     use futures::FutureExt;
+    use tokio::time::{Instant, sleep};
 
     use super::*;
 
@@ -263,6 +298,36 @@ mod tests {
         assert!(feed.is_alive(), "it can still be written to");
         drop(outbox);
         assert!(!feed.is_alive());
+    }
+
+    #[tokio::test]
+    async fn what_a_client_that_left_has_sent_is_handed_on_while_somebody_takes_it() {
+        let patience = Duration::from_millis(400);
+        let (feed, mut inbox, _outbox, _queue) = ends();
+        for _ in 0..PIECES_WAITING {
+            feed.data(Bytes::from_static(b"x")).await;
+        }
+        // Slowly, yet all of it.
+        let taken = async {
+            let mut taken = 0;
+            while let Next::Data(bytes) = inbox.next().await {
+                taken += bytes.len();
+                sleep(patience / 4).await;
+            }
+            drop(inbox);
+            taken
+        };
+        let all = async {
+            feed.finish(patience).await;
+            feed.pieces.is_closed()
+        };
+        assert_eq!(tokio::join!(taken, all), (PIECES_WAITING, true));
+        // Nobody takes any.
+        let (feed, _inbox, _outbox, _queue) = ends();
+        feed.data(Bytes::from_static(b"x")).await;
+        let began = Instant::now();
+        timeout(patience * 100, feed.finish(patience)).await.unwrap();
+        assert!(began.elapsed() >= patience);
     }
 
     #[tokio::test]

@@ -52,6 +52,7 @@ pub(super) struct Terms {
 pub(super) struct Session {
     opened: mpsc::Receiver<Stream>,
     writes: mpsc::Sender<Write>,
+    hang_up: HangUp,
     tasks: JoinSet<Result<(), SpdyError>>,
 }
 
@@ -75,13 +76,13 @@ impl Session {
             answers,
             writes: writes.downgrade(),
             idle: idle.clone(),
-            hang_up: terms.hang_up,
+            hang_up: terms.hang_up.clone(),
         };
         let writer = Writer { io: writer, encoder: Encoder::default(), urgent, queue, last: 0, mark: None, idle };
         let mut tasks = JoinSet::new();
         tasks.spawn(reader.run());
         tasks.spawn(writer.run());
-        Self { opened, writes, tasks }
+        Self { opened, writes, hang_up: terms.hang_up, tasks }
     }
 
     /// The next stream that the client opens; `None` once the client is gone. Cancel-safe.
@@ -96,15 +97,17 @@ impl Session {
     }
 
     async fn close_within(self, patience: Duration) {
-        let Self { mut opened, writes, mut tasks } = self;
+        let Self { mut opened, writes, hang_up, mut tasks } = self;
         let (mark, written) = oneshot::channel();
         tokio::select! {
             // Not cancel-safe, and need not be: nobody is left who would read.
             () = left(&mut opened) => {}
-            // Not cancel-safe, and need not be: all is written, or the writer is gone.
-            _ = async {
+            // Not cancel-safe, and need not be: the client's host has all, or the writer is gone.
+            () = async {
                 let _ = writes.send(Write::Mark(mark)).await;
-                written.await
+                if written.await.is_ok() {
+                    hang_up.delivered().await;
+                }
             } => {}
         }
         if timeout(patience, left(&mut opened)).await.is_err() {
@@ -322,8 +325,9 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt;
     use tokio::io::{DuplexStream, duplex, split};
-    use tokio::net::TcpStream;
+    use tokio::net::{TcpSocket, TcpStream};
     use tokio::time::{Instant, sleep};
 
     use super::*;
@@ -335,20 +339,41 @@ mod tests {
     /// As one frame of at most a piece each, with the empty one that ends the stream.
     const FRAMED: usize = TAIL + 8 * (TAIL.div_ceil(MAX_PIECE) + 1);
     const GO_AWAY: usize = 16;
+    const PING: [u8; 12] = [0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 1];
+    /// As much as a kernel holds for a client that does not read, and more than that client's own takes.
+    const HELD: usize = 60_000;
+
+    async fn begin(io: impl AsyncRead + AsyncWrite + Send + 'static, terms: Terms, tail: usize) -> Session {
+        let (reader, writer) = split(io);
+        let session = Session::start(reader, writer, terms);
+        let (_, _, outbox) = stream(1, &Budget::default(), &session.writes);
+        outbox.send(vec![7; tail].into()).await.unwrap();
+        outbox.end().await;
+        session
+    }
 
     /// A session that has a tail to send, and its client.
     async fn with_tail(idle: Duration) -> (Session, DuplexStream) {
         let (ours, client) = duplex(1024);
-        let (reader, writer) = split(ours);
-        let session =
-            Session::start(reader, writer, Terms { streams: 1, idle, hang_up: HangUp::of(None::<&TcpStream>) });
-        let (_, _, outbox) = stream(1, &Budget::default(), &session.writes);
-        outbox.send(vec![7; TAIL].into()).await.unwrap();
-        outbox.end().await;
-        (session, client)
+        let terms = Terms { streams: 1, idle, hang_up: HangUp::of(None::<&TcpStream>) };
+        (begin(ours, terms, TAIL).await, client)
     }
 
-    async fn read_all(client: &mut DuplexStream) -> usize {
+    /// One whose tail lies in the kernel.
+    async fn with_tail_held(idle: Duration) -> (Session, TcpStream) {
+        let listener = TcpSocket::new_v4().unwrap();
+        listener.set_send_buffer_size(4 * u32::try_from(HELD).unwrap()).unwrap();
+        listener.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = listener.listen(1).unwrap();
+        let client = TcpSocket::new_v4().unwrap();
+        client.set_recv_buffer_size(4096).unwrap();
+        let client = client.connect(listener.local_addr().unwrap()).await.unwrap();
+        let (ours, _) = listener.accept().await.unwrap();
+        let terms = Terms { streams: 1, idle, hang_up: HangUp::of(Some(&ours)) };
+        (begin(ours, terms, HELD).await, client)
+    }
+
+    async fn read_all(client: &mut (impl AsyncRead + Unpin)) -> usize {
         let mut all = Vec::new();
         client.read_to_end(&mut all).await.unwrap();
         all.len()
@@ -378,6 +403,33 @@ mod tests {
     async fn a_client_that_never_reads_is_left_at_the_idle_limit() {
         let idle = 6 * PATIENCE;
         let (session, _client) = with_tail(idle).await;
+        let began = Instant::now();
+        timeout(LONG / 2, session.close_within(PATIENCE)).await.unwrap();
+        assert!(began.elapsed() >= idle - PATIENCE, "{:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_client_that_reads_late_and_sends_before_it_gets_what_the_kernel_held() {
+        let (session, mut client) = with_tail_held(LONG).await;
+        let eye = session.hang_up.clone();
+        let late = async {
+            sleep(6 * PATIENCE).await;
+            assert!(eye.delivered().now_or_never().is_none(), "the kernel holds none of it");
+            // It would keep the socket open.
+            drop(eye);
+            client.write_all(&PING).await.unwrap();
+            // For the answer, or for a reset.
+            sleep(PATIENCE).await;
+            read_all(&mut client).await
+        };
+        let (read, ()) = tokio::join!(late, session.close_within(PATIENCE));
+        assert_eq!(read, HELD + 8 * (HELD.div_ceil(MAX_PIECE) + 1) + PING.len() + GO_AWAY);
+    }
+
+    #[tokio::test]
+    async fn what_the_kernel_holds_is_given_up_at_the_idle_limit() {
+        let idle = 6 * PATIENCE;
+        let (session, _client) = with_tail_held(idle).await;
         let began = Instant::now();
         timeout(LONG / 2, session.close_within(PATIENCE)).await.unwrap();
         assert!(began.elapsed() >= idle - PATIENCE, "{:?}", began.elapsed());

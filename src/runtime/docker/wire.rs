@@ -4,7 +4,7 @@
 //! bytes as they are. Reading is what moves it: nothing is fetched ahead of the reader but what lies in the socket,
 //! except once the process has ended (see [`Wire::read_ahead`]).
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -12,7 +12,7 @@ use std::task::{Context, Poll, ready};
 use bytes::BytesMut;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
-use rustix::net::{Shutdown, shutdown};
+use rustix::net::{Shutdown, shutdown, sockopt};
 use tokio::io::AsyncWrite;
 use tokio::net::UnixStream;
 
@@ -27,6 +27,8 @@ const CHUNK: usize = 64 << 10;
 /// Bytes fetched ahead of a slow reader once the process has ended. They are what may lie between the process and the
 /// daemon then: two pipes of 64 KiB and two copy buffers of 32 KiB.
 const AHEAD: usize = 256 << 10;
+/// Bytes of input that the kernel takes before the daemon has read them: the fewer, the more often each wakes up the other.
+const INPUT_WAITING: usize = 512 << 10;
 const FRAME_HEADER: usize = 8;
 /// Most of a message from the daemon itself that is waited for.
 const LONGEST_ERROR: usize = 4 << 10;
@@ -54,6 +56,8 @@ impl Wire {
     pub(super) fn new(hijacked: Hijacked, framed: bool, output: bool) -> Arc<Self> {
         let mut decoder = Decoder::new(framed);
         decoder.buffer.extend_from_slice(&hijacked.ahead);
+        // A smaller one does as well, only slower.
+        let _ = sockopt::set_socket_send_buffer_size_force(&hijacked.socket, INPUT_WAITING);
         let inbound = Mutex::new(Inbound { decoder, ended: false });
         Arc::new(Self { socket: hijacked.socket, inbound, end_means_end: output })
     }
@@ -191,17 +195,35 @@ impl Stdin {
     }
 }
 
+fn byte_at(pieces: &[IoSlice<'_>], mut at: usize) -> Option<u8> {
+    for piece in pieces {
+        if let Some(byte) = piece.get(at) {
+            return Some(*byte);
+        }
+        at -= piece.len();
+    }
+    None
+}
+
 impl AsyncWrite for Stdin {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         if self.closed {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
         loop {
             ready!(self.wire.socket.poll_write_ready(cx))?;
-            match self.wire.socket.try_write(bytes) {
+            match self.wire.socket.try_write_vectored(pieces) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Ok(written) => {
-                    if let Some(last) = bytes[..written].last() {
+                    if let Some(last) = written.checked_sub(1).and_then(|last| byte_at(pieces, last)) {
                         self.mid_line = !matches!(last, b'\n' | b'\r');
                     }
                     return Poll::Ready(Ok(written));
@@ -209,6 +231,10 @@ impl AsyncWrite for Stdin {
                 Err(error) => return Poll::Ready(Err(error)),
             }
         }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -1,6 +1,6 @@
 //! Pure: which streams belong together.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 use bytes::Bytes;
 use tokio::time::Instant;
@@ -9,6 +9,9 @@ use super::pair::Pair;
 use crate::kubelet_api::streaming::STREAM_CREATION;
 use crate::kubelet_api::streaming::pipe::{Inbox, Outbox};
 use crate::spdy::headers::Headers;
+
+/// Longest name that a client may give a pair; kubectl counts them.
+const LONGEST_KEY: usize = 64;
 
 /// What a stream is of a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +30,7 @@ pub(super) struct Claim {
 }
 
 impl Claim {
-    /// Reads the headers of a stream; `None` if they are not those of a port-forward.
+    /// Reads the headers of a stream; `None` if they are not those of a port-forward, or longer than any client's.
     pub(super) fn of(id: u32, headers: &Headers) -> Option<Self> {
         let port = headers.get("port")?.parse().ok().filter(|port| *port > 0)?;
         let side = match headers.get("streamtype")? {
@@ -37,7 +40,10 @@ impl Claim {
         };
         // Clients older than the header open the stream for errors first and the one for data right after it.
         let implied = || if side == Side::Error { id } else { id.saturating_sub(2) }.to_string();
-        let key = headers.get("requestid").map_or_else(implied, str::to_owned);
+        let key = match headers.get("requestid") {
+            Some(named) if named.len() > LONGEST_KEY => return None,
+            named => named.map_or_else(implied, str::to_owned),
+        };
         Some(Self { key, side, port })
     }
 }
@@ -45,26 +51,22 @@ impl Claim {
 /// A pair of which one stream is there.
 #[derive(Debug)]
 pub(super) struct Half {
-    port: u16,
-    data: Option<(Inbox, Outbox)>,
-    error: Option<(Inbox, Outbox)>,
+    claim: Claim,
+    inbox: Inbox,
+    outbox: Outbox,
     until: Instant,
 }
 
 impl Half {
-    fn new(port: u16, now: Instant) -> Self {
-        Self { port, data: None, error: None, until: now + STREAM_CREATION }
-    }
-
-    /// Says why, if there is a stream for that, and gives both up.
+    /// Says why, if there is a stream for that, and gives it up.
     pub(super) async fn give_up(self) {
-        if let Some((_, errors)) = self.error {
-            let text = format!("timed out waiting for the other stream of port {}", self.port);
-            let _ = errors.send(Bytes::from(text)).await;
-            errors.end().await;
-        }
-        if let Some((_, data)) = self.data {
-            data.fail().await;
+        match self.claim.side {
+            Side::Error => {
+                let text = format!("timed out waiting for the other stream of port {}", self.claim.port);
+                let _ = self.outbox.send(Bytes::from(text)).await;
+                self.outbox.end().await;
+            }
+            Side::Data => self.outbox.fail().await,
         }
     }
 }
@@ -80,77 +82,41 @@ pub(super) enum Added {
     Twice(Outbox),
 }
 
-/// Pairs that are not complete. Bounded by the streams that a connection may have.
+/// Pairs that are not complete. Bounded by the streams that a connection may have: those that the client gave up make
+/// room there, so they are not kept here either.
 #[derive(Debug, Default)]
 pub(super) struct Pairs {
-    waiting: HashMap<String, Half>,
-    /// In the order in which they came; some are complete by now.
-    deadlines: VecDeque<(Instant, String)>,
+    /// In the order in which they came. Clients open both streams at once, so that it is short.
+    waiting: VecDeque<Half>,
 }
 
 impl Pairs {
     /// Finds the partner of a stream.
-    pub(super) fn add(&mut self, claim: Claim, stream: (Inbox, Outbox), now: Instant) -> Added {
-        let Claim { key, side, port } = claim;
-        let half = match self.waiting.remove(&key) {
-            Some(half) => half,
-            None => {
-                let half = Half::new(port, now);
-                self.deadlines.push_back((half.until, key.clone()));
-                half
-            }
+    pub(super) fn add(&mut self, claim: Claim, (inbox, outbox): (Inbox, Outbox), now: Instant) -> Added {
+        self.waiting.retain(|half| !half.inbox.is_reset());
+        let at = self.waiting.iter().position(|half| half.claim.key == claim.key);
+        if at.is_some_and(|at| self.waiting[at].claim.side == claim.side) {
+            return Added::Twice(outbox);
+        }
+        let Some(first) = at.and_then(|at| self.waiting.remove(at)) else {
+            self.waiting.push_back(Half { claim, inbox, outbox, until: now + STREAM_CREATION });
+            return Added::Waiting;
         };
-        let mut half = half;
-        let place = match side {
-            Side::Data => &mut half.data,
-            Side::Error => &mut half.error,
-        };
-        if place.is_some() {
-            self.waiting.insert(key, half);
-            return Added::Twice(stream.1);
-        }
-        *place = Some(stream);
-        if side == Side::Data {
-            half.port = port;
-        }
-        match half {
-            Half { port, data: Some((inbox, data)), error: Some((_, errors)), .. } => {
-                self.forget_the_complete();
-                Added::Complete(Pair { port, inbox, data, errors })
-            }
-            half => {
-                self.waiting.insert(key, half);
-                Added::Waiting
-            }
-        }
+        Added::Complete(match claim.side {
+            Side::Data => Pair { port: claim.port, inbox, data: outbox, errors: first.outbox },
+            Side::Error => Pair { port: first.claim.port, inbox: first.inbox, data: first.outbox, errors: outbox },
+        })
     }
 
     /// When the oldest is to be given up.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.deadlines.front().map(|(until, _)| *until)
+        self.waiting.front().map(|half| half.until)
     }
 
     /// Those that have waited long enough.
     pub(super) fn expired(&mut self, now: Instant) -> Vec<Half> {
-        let mut expired = Vec::new();
-        while let Some((until, key)) = self.deadlines.front()
-            && *until <= now
-        {
-            if self.waiting.get(key).is_some_and(|half| half.until <= now) {
-                expired.extend(self.waiting.remove(key));
-            }
-            self.deadlines.pop_front();
-        }
-        self.forget_the_complete();
-        expired
-    }
-
-    fn forget_the_complete(&mut self) {
-        while let Some((until, key)) = self.deadlines.front()
-            && self.waiting.get(key).is_none_or(|half| half.until != *until)
-        {
-            self.deadlines.pop_front();
-        }
+        let expired = self.waiting.iter().take_while(|half| half.until <= now).count();
+        self.waiting.drain(..expired).collect()
     }
 }
 
@@ -159,7 +125,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::kubelet_api::streaming::pipe::{Budget, stream};
+    use crate::kubelet_api::streaming::pipe::{Budget, Feed, stream};
 
     fn headers(pairs: &[(&str, &str)]) -> Headers {
         pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
@@ -169,9 +135,13 @@ mod tests {
         Claim::of(id, &headers(pairs))
     }
 
+    fn opened(id: u32) -> (Feed, (Inbox, Outbox)) {
+        let (feed, inbox, outbox) = stream(id, &Budget::default(), &mpsc::channel(1).0);
+        (feed, (inbox, outbox))
+    }
+
     fn ends(id: u32) -> (Inbox, Outbox) {
-        let (_, inbox, outbox) = stream(id, &Budget::default(), &mpsc::channel(1).0);
-        (inbox, outbox)
+        opened(id).1
     }
 
     #[test]
@@ -183,6 +153,24 @@ mod tests {
             assert_eq!(claim(1, wrong), None);
         }
         assert_eq!(claim(1, &[("streamtype", "data")]), None);
+        let named = |length| claim(1, &[("port", "80"), ("streamtype", "data"), ("requestid", &"x".repeat(length))]);
+        assert!(named(LONGEST_KEY).is_some() && named(LONGEST_KEY + 1).is_none());
+    }
+
+    #[test]
+    fn halves_that_the_client_gave_up_are_not_kept() {
+        let (mut pairs, now) = (Pairs::default(), Instant::now());
+        let mut feeds = Vec::new();
+        for id in (1..20_000).step_by(2) {
+            let (feed, stream) = opened(id);
+            let side = if id % 4 == 1 { "error" } else { "data" };
+            let claim = claim(id, &[("port", "80"), ("streamtype", side), ("requestid", &id.to_string())]).unwrap();
+            assert!(matches!(pairs.add(claim, stream, now), Added::Waiting));
+            feed.reset();
+            feeds.push(feed);
+        }
+        let held = feeds.iter().filter(|feed| feed.is_alive()).count();
+        assert_eq!((held, pairs.waiting.len()), (1, 1), "only the last, until the next comes");
     }
 
     #[test]

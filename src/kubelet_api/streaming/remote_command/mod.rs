@@ -38,20 +38,21 @@ pub(in crate::kubelet_api) struct Command {
     pub(in crate::kubelet_api) session: BoxFuture<'static, Result<Session>>,
     /// What is being done, for an error's text.
     pub(in crate::kubelet_api) doing: &'static str,
-    /// Whether its exit code is told: that of a process one only joined is its container's affair.
-    pub(in crate::kubelet_api) judged: bool,
+    /// Whether it is the client's own, so that its exit code is told and it may outlast its input; a process that one
+    /// only joined is its container's affair.
+    pub(in crate::kubelet_api) own: bool,
     /// When the connection ends for want of traffic.
     pub(in crate::kubelet_api) idle: Duration,
 }
 
 impl Command {
-    async fn run(session: BoxFuture<'static, Result<Session>>, doing: &str, judged: bool, ends: &mut Ends) -> Outcome {
+    async fn run(session: BoxFuture<'static, Result<Session>>, doing: &str, own: bool, ends: &mut Ends) -> Outcome {
         let ended = match session.await {
             Ok(session) => relay(session, ends).await,
             Err(error) => Err(error),
         };
         match ended {
-            Ok(code) if judged && code != 0 => Outcome::ExitCode(code),
+            Ok(code) if own && code != 0 => Outcome::ExitCode(code),
             Ok(_) => Outcome::Success,
             Err(error) => Outcome::Failed(format!("{doing}: {}", chain(&error))),
         }
@@ -59,7 +60,7 @@ impl Command {
 
     /// Runs it and says how it ended.
     async fn serve(self, mut ends: Ends, errors: &Outbox, form: StatusForm) {
-        let outcome = Self::run(self.session, self.doing, self.judged, &mut ends).await;
+        let outcome = Self::run(self.session, self.doing, self.own, &mut ends).await;
         ends.end().await;
         // A client that gave its error stream up does not want to know.
         let _ = errors.send(outcome.write(form)).await;
@@ -164,7 +165,8 @@ pub(in crate::kubelet_api) async fn over_websocket(command: Command, socket: Soc
     // Before v5 there is no other way to say that the input is at its end. A terminal has no such end: its client hung
     // up.
     let closing = match options.stdin && !options.tty && protocol.base() != Base::V5 {
-        true => Closing::Ends(channel::STDIN),
+        true if command.own => Closing::Ends(channel::STDIN),
+        true => Closing::EndsAndLeaves(channel::STDIN),
         false => Closing::HangsUp,
     };
     let wiring = Wiring { feeds, closing, idle: command.idle };

@@ -1,12 +1,16 @@
 //! Between a process and its client, whatever carries the streams.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::io::{self, IoSlice};
+use std::iter;
 use std::pin::Pin;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf as _, Bytes, BytesMut};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::resize::Sizes;
 use crate::kubelet_api::streaming::pipe::{Inbox, Next, Outbox};
@@ -47,7 +51,7 @@ pub(in crate::kubelet_api) async fn relay(session: Session, ends: &mut Ends) -> 
         tokio::try_join!(written, async { Ok(exit.await) })?.1
     };
     let company = async {
-        tokio::join!(feed(input.as_mut(), stdin), resizes(resize.as_mut(), terminal.as_ref()));
+        tokio::join!(feed(input.take(), stdin), resizes(resize.as_mut(), terminal.as_ref()));
         std::future::pending::<Infallible>().await
     };
     tokio::select! {
@@ -92,22 +96,42 @@ async fn hand_on(
     Ok(())
 }
 
-/// Input until the client ends it or the process stops reading, which is no failure.
-async fn feed(input: Option<&mut Inbox>, stdin: Option<Pin<Box<dyn AsyncWrite + Send>>>) {
-    let (Some(input), Some(mut stdin)) = (input, stdin) else { return };
-    loop {
-        match input.next().await {
-            Next::Data(bytes) => {
-                if stdin.write_all(&bytes).await.is_err() || stdin.flush().await.is_err() {
-                    return;
-                }
-            }
-            Next::End | Next::Reset => {
-                let _ = stdin.shutdown().await;
-                return;
-            }
+/// Input until the client ends it or the process stops reading, which is no failure. Whoever sends it sees by the
+/// inbox's drop that it is handed on.
+async fn feed(input: Option<Inbox>, stdin: Option<Pin<Box<dyn AsyncWrite + Send>>>) {
+    let (Some(mut input), Some(mut stdin)) = (input, stdin) else { return };
+    while let Next::Data(bytes) = input.next().await {
+        // What has come meanwhile goes with it: each write wakes up whoever takes it.
+        let more = iter::from_fn(|| input.waiting()).map(|(bytes, room)| (bytes, Some(room)));
+        let pieces = iter::once((bytes, None)).chain(more).collect();
+        if write_all(&mut stdin, pieces).await.is_err() || stdin.flush().await.is_err() {
+            return;
         }
     }
+    let _ = stdin.shutdown().await;
+}
+
+/// Bytes, and the room that they take until they are written.
+type Held = (Bytes, Option<OwnedSemaphorePermit>);
+
+async fn write_all(stdin: &mut (impl AsyncWrite + Unpin), mut pieces: VecDeque<Held>) -> io::Result<()> {
+    while let Some((first, _)) = pieces.front() {
+        if first.is_empty() {
+            pieces.pop_front();
+            continue;
+        }
+        let slices: Vec<_> = pieces.iter().map(|(piece, _)| IoSlice::new(piece)).collect();
+        let mut written = stdin.write_vectored(&slices).await?;
+        if written == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        for (piece, _) in &mut pieces {
+            let taken = written.min(piece.len());
+            piece.advance(taken);
+            written -= taken;
+        }
+    }
+    Ok(())
 }
 
 async fn resizes(resize: Option<&mut Inbox>, terminal: &dyn Terminal) {

@@ -1,14 +1,17 @@
-//! A WebSocket with its socket: one task reads messages into channels, one writes them.
+//! A WebSocket with its socket: messages are read into channels, and written from them.
+//!
+//! That is no task of its own: whoever holds the connection also runs it, beside what it is for. So a piece goes from the
+//! socket to a process, or back, without another thread being woken up for it.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::future::{BoxFuture, Fuse, FusedFuture};
 use futures::stream::{SplitSink, SplitStream};
-use futures::{SinkExt, StreamExt};
+use futures::{FutureExt, SinkExt, StreamExt};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role};
@@ -30,6 +33,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub(in crate::kubelet_api) enum Closing {
     /// This channel is at its end, if it was still open; what runs may run to its end.
     Ends(u8),
+    /// This channel is at its end, and with it the session, once what came on it is handed on.
+    EndsAndLeaves(u8),
     /// It does not want anything any more.
     HangsUp,
 }
@@ -70,15 +75,16 @@ impl SocketError {
     }
 }
 
-/// The connection. Dropping it closes the socket.
+/// The connection. It stands still while nobody waits for [`WebSocket::gone`] or [`WebSocket::close`]. Dropping it
+/// closes the socket.
 pub(in crate::kubelet_api) struct WebSocket {
     writes: mpsc::Sender<Write>,
     budget: Budget,
-    tasks: JoinSet<()>,
+    work: Fuse<BoxFuture<'static, ()>>,
 }
 
 impl WebSocket {
-    /// Starts reading and writing; an inbox for each channel that is read from.
+    /// The connection, and an inbox for each channel that is read from.
     pub(in crate::kubelet_api) fn start(
         socket: Socket,
         protocol: Protocol,
@@ -93,15 +99,15 @@ impl WebSocket {
             inboxes.insert(channel, inbox);
         }
         let (joined, hang_up) = socket.joined();
-        let (mut tasks, beats) = (JoinSet::new(), writes.downgrade());
-        tasks.spawn(async move {
+        let beats = writes.downgrade();
+        let work = async move {
             let stream = WebSocketStream::from_raw_socket(joined, Role::Server, Some(config())).await;
             let (sink, stream) = stream.split();
             let reader = Reader { stream, protocol, feeds, writes: beats, hang_up, idle: idle.clone() };
             let writer = Writer { sink, protocol, queue, idle: idle.clone() };
             run(reader, writer, wiring.closing, idle).await;
-        });
-        (Self { writes, budget, tasks }, inboxes)
+        };
+        (Self { writes, budget, work: work.boxed().fuse() }, inboxes)
     }
 
     /// The end of a channel that is written to.
@@ -109,16 +115,20 @@ impl WebSocket {
         stream(channel.into(), &self.budget, &self.writes).2
     }
 
-    /// Resolves when the client has left and nothing is to be done for it any more. Cancel-safe.
+    /// Reads and writes until the client has left and nothing is to be done for it any more. Cancel-safe.
     pub(in crate::kubelet_api) async fn gone(&mut self) {
-        self.tasks.join_next().await;
+        if !self.work.is_terminated() {
+            (&mut self.work).await;
+        }
     }
 
     /// Sends what waits and closes the connection in good order. A client may take it as slowly as the idle limit
     /// allows.
     pub(in crate::kubelet_api) async fn close(mut self) {
-        let _ = self.writes.send(Write::Close).await;
-        self.gone().await;
+        let writes = self.writes.clone();
+        // Nobody takes the order from a connection that is over.
+        let order = async { drop(writes.send(Write::Close).await) };
+        tokio::join!(order, self.gone());
     }
 }
 
@@ -126,16 +136,27 @@ impl WebSocket {
 async fn run(mut reader: Reader, mut writer: Writer, closing: Closing, idle: Idle) {
     let ended = tokio::select! {
         // Not cancel-safe, and need not be: no arm is resumed.
-        ended = reader.run() => ended.map(|()| Some(closing)),
+        ended = reader.run() => ended.map(|orderly| Some(if orderly { closing } else { Closing::HangsUp })),
         // Not cancel-safe, as above. A message that was cut short is the last of its connection.
         ended = writer.run() => ended.map(|()| None),
         // Cancel-safe: it only looks.
         () = idle.expired() => Err(SocketError::Idle),
     };
     match ended {
-        // Closed by this side: what the client still sends is read until it answers.
+        // Closed by this side: what the client still sends is read until it answers. That is due soon once it has all.
         Ok(None) => {
-            let _ = timeout(PATIENCE, async { while let Some(Ok(_)) = reader.stream.next().await {} }).await;
+            let Reader { stream, hang_up, .. } = &mut reader;
+            tokio::select! {
+                // Not cancel-safe, and need not be: the connection is over either way.
+                () = async { while let Some(Ok(_)) = stream.next().await {} } => {}
+                // Cancel-safe: it only looks and waits.
+                () = async {
+                    hang_up.delivered().await;
+                    sleep(PATIENCE).await;
+                } => {}
+                // Cancel-safe: it only looks.
+                () = idle.expired() => {}
+            }
         }
         Ok(Some(Closing::Ends(channel))) if reader.feeds.contains_key(&channel) => {
             let _ = timeout(PATIENCE, writer.sink.flush()).await;
@@ -152,8 +173,18 @@ async fn run(mut reader: Reader, mut writer: Writer, closing: Closing, idle: Idl
                 () = idle.expired() => {}
             }
         }
-        Ok(Some(_)) => {
+        Ok(Some(closing)) => {
             let _ = timeout(PATIENCE, writer.sink.flush()).await;
+            if let Closing::EndsAndLeaves(channel) = closing
+                && let Some(feed) = reader.feeds.remove(&channel)
+            {
+                tokio::select! {
+                    // Not cancel-safe, and need not be: the connection is over either way.
+                    () = feed.finish(PATIENCE) => {}
+                    // Not cancel-safe, as above: what runs has ended.
+                    () = writer.discard() => {}
+                }
+            }
         }
         Err(cause) => {
             debug!(error = chain(&cause), "a WebSocket ended early");
@@ -178,13 +209,14 @@ struct Reader {
 }
 
 impl Reader {
-    /// Until the client closes the connection in good order.
-    async fn run(&mut self) -> Result<(), SocketError> {
+    /// Until the client closes the connection; whether in good order (RFC 6455, section 7.4.1: any other code says that
+    /// it goes away, or failed).
+    async fn run(&mut self) -> Result<bool, SocketError> {
         loop {
             match self.stream.next().await.ok_or(SocketError::HungUp)?? {
                 Frame::Binary(message) => self.take(message).await?,
                 Frame::Text(message) => self.take(message.into()).await?,
-                Frame::Close(_) => return Ok(()),
+                Frame::Close(frame) => return Ok(frame.is_none_or(|frame| frame.code == CloseCode::Normal)),
                 // The library answers pings. That a client is there does not mean that it does anything.
                 Frame::Ping(_) | Frame::Pong(_) | Frame::Frame(_) => continue,
             }
@@ -278,7 +310,7 @@ mod tests {
 
     use tokio::io::{AsyncReadExt, split};
     use tokio::net::{TcpSocket, TcpStream};
-    use tokio::time::{Instant, sleep};
+    use tokio::time::Instant;
     use tokio_util::either::Either;
 
     use super::*;
@@ -286,11 +318,13 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
     /// Of each side's socket; the kernel takes twice as much.
     const BUFFER: u32 = 64 << 10;
-    /// More than both sockets hold, in no more pieces than may wait.
-    const TAIL: usize = WRITES_WAITING * (64 << 10);
+    /// More than both sockets hold; with the status in no more pieces than may wait.
+    const TAIL: usize = (WRITES_WAITING - 1) * (64 << 10);
+    /// More than the client's socket holds, and no more than both.
+    const HELD: usize = 2 * (64 << 10);
 
     /// A connection that has a tail and a status to send, and its client.
-    async fn with_tail(idle: Duration) -> (WebSocket, TcpStream) {
+    async fn with_tail(idle: Duration, tail: usize) -> (WebSocket, TcpStream) {
         let listener = TcpSocket::new_v4().unwrap();
         listener.set_send_buffer_size(BUFFER).unwrap();
         listener.bind("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -304,36 +338,46 @@ mod tests {
         let socket = Socket { reader: Cursor::new(Bytes::new()).chain(reader), writer, hang_up };
         let wiring = Wiring { feeds: Vec::new(), closing: Closing::HangsUp, idle };
         let (websocket, _) = WebSocket::start(socket, Protocol::named("v5.channel.k8s.io").unwrap(), wiring);
-        websocket.outbox(1).send(vec![7; TAIL].into()).await.unwrap();
+        websocket.outbox(1).send(vec![7; tail].into()).await.unwrap();
         websocket.outbox(3).send(Bytes::from_static(b"status")).await.unwrap();
         (websocket, client)
     }
 
     #[tokio::test]
     async fn a_client_that_reads_late_gets_the_tail() {
-        let (websocket, client) = with_tail(LONG).await;
+        for tail in [TAIL, HELD] {
+            reads_late(tail).await;
+        }
+    }
+
+    async fn reads_late(tail: usize) {
+        let (websocket, client) = with_tail(LONG, tail).await;
         let late = async {
             sleep(PATIENCE + PATIENCE / 2).await;
             let mut client = WebSocketStream::from_raw_socket(client, Role::Client, None).await;
+            // What comes to a socket that was closed is answered with a reset.
+            client.send(Frame::Ping(Bytes::new())).await.unwrap();
+            sleep(PATIENCE / 10).await;
             let (mut output, mut status) = (0, Vec::new());
             while let Some(Ok(message)) = client.next().await {
                 match message {
                     Frame::Binary(bytes) if bytes[0] == 1 => output += bytes.len() - 1,
                     Frame::Binary(bytes) => status.extend_from_slice(&bytes),
                     Frame::Close(frame) => assert_eq!(frame.unwrap().code, CloseCode::Normal),
+                    Frame::Pong(_) => {}
                     other => panic!("{other:?}"),
                 }
             }
             (output, status)
         };
         let (came, ()) = tokio::join!(late, websocket.close());
-        assert_eq!(came, (TAIL, b"\x03status".to_vec()));
+        assert_eq!(came, (tail, b"\x03status".to_vec()));
     }
 
     #[tokio::test]
     async fn a_client_that_never_reads_is_left_at_the_idle_limit() {
         let idle = Duration::from_millis(300);
-        let (websocket, _client) = with_tail(idle).await;
+        let (websocket, _client) = with_tail(idle, TAIL).await;
         let began = Instant::now();
         timeout(LONG / 2, websocket.close()).await.unwrap();
         // It is told why, which does not reach it either.
@@ -342,7 +386,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_does_not_answer_the_close_is_left_soon() {
-        let (websocket, mut client) = with_tail(LONG).await;
+        let (websocket, mut client) = with_tail(LONG, TAIL).await;
         let mut all = Vec::new();
         let (read, ()) = tokio::join!(timeout(LONG / 2, client.read_to_end(&mut all)), websocket.close());
         assert!(read.unwrap().unwrap() > TAIL);
