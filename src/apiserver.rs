@@ -129,11 +129,16 @@ impl ApiServer {
     /// # Errors
     /// See [`ConnectError`].
     pub async fn from_kubeconfig(path: &Path) -> Result<Self, ConnectError> {
+        Self::limited(path, REQUESTS_AT_ONCE).await
+    }
+
+    /// The same, with as many requests at once.
+    async fn limited(path: &Path, requests: usize) -> Result<Self, ConnectError> {
         let config = load(path).await?;
         let url = config.cluster_url.to_string();
         let builder = ClientBuilder::try_from(config)
             .map_err(|source| ConnectError::Credentials { path: path.to_owned(), source: Box::new(source) })?;
-        let client = builder.with_layer(&ConcurrencyLimitLayer::new(REQUESTS_AT_ONCE)).build();
+        let client = builder.with_layer(&ConcurrencyLimitLayer::new(requests)).build();
         Ok(Self { client, url, kubeconfig: path.to_owned() })
     }
 

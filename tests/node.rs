@@ -8,7 +8,8 @@ mod api;
 #[path = "node/runtime.rs"]
 mod runtime;
 
-use std::sync::Arc;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use api::{Api, NODE};
@@ -52,6 +53,13 @@ fn settings() -> NodeSettings {
     }
 }
 
+/// What this host's address is, for nodes that were not told theirs; none at first.
+static HOST_ADDRESS: Mutex<Option<IpAddr>> = Mutex::new(None);
+
+fn host_address() -> Option<IpAddr> {
+    *HOST_ADDRESS.lock().unwrap()
+}
+
 fn start(api: Api, settings: NodeSettings) -> World {
     let server = api.server();
     start_against(server, api, settings)
@@ -70,6 +78,7 @@ fn start_against(server: Arc<ApiServer>, api: Api, settings: NodeSettings) -> Wo
         health: receiver,
         events,
         shutting_down: shutting_down.subscribe(),
+        host_address,
     };
     let handle = node::spawn(params, &tasks).unwrap();
     World { api, health, shutting_down, tasks, supervisor, handle, _writing: writing }
@@ -225,6 +234,37 @@ async fn the_status_is_sent_only_when_it_changed() {
 }
 
 #[tokio::test]
+async fn an_address_that_changes_is_followed_and_one_that_was_told_is_not() {
+    let now = |address: Option<&str>| *HOST_ADDRESS.lock().unwrap() = address.map(|text| text.parse().unwrap());
+    now(Some("127.0.0.1"));
+    let here = start(Api::new(), NodeSettings { addresses: Vec::new(), ..settings() });
+    until("an address that stays is there", || {
+        here.api.state().node.as_ref().is_some_and(|node| node["status"]["addresses"][0]["address"] == "127.0.0.1")
+    })
+    .await;
+    now(Some("10.0.0.6"));
+    let world = start(Api::new(), NodeSettings { addresses: Vec::new(), ..settings() });
+    let told = start(Api::new(), settings());
+    let shown = |world: &World| world.api.state().node.as_ref().map(|node| node["status"]["addresses"].clone());
+    let addresses = |internal: &str| {
+        Some(json!([{ "type": "InternalIP", "address": internal }, { "type": "Hostname", "address": NODE }]))
+    };
+    until("the first address is there", || shown(&world) == addresses("10.0.0.6")).await;
+    let mut facts = world.handle.facts.clone();
+    facts.mark_unchanged();
+    // Between two addresses a host has none.
+    now(None);
+    tokio::time::sleep(A_WHILE).await;
+    assert!(!facts.has_changed().unwrap());
+    now(Some("fd00::6"));
+    tokio::time::timeout(SOON, facts.changed()).await.unwrap().unwrap();
+    assert_eq!(facts.borrow_and_update().addresses, ["fd00::6".parse::<IpAddr>().unwrap()]);
+    until("the other address is there", || shown(&world) == addresses("fd00::6")).await;
+    assert_eq!(shown(&told), addresses("10.0.0.5"));
+    assert_eq!(shown(&here), addresses("127.0.0.1"), "another route is no other address");
+}
+
+#[tokio::test]
 async fn an_unchanged_status_is_sent_again_at_the_report_frequency() {
     let world = start(Api::new(), NodeSettings { status_report_frequency: Duration::from_millis(100), ..settings() });
     until("it was sent three times", || world.status_patches() >= 3).await;
@@ -347,7 +387,7 @@ async fn reservations_that_leave_nothing_are_refused() {
     let api = Api::new().server();
     let (events, _writer) = events::events(api.client.clone(), NODE, Default::default());
     let (_shutting_down, shutting_down) = watch::channel(false);
-    let params = Params { api, settings: Arc::new(settings), runtime, health, events, shutting_down };
+    let params = Params { api, settings: Arc::new(settings), runtime, health, events, shutting_down, host_address };
     assert!(node::spawn(params, &tasks).unwrap_err().to_string().contains("memory"));
 }
 

@@ -1,5 +1,8 @@
 //! A client whose credentials follow their files: a kubeconfig, or a file it names, that changes is taken over without
 //! a restart. Requests in flight and open watches end on the connection they began on.
+//!
+//! Clients of one file share its connections, and each has a limit of its own: one whose requests all wait holds up no
+//! other.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,10 +12,12 @@ use arc_swap::ArcSwap;
 use kube::Client;
 use kube::config::Kubeconfig;
 use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
+use tower::limit::ConcurrencyLimit;
 use tracing::{info, warn};
 
-use super::{ApiServer, ConnectError};
+use super::{ApiServer, ConnectError, REQUESTS_AT_ONCE};
 use crate::telemetry::chain;
 
 /// How often the files are looked at; they are a few kilobytes.
@@ -33,20 +38,30 @@ impl ApiServer {
     /// See [`ConnectError`].
     pub async fn reloading(path: &Path) -> Result<(Self, Reload), ConnectError> {
         let tried = digest(path);
-        let first = Self::from_kubeconfig(path).await?;
-        let namespace = first.client.default_namespace().to_owned();
-        let current = Arc::new(ArcSwap::from_pointee(first.client));
-        let behind = Arc::clone(&current);
-        let service = tower::service_fn(move |request| {
-            let client = behind.load_full();
-            async move { client.send(request).await }
-        });
-        let api = Self { client: Client::new(service, namespace), ..first };
-        Ok((api, Reload { kubeconfig: path.to_owned(), current, tried }))
+        let first = unlimited(path).await?;
+        let reload =
+            Reload { kubeconfig: path.to_owned(), current: Arc::new(ArcSwap::from_pointee(first.client)), tried };
+        Ok((Self { client: reload.client(REQUESTS_AT_ONCE), ..first }, reload))
     }
 }
 
+/// The client that others stand before, each with its limit.
+async fn unlimited(path: &Path) -> Result<ApiServer, ConnectError> {
+    ApiServer::limited(path, Semaphore::MAX_PERMITS).await
+}
+
 impl Reload {
+    /// A client of its own, of which so many requests may wait for an answer at once.
+    pub fn client(&self, requests: usize) -> Client {
+        let current = Arc::clone(&self.current);
+        let namespace = current.load().default_namespace().to_owned();
+        let service = tower::service_fn(move |request| {
+            let client = current.load_full();
+            async move { client.send(request).await }
+        });
+        Client::new(ConcurrencyLimit::new(service, requests), namespace)
+    }
+
     /// Looks at the files every few seconds until `closing`.
     pub async fn run(mut self, closing: CancellationToken) {
         loop {
@@ -68,7 +83,7 @@ impl Reload {
         }
         self.tried = digest;
         let path = self.kubeconfig.display();
-        match ApiServer::from_kubeconfig(&self.kubeconfig).await {
+        match unlimited(&self.kubeconfig).await {
             Ok(fresh) => {
                 self.current.store(Arc::new(fresh.client));
                 info!(kubeconfig = %path, "took over changed credentials");
@@ -127,6 +142,46 @@ mod tests {
             "apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview", "metadata": {},
             "status": { "userInfo": { "username": token } },
         }))
+    }
+
+    #[tokio::test]
+    async fn a_client_whose_requests_all_wait_holds_up_no_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("node.kubeconfig");
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        write(&path, listener.local_addr().unwrap(), "one");
+        // Whatever is no review of oneself takes for ever.
+        let own = axum::routing::post(review);
+        let (reached, mut waiting) = tokio::sync::mpsc::channel(64);
+        let stuck = move || {
+            let reached = reached.clone();
+            async move {
+                reached.send(()).await.unwrap();
+                std::future::pending::<()>().await;
+            }
+        };
+        let router =
+            axum::Router::new().route("/apis/authentication.k8s.io/v1/selfsubjectreviews", own).fallback(stuck);
+        let test = async {
+            let (api, reload) = ApiServer::reloading(&path).await.unwrap();
+            let other = reload.client(2);
+            let nodes = kube::Api::<k8s_openapi::api::core::v1::Node>::all(other);
+            let stuck = futures::future::join_all((0..20).map(|_| nodes.get("a")));
+            let asked = async {
+                waiting.recv().await.unwrap();
+                waiting.recv().await.unwrap();
+                assert_eq!(api.whoami().await.unwrap(), "Bearer one");
+                assert!(waiting.try_recv().is_err(), "more than two at once");
+            };
+            tokio::select! {
+                _ = stuck => panic!("nobody answers these"),
+                () = asked => {}
+            }
+        };
+        tokio::select! {
+            () = test => {}
+            ended = axum::serve(listener, router) => panic!("{ended:?}"),
+        }
     }
 
     #[tokio::test]

@@ -29,14 +29,14 @@ pub(super) async fn connect(settings: &Settings, kubeconfig: &Path) -> anyhow::R
 }
 
 /// What the node's API shows.
-pub(super) fn serving(settings: &Settings, facts: &NodeFacts) -> Serving {
+pub(super) fn serving(settings: &Settings, facts: &watch::Receiver<NodeFacts>) -> Serving {
     let files = settings.serving.tls_cert_file.clone().zip(settings.serving.tls_private_key_file.clone());
     if let Some((certificate, key)) = files {
         return Serving::Files { certificate, key };
     }
     let directory = directory(settings);
     let file = Store::new(&directory, Kind::Serving).path();
-    let own = SelfSigned { directory, names: vec![facts.name.clone()], addresses: facts.addresses.clone() };
+    let own = SelfSigned { directory, node: facts.clone() };
     if settings.identity.server_tls_bootstrap {
         Serving::Requested { file, meanwhile: own }
     } else {
@@ -69,10 +69,8 @@ pub(super) fn keep(
     ];
     for (_, name, store) in wanted.into_iter().filter(|(wanted, ..)| *wanted) {
         let keeper = Keeper::new(Arc::clone(api), store, facts.clone());
+        let keeper = keeper.with_bootstrap(settings.identity.bootstrap_kubeconfig.clone());
         let closing = tasks.closing();
-        tasks.spawn_companion(name, async move {
-            keeper.run(closing).await;
-            Ok(())
-        });
+        tasks.spawn_companion(name, async move { keeper.run(closing).await.map_err(Into::into) });
     }
 }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use kube::Client;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::{Mutex, watch};
 use tracing::{info, warn};
@@ -75,6 +76,8 @@ const UNLIMITED_PULLS: usize = 64;
 struct Parts {
     settings: Arc<Settings>,
     api: Arc<ApiServer>,
+    /// To ask the API server about callers: what strangers make busy keeps neither lease nor status waiting.
+    reviews: Client,
     owner: String,
     metrics: Metrics,
     runtime: Arc<dyn Runtime>,
@@ -160,8 +163,10 @@ async fn start_rooms(
         health,
         events: events.clone(),
         shutting_down: shutting_down.subscribe(),
+        host_address: node::default_route_address,
     };
     let node = node::spawn(params, tasks)?;
+    let reviews = reload.client(kubelet_api::REVIEWS_AT_ONCE);
     identity::keep(&settings, &api, reload, &node.facts, tasks);
     if let Some(witness) = witness {
         remember_node(witness, &node, tasks);
@@ -170,6 +175,7 @@ async fn start_rooms(
     let parts = Parts {
         settings,
         api,
+        reviews,
         owner,
         metrics,
         runtime,
@@ -221,12 +227,11 @@ fn events(settings: &Settings, api: &ApiServer, metrics: &Metrics, tasks: &Tasks
 /// The node's HTTPS API.
 async fn serve_api(parts: &Parts) -> anyhow::Result<()> {
     let serving = &parts.settings.serving;
-    let facts = parts.node.facts.borrow().clone();
     let params = kubelet_api::Params {
         listen: SocketAddr::new(serving.address, serving.port),
-        node_name: facts.name.clone(),
+        node_name: parts.settings.node.name.clone(),
         tls: kubelet_api::TlsParams {
-            serving: identity::serving(&parts.settings, &facts),
+            serving: identity::serving(&parts.settings, &parts.node.facts),
             client_ca_file: serving.client_ca_file.clone(),
             min_version: serving.tls_min_version,
             cipher_suites: serving.tls_cipher_suites.clone(),
@@ -243,7 +248,7 @@ async fn serve_api(parts: &Parts) -> anyhow::Result<()> {
             authorized_ttl: serving.authorized_ttl,
             unauthorized_ttl: serving.unauthorized_ttl,
         },
-        client: parts.api.client.clone(),
+        client: parts.reviews.clone(),
         targets: parts.directory.clone(),
         runtime: parts.runtime.clone(),
         images: parts.runtime.clone(),

@@ -2,7 +2,7 @@
 //! Kubernetes does.
 //!
 //! ```text
-//! Lease --leader--> watch of kubelet-serving requests --apply---> GET Node --> verdict --> PATCH .../approval
+//! Lease --leader--> watch of kubelet-serving requests --apply---> GET Nodes --> verdict --> PATCH .../approval
 //!                                                     '-cleanup-> says so if it went undecided
 //! ```
 //! Of several replicas one works at a time. Each request carries [`FINALIZER`] from the first look on, so none goes
@@ -16,7 +16,8 @@ use jiff::Timestamp;
 use k8s_controller::{Context, Controller, LeaderElection, TraceMetadata};
 use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use k8s_openapi::api::core::v1::Node;
-use kube::api::{Patch, PatchParams};
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use kube::api::{ListParams, Patch, PatchParams};
 use kube::runtime::controller::Action;
 use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt};
@@ -24,7 +25,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use verdict::{SIGNER, Verdict, requester, verdict};
+use verdict::{Others, SIGNER, Verdict, requester, verdict};
 
 /// The mark on each request that is looked after.
 pub const FINALIZER: &str = "lambdalet.dev/kubelet-serving";
@@ -77,6 +78,15 @@ pub enum ApproveError {
         #[source]
         source: kube::Error,
     },
+    /// What else there is cannot be read.
+    #[error("failed to list {what}")]
+    Others {
+        /// Of which kind.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: kube::Error,
+    },
     /// The Node does not say what the request says.
     #[error("request {name} is not approved: {reason}")]
     NotYet {
@@ -120,7 +130,12 @@ impl Context for Approver {
             }
             None => None,
         };
-        match verdict(request, node.as_ref()) {
+        // The others are many, and most requests are decided already.
+        let judged = match verdict(request, node.as_ref(), &Others::default()) {
+            Verdict::Approve => verdict(request, node.as_ref(), &others(client.clone()).await?),
+            other => other,
+        };
+        match judged {
             Verdict::Approve => approve(client, request).await?,
             Verdict::Nothing => return Ok(Some(Action::await_change())),
             Verdict::NotYet(reason) => return Err(ApproveError::NotYet { name, reason }),
@@ -140,6 +155,21 @@ impl Context for Approver {
         }
         Ok(None)
     }
+}
+
+/// What the cluster has beside the node that asks.
+async fn others(client: Client) -> Result<Others, ApproveError> {
+    let failed = |what| move |source| ApproveError::Others { what, source };
+    let all = ListParams::default();
+    let nodes = Api::<Node>::all(client.clone()).list(&all).await.map_err(failed("Nodes"))?.items;
+    let ranges = match Api::<ServiceCIDR>::all(client).list(&all).await {
+        Ok(ranges) => ranges.items,
+        // Older than Kubernetes 1.33, which does not tell them.
+        Err(kube::Error::Api(status)) if status.code == 404 => Vec::new(),
+        Err(source) => return Err(failed("ServiceCIDRs")(source)),
+    };
+    let cidrs = ranges.into_iter().filter_map(|range| range.spec?.cidrs).flatten();
+    Ok(Others { nodes, service_ranges: cidrs.filter_map(|cidr| cidr.parse().ok()).collect() })
 }
 
 /// Whether somebody has approved or denied it.

@@ -1,12 +1,14 @@
 //! Pure: whether a `kubernetes.io/kubelet-serving` request may be approved.
 //!
 //! The rules are those of the signer (Kubernetes documentation, "Certificates and Certificate Signing Requests", Kubernetes
-//! signers), and one that only an approver can hold it to: whoever asks is the node, and the certificate is good for that
-//! Node's own addresses and nothing else.
+//! signers), and those that only an approver can hold it to: whoever asks is the node, and the certificate is good for that
+//! Node's own addresses and nothing else. A node writes these addresses itself, so they are not believed where they are
+//! a Service's, another Node's or everybody's.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use k8s_openapi::api::core::v1::Node;
 use rustls_pki_types::CertificateSigningRequestDer;
@@ -46,8 +48,17 @@ pub fn requester(request: &CertificateSigningRequest) -> Option<&str> {
     (!node.is_empty()).then_some(node)
 }
 
+/// What the cluster has that no certificate of a single node may be good for.
+#[derive(Clone, Debug, Default)]
+pub struct Others {
+    /// The Nodes; the one that asks may be among them.
+    pub nodes: Vec<Node>,
+    /// The ranges of Services' addresses, as far as the cluster tells them.
+    pub service_ranges: Vec<IpNet>,
+}
+
 /// What is to be done with a request, `node` being the Node named as its requester, if there is one.
-pub fn verdict(request: &CertificateSigningRequest, node: Option<&Node>) -> Verdict {
+pub fn verdict(request: &CertificateSigningRequest, node: Option<&Node>, others: &Others) -> Verdict {
     if request.spec.signer_name != SIGNER || settled(request) {
         return Verdict::Nothing;
     }
@@ -61,11 +72,44 @@ pub fn verdict(request: &CertificateSigningRequest, node: Option<&Node>) -> Verd
     if node.metadata.deletion_timestamp.is_some() {
         return Verdict::NotYet("the Node is being deleted");
     }
-    if addresses(node).cover(&names) {
-        Verdict::Approve
-    } else {
-        Verdict::NotYet("a name or address is not in the Node's status.addresses")
+    if !addresses(node).cover(&names) {
+        return Verdict::NotYet("a name or address is not in the Node's status.addresses");
     }
+    others.owner(&names, node).map_or(Verdict::Approve, Verdict::NotYet)
+}
+
+impl Others {
+    /// Whose one of these is beside the Node's.
+    fn owner(&self, names: &Names, node: &Node) -> Option<&'static str> {
+        let is_service = |ip: &IpAddr| self.service_ranges.iter().any(|range| range.contains(&ip.to_canonical()));
+        if names.ip.iter().any(is_service) {
+            return Some("an address is in the range of Services");
+        }
+        for other in self.nodes.iter().filter(|other| other.metadata.name != node.metadata.name) {
+            let theirs = addresses(other);
+            let is_theirs = |name: &String| {
+                theirs.dns.iter().chain(&other.metadata.name).any(|their| their.eq_ignore_ascii_case(name))
+            };
+            if names.dns.iter().any(is_theirs) {
+                return Some("a name is another Node's");
+            }
+            // An IPv4 address is the same in the dress of IPv6.
+            let is_address = |ip: &IpAddr| theirs.ip.iter().any(|their| their.to_canonical() == ip.to_canonical());
+            if names.ip.iter().any(is_address) && !share_a_host(node, other) {
+                return Some("an address is another Node's too");
+            }
+        }
+        None
+    }
+}
+
+/// Whether two Nodes are of one host, and so have one address: then they were booted at once. That is no proof:
+/// a host with credentials that can read the other Node, as kube-proxy's, may say the same. Without it two nodes on one
+/// host would have no certificates.
+fn share_a_host(one: &Node, other: &Node) -> bool {
+    let boot =
+        |node: &Node| Some(node.status.as_ref()?.node_info.as_ref()?.boot_id.clone()).filter(|id| !id.is_empty());
+    boot(one).is_some_and(|id| boot(other) == Some(id))
 }
 
 /// Whether somebody decided it, or it is being removed.
@@ -109,7 +153,51 @@ fn intrinsic(request: &CertificateSigningRequest) -> Result<Names, &'static str>
     let ParsedExtension::SubjectAlternativeName(asked) = extension.parsed_extension() else {
         return Err("it asks for an extension that is not alternative names");
     };
-    alternative_names(&asked.general_names)
+    let names = alternative_names(&asked.general_names)?;
+    no_hosts(&names).map_or(Ok(names), Err)
+}
+
+/// Why no node may be called one of these, whatever it says of itself. The addresses are those a kubelet refuses as its
+/// own, too.
+fn no_hosts(names: &Names) -> Option<&'static str> {
+    let of_no_host = |ip: &IpAddr| {
+        let ip = ip.to_canonical();
+        let is_link_local = match ip {
+            IpAddr::V4(ip) => ip.is_link_local() || ip.is_broadcast(),
+            IpAddr::V6(ip) => ip.is_unicast_link_local(),
+        };
+        ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || is_link_local
+    };
+    if names.ip.iter().any(of_no_host) {
+        return Some("an address is no single host's (loopback, link-local, multicast or none)");
+    }
+    if !names.dns.iter().all(|name| is_host_name(name)) {
+        return Some("a DNS name is no host's (RFC 1123)");
+    }
+    names
+        .dns
+        .iter()
+        .any(|name| is_reserved(name))
+        .then_some("a DNS name is localhost's, the API server's or a Service's")
+}
+
+fn is_host_name(name: &str) -> bool {
+    let is_label = |label: &str| {
+        let plain = label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        plain && (1..=63).contains(&label.len()) && !label.starts_with('-') && !label.ends_with('-')
+    };
+    name.len() <= 253 && name.split('.').all(is_label) && name.parse::<IpAddr>().is_err()
+}
+
+/// Names by which Pods find Services (`NAME.NAMESPACE.svc`, whatever domain follows) and the API server, and the names of
+/// each host for itself.
+fn is_reserved(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    let labels: Vec<&str> = name.split('.').collect();
+    matches!(
+        labels[..],
+        ["kubernetes"] | ["kubernetes", "default"] | [.., "localhost"] | [.., "pod", "cluster", "local"]
+    ) || labels.iter().skip(2).any(|label| *label == "svc")
 }
 
 /// The request of a PEM text that holds nothing else.

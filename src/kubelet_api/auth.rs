@@ -25,8 +25,11 @@ use crate::telemetry::chain;
 
 /// Answers kept per cache: a few dozen clients times a dozen rights, with room for a burst of strangers.
 const CACHED: usize = 1024;
-/// Reviews in flight at once; a flood of strangers' tokens must not become a flood on the API server.
-const REVIEWS_IN_FLIGHT: usize = 32;
+/// Reviews of each kind in flight at once. A flood of strangers' tokens must not become a flood on the API server, nor keep
+/// those waiting who are known and only have their rights asked for.
+const REVIEWS_IN_FLIGHT: usize = 8;
+/// Requests that the reviews of both kinds may have in flight at once.
+pub const REVIEWS_AT_ONCE: usize = 2 * REVIEWS_IN_FLIGHT;
 /// How long one review may take, waiting for its turn included.
 const REVIEW_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -197,7 +200,8 @@ pub(super) struct Gate {
 
 impl Gate {
     pub(super) fn new(node: String, access: Access, client: kube::Client, tls: Arc<Tls>, meters: Meters) -> Self {
-        let reviewer = Reviewer { client, turns: Arc::new(Semaphore::new(REVIEWS_IN_FLIGHT)), meters };
+        let turns = || Arc::new(Semaphore::new(REVIEWS_IN_FLIGHT));
+        let reviewer = Reviewer { client, token_turns: turns(), access_turns: turns(), meters };
         Self { node, access, tls, tokens: Cache::new(CACHED), rights: Cache::new(CACHED), reviewer }
     }
 
@@ -296,11 +300,12 @@ fn access_review(user: &User, node: &str, verb: &str, subresource: &str) -> Subj
     }
 }
 
-/// Puts the questions to the API server, a bounded number at a time.
+/// Puts the questions to the API server, a bounded number of each kind at a time.
 #[derive(Clone)]
 struct Reviewer {
     client: kube::Client,
-    turns: Arc<Semaphore>,
+    token_turns: Arc<Semaphore>,
+    access_turns: Arc<Semaphore>,
     meters: Meters,
 }
 
@@ -336,7 +341,10 @@ impl Reviewer {
         let api = Api::<T>::all(self.client.clone());
         let params = PostParams::default();
         let turn = async {
-            let _turn = self.turns.acquire().await;
+            let _turn = match kind {
+                Review::Token => self.token_turns.acquire().await,
+                Review::Access => self.access_turns.acquire().await,
+            };
             api.create(&params, review).await
         };
         let answer = match tokio::time::timeout(REVIEW_TIMEOUT, turn).await {

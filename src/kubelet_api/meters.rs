@@ -21,7 +21,7 @@ pub(super) enum Lost {
     Handshake,
     /// The bound on connections was reached.
     Full,
-    /// It had proved nothing when its place was needed.
+    /// It had proved nothing, or idled, when its place was needed.
     Evicted,
 }
 

@@ -46,7 +46,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-pub use auth::{Access, Authorization};
+pub use auth::{Access, Authorization, REVIEWS_AT_ONCE};
 use health::Health;
 use meters::Meters;
 pub use pages::{About, flags_of};
@@ -74,7 +74,8 @@ pub struct Params {
     /// Who is let in.
     pub access: Access,
     /// For TokenReview and SubjectAccessReview; the node's identity needs `create` on both (the ClusterRole
-    /// `system:auth-delegator`, or any `system:node` identity).
+    /// `system:auth-delegator`, or any `system:node` identity). Best one of its own with room for [`REVIEWS_AT_ONCE`]
+    /// requests: strangers can keep it busy.
     pub client: kube::Client,
     /// Finds Pods.
     pub targets: Arc<dyn PodTargets>,

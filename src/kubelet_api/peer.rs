@@ -35,7 +35,7 @@ impl Peer {
         Self { address, certified, proof }
     }
 
-    /// This client had a request let through: its connection is not given up for a stranger's.
+    /// This client had a request let through: its connection is given up for another's only when it idles.
     pub(super) fn mark_proven(&self) {
         self.proof.mark();
     }

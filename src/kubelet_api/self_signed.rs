@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan, civil::Date};
 use rcgen::{CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose};
+use tokio::sync::watch;
 use tracing::info;
 
 use super::tls::TlsError;
 use crate::certificate::{self, Certificate, Names};
+use crate::node::NodeFacts;
 
 /// Days a certificate is good for, as a kubelet's own.
 const LIFETIME_DAYS: i64 = 365;
@@ -22,10 +24,8 @@ const RENEW_DAYS: i64 = 30;
 pub struct SelfSigned {
     /// Where `kubelet.crt` and `kubelet.key` are kept: `<root-dir>/pki`.
     pub directory: PathBuf,
-    /// Names it is good for: the node's first, then the host's.
-    pub names: Vec<String>,
-    /// Addresses it is good for: the node's.
-    pub addresses: Vec<IpAddr>,
+    /// Name and addresses it is good for; a look at the files after they changed makes another one.
+    pub node: watch::Receiver<NodeFacts>,
 }
 
 impl SelfSigned {
@@ -35,6 +35,11 @@ impl SelfSigned {
 
     pub(super) fn key(&self) -> PathBuf {
         self.directory.join("kubelet.key")
+    }
+
+    fn names(&self) -> Names {
+        let node = self.node.borrow();
+        Names { dns: [node.name.clone()].into(), ip: node.addresses.iter().copied().collect() }
     }
 }
 
@@ -62,14 +67,14 @@ fn unfit(own: &SelfSigned, now: Timestamp) -> Option<&'static str> {
     if now < parsed.not_before || now.as_second() + RENEW_DAYS * 86_400 > parsed.not_after.as_second() {
         return Some("its time is over");
     }
-    let wanted = Names { dns: own.names.iter().cloned().collect(), ip: own.addresses.iter().copied().collect() };
-    if parsed.names.cover(&wanted) { None } else { Some("names or addresses changed") }
+    if parsed.names.cover(&own.names()) { None } else { Some("names or addresses changed") }
 }
 
 fn generate(own: &SelfSigned, now: Timestamp) -> Result<(), TlsError> {
-    let name = own.names.first().cloned().unwrap_or_default();
+    let name = own.node.borrow().name.clone();
+    let names = own.names();
     let failed = |source| TlsError::Generate { name: name.clone(), source };
-    let names = own.names.iter().cloned().chain(own.addresses.iter().map(IpAddr::to_string));
+    let names = names.dns.into_iter().chain(names.ip.iter().map(IpAddr::to_string));
     let mut params = CertificateParams::new(names.collect::<Vec<_>>()).map_err(failed)?;
     params.distinguished_name = DistinguishedName::new();
     // The time in the name keeps two certificates of one node apart in a trust store.
@@ -100,12 +105,14 @@ mod tests {
 
     use super::*;
 
-    fn wanted(directory: &Path) -> SelfSigned {
-        SelfSigned {
-            directory: directory.join("pki"),
-            names: vec!["node-1".to_owned(), "host.example".to_owned()],
+    fn wanted(directory: &Path) -> (watch::Sender<NodeFacts>, SelfSigned) {
+        let (sender, node) = watch::channel(NodeFacts {
+            name: "node-1".to_owned(),
             addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
-        }
+            capacity: Default::default(),
+            allocatable: Default::default(),
+        });
+        (sender, SelfSigned { directory: directory.join("pki"), node })
     }
 
     fn stored(own: &SelfSigned) -> (Vec<u8>, Vec<u8>) {
@@ -115,24 +122,25 @@ mod tests {
     #[test]
     fn a_certificate_is_kept_while_it_fits() {
         let directory = tempfile::tempdir().unwrap();
-        let (mut own, now) = (wanted(directory.path()), Timestamp::now());
+        let ((node, own), now) = (wanted(directory.path()), Timestamp::now());
         ensure(&own, now).unwrap();
         let first = stored(&own);
         ensure(&own, now + 300.hours()).unwrap();
         assert_eq!(stored(&own), first);
-        // Fewer names than it has is fine, one more is not.
-        own.names.pop();
+        // Fewer addresses than it has is fine, another is not.
+        node.send_modify(|facts| facts.addresses.truncate(1));
         ensure(&own, now).unwrap();
         assert_eq!(stored(&own), first);
-        own.addresses.push("10.0.0.2".parse().unwrap());
+        node.send_modify(|facts| facts.addresses = vec!["10.0.0.2".parse().unwrap()]);
         ensure(&own, now).unwrap();
-        assert_ne!(stored(&own), first);
+        let names = Certificate::first(&stored(&own).0).unwrap().names;
+        assert_eq!(names, Names { dns: ["node-1".to_owned()].into(), ip: ["10.0.0.2".parse().unwrap()].into() });
     }
 
     #[test]
     fn one_that_runs_out_or_is_damaged_is_replaced() {
         let directory = tempfile::tempdir().unwrap();
-        let (own, now) = (wanted(directory.path()), Timestamp::now());
+        let ((_node, own), now) = (wanted(directory.path()), Timestamp::now());
         ensure(&own, now).unwrap();
         let first = stored(&own);
         ensure(&own, now + (340 * 24).hours()).unwrap();
@@ -148,7 +156,7 @@ mod tests {
     #[test]
     fn only_the_owner_reads_the_key() {
         let directory = tempfile::tempdir().unwrap();
-        let own = wanted(directory.path());
+        let (_node, own) = wanted(directory.path());
         ensure(&own, Timestamp::now()).unwrap();
         let mode = |path: PathBuf| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(own.key()), 0o600);

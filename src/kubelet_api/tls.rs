@@ -347,11 +347,25 @@ fn client_verifier(
 mod tests {
     use std::net::IpAddr;
 
+    use rustls::crypto::ring::cipher_suite::{
+        TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256 as AES_128, TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384 as AES_256,
+        TLS13_AES_128_GCM_SHA256 as NEW,
+    };
+    use rustls::version::{TLS12, TLS13};
+    use rustls::{ClientConfig, ClientConnection, ServerConnection, SupportedCipherSuite};
+    use tokio::sync::watch;
+
     use super::*;
+    use crate::node::NodeFacts;
 
     fn own(directory: &Path, name: &str) -> SelfSigned {
+        SelfSigned { directory: directory.to_owned(), node: node(name).1 }
+    }
+
+    fn node(name: &str) -> (watch::Sender<NodeFacts>, watch::Receiver<NodeFacts>) {
+        let (capacity, allocatable) = Default::default();
         let addresses = vec![IpAddr::from([127, 0, 0, 1])];
-        SelfSigned { directory: directory.to_owned(), names: vec![name.to_owned()], addresses }
+        watch::channel(NodeFacts { name: name.to_owned(), addresses, capacity, allocatable })
     }
 
     fn files(directory: &Path, name: &str) -> TlsParams {
@@ -440,6 +454,20 @@ mod tests {
     }
 
     #[test]
+    fn an_address_that_changes_is_in_the_certificate_of_its_own_from_the_next_look_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let (sender, node) = node("a");
+        let own = SelfSigned { directory: directory.path().to_owned(), node };
+        let shown = || Certificate::first(&fs::read(own.certificate()).unwrap()).unwrap().names.ip;
+        let tls = Tls::load(TlsParams::new(Serving::SelfSigned(own.clone()))).unwrap();
+        assert_eq!(shown(), ["127.0.0.1".parse().unwrap()].into());
+        sender.send_modify(|facts| facts.addresses = vec!["10.0.0.2".parse().unwrap()]);
+        assert!(tls.refresh().unwrap());
+        assert_eq!(shown(), ["10.0.0.2".parse().unwrap()].into());
+        assert!(!tls.refresh().unwrap());
+    }
+
+    #[test]
     fn only_the_suites_and_versions_chosen_are_offered() {
         let suites = |chosen: &[&str]| {
             let chosen: Vec<CipherSuite> = chosen.iter().map(|name| name.parse().unwrap()).collect();
@@ -450,6 +478,62 @@ mod tests {
         assert_eq!(suites(&[]), (3, 6));
         assert_eq!(suites(&["TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256"]), (3, 1));
         assert_eq!(suites(&["TLS_AES_128_GCM_SHA256"]), (3, 0));
+    }
+
+    /// The suite that a client with this one alone agrees on with the node, or why the node refuses it.
+    fn handshake(params: &TlsParams, suite: SupportedCipherSuite) -> Result<SupportedCipherSuite, rustls::Error> {
+        let Serving::Files { certificate, .. } = &params.serving else { panic!() };
+        let mut roots = RootCertStore::empty();
+        roots.add(certificates(&fs::read(certificate).unwrap(), certificate).unwrap().remove(0)).unwrap();
+        let provider = CryptoProvider { cipher_suites: vec![suite], ..ring::default_provider() };
+        let version = if suite.tls13().is_some() { &TLS13 } else { &TLS12 };
+        let client =
+            ClientConfig::builder_with_provider(Arc::new(provider)).with_protocol_versions(&[version]).unwrap();
+        let client = client.with_root_certificates(roots).with_no_client_auth();
+        let mut client = ClientConnection::new(Arc::new(client), "one".try_into().unwrap()).unwrap();
+        let mut server = ServerConnection::new(Tls::load(params.clone()).unwrap().config()).unwrap();
+        while client.is_handshaking() || server.is_handshaking() {
+            let mut sent = Vec::new();
+            while client.wants_write() {
+                client.write_tls(&mut sent).unwrap();
+            }
+            let mut sent = &sent[..];
+            while !sent.is_empty() {
+                server.read_tls(&mut sent).unwrap();
+                server.process_new_packets()?;
+            }
+            let mut sent = Vec::new();
+            while server.wants_write() {
+                server.write_tls(&mut sent).unwrap();
+            }
+            let mut sent = &sent[..];
+            while !sent.is_empty() {
+                client.read_tls(&mut sent).unwrap();
+                client.process_new_packets().unwrap();
+            }
+        }
+        Ok(server.negotiated_cipher_suite().unwrap())
+    }
+
+    #[test]
+    fn a_client_of_an_older_version_or_with_other_suites_gets_no_connection() {
+        let directory = tempfile::tempdir().unwrap();
+        let any = files(directory.path(), "one");
+        let newest = TlsParams { min_version: TlsVersion::Tls13, ..any.clone() };
+        let chosen = ["TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384".parse().unwrap()];
+        let one = TlsParams { cipher_suites: chosen.to_vec(), ..any.clone() };
+        for (params, welcome, refused) in [
+            (any, &[AES_128, AES_256, NEW][..], &[][..]),
+            (newest, &[NEW], &[AES_128, AES_256]),
+            (one, &[AES_256, NEW], &[AES_128]),
+        ] {
+            for suite in welcome {
+                assert_eq!(handshake(&params, *suite), Ok(*suite), "{params:?}");
+            }
+            for suite in refused {
+                assert!(handshake(&params, *suite).is_err(), "{suite:?} with {params:?}");
+            }
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! Settings + Machine --> object --+
 //! runtime --health--> ------------+--> register --POST/PATCH--> API server
 //! API server --watch own Node--> -+        |
-//!                                          +--> NodeFacts, Registration (watch channels) --> pod, network
+//! host's route --look with each status----> +--> NodeFacts, Registration (watch channels) --> pod, network, identity
 //!                                          '--> lease --PUT--> API server
 //! ```
 //! Both tasks are companions ([`crate::shutdown`]): they last until the Pods have had their time, so a node that drains
@@ -47,7 +47,7 @@ pub type Health = Result<(), String>;
 pub struct NodeFacts {
     /// The node's name.
     pub name: String,
-    /// Its InternalIPs, the primary first.
+    /// Its InternalIPs, the primary first. Without `--node-ip` they follow the host's.
     pub addresses: Vec<IpAddr>,
     /// What the host has of the same.
     pub capacity: std::collections::BTreeMap<String, crate::quantity::Quantity>,
@@ -121,6 +121,8 @@ pub struct Params {
     pub events: Events,
     /// True once the host goes down, and false again if it does not.
     pub shutting_down: watch::Receiver<bool>,
+    /// Where the node's address comes from if none was told: [`default_route_address`], or a test's own.
+    pub host_address: fn() -> Option<IpAddr>,
 }
 
 /// What the room gives to others.
@@ -185,7 +187,7 @@ pub fn standalone(settings: &NodeSettings) -> Result<NodeHandle, NodeError> {
 pub fn spawn(params: Params, tasks: &Tasks) -> Result<NodeHandle, NodeError> {
     let settings = Arc::clone(&params.settings);
     let addresses = match &settings.addresses[..] {
-        [] => vec![default_route_address().ok_or(NodeError::NoAddress)?],
+        [] => vec![(params.host_address)().ok_or(NodeError::NoAddress)?],
         told => told.to_vec(),
     };
     let (host, facts) = measure(&settings, addresses)?;
@@ -193,13 +195,9 @@ pub fn spawn(params: Params, tasks: &Tasks) -> Result<NodeHandle, NodeError> {
     let (registration_sender, registration) = watch::channel(None);
 
     let lease = lease::Lease::new(Arc::clone(&params.api), &settings, registration.clone());
-    let registrar = register::Registrar::new(params, host, registration_sender);
+    let registrar = register::Registrar::new(params, host, (facts_sender, registration_sender));
     let (draining, closing) = (tasks.draining(), tasks.closing());
-    tasks.spawn_companion("node", async move {
-        // Held so that the channel stays open as long as the node lives.
-        let _facts = facts_sender;
-        registrar.run(draining, closing).await.map_err(Into::into)
-    });
+    tasks.spawn_companion("node", async move { registrar.run(draining, closing).await.map_err(Into::into) });
     let closing = tasks.closing();
     tasks.spawn_companion("lease", async move {
         lease.run(closing).await;
@@ -232,7 +230,7 @@ fn measure(settings: &NodeSettings, addresses: Vec<IpAddr>) -> Result<(register:
 
 /// The address this host would speak from to the outside. Connecting a UDP socket sends nothing; it only looks the
 /// route up (the addresses are those RFC 5737 and RFC 3849 set aside for documentation).
-fn default_route_address() -> Option<IpAddr> {
+pub fn default_route_address() -> Option<IpAddr> {
     let via = |from: IpAddr, to: IpAddr| -> Option<IpAddr> {
         let socket = UdpSocket::bind(SocketAddr::new(from, 0)).ok()?;
         socket.connect(SocketAddr::new(to, 9)).ok()?;

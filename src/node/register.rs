@@ -22,7 +22,7 @@ use tracing::{debug, info, warn};
 use super::machine::{Load, Machine};
 use super::news::news;
 use super::object::{self, Inputs, Pressure, PressureMemory, RuntimeFacts};
-use super::{NodeError, Params, Registration};
+use super::{NodeError, NodeFacts, Params, Registration};
 use crate::apiserver::{RequestError, Trouble};
 use crate::retry::{Delays, Retry};
 use crate::telemetry::chain;
@@ -53,6 +53,7 @@ pub(super) struct Registrar {
     params: Params,
     nodes: Api<Node>,
     host: Host,
+    facts: watch::Sender<NodeFacts>,
     registration: watch::Sender<Option<Registration>>,
     /// The object as last seen; `None` before registration and after a deletion.
     known: Option<Node>,
@@ -80,13 +81,18 @@ impl From<RequestError> for Failure {
 }
 
 impl Registrar {
-    pub(super) fn new(params: Params, host: Host, registration: watch::Sender<Option<Registration>>) -> Self {
+    pub(super) fn new(
+        params: Params,
+        host: Host,
+        (facts, registration): (watch::Sender<NodeFacts>, watch::Sender<Option<Registration>>),
+    ) -> Self {
         let nodes = Api::all(params.api.client.clone());
         let health = params.health.borrow().clone();
         Self {
             params,
             nodes,
             host,
+            facts,
             registration,
             known: None,
             sent: None,
@@ -207,6 +213,7 @@ impl Registrar {
 
     /// Measures the host and asks the runtime.
     async fn observe(&mut self, health: &mut watch::Receiver<super::Health>) {
+        self.follow_address();
         self.runtime.health = health.borrow_and_update().clone();
         let settings = &self.params.settings;
         let root_dir = settings.root_dir.clone();
@@ -226,6 +233,21 @@ impl Registrar {
         } else if self.images_at.is_none_or(|at| at.elapsed() >= IMAGES_INTERVAL) {
             self.ask_runtime().await;
         }
+    }
+
+    /// Takes over the host's address where it has lost the one it had, unless it was told. Another route alone is no
+    /// reason, and a host that has none at the moment is between two, or without its cable.
+    fn follow_address(&mut self) {
+        let is_here = |address: &IpAddr| std::net::UdpSocket::bind((*address, 0)).is_ok();
+        if !self.params.settings.addresses.is_empty() || self.host.addresses.iter().any(is_here) {
+            return;
+        }
+        let Some(address) = (self.params.host_address)().filter(|address| self.host.addresses != [*address]) else {
+            return;
+        };
+        info!(before = ?self.host.addresses, now = %address, "the host's address changed");
+        self.host.addresses = vec![address];
+        self.facts.send_modify(|facts| facts.addresses.clone_from(&self.host.addresses));
     }
 
     async fn ask_runtime(&mut self) {

@@ -81,14 +81,6 @@ pub(super) async fn open(
         Ok(replicas) => {
             let replicas = Arc::new(replicas);
             parts.supply.send_replace(Supply::Ready(replicas.clone()));
-            let filled = Arc::clone(&replicas);
-            // Pods need not wait for them.
-            parts.tasks.spawn_finite("setups of replicas", async move {
-                if let Err(error) = filled.fill(READY).await {
-                    tracing::warn!(error = chain(&error), "failed to make setups of replicas ahead of time");
-                }
-                Ok(())
-            });
             Some(replicas)
         }
         Err(why) => {
@@ -128,7 +120,10 @@ async fn pooled(
         most: MOST,
         memory,
     };
-    PooledReplicas::open(params).await.map_err(|error| chain(&error))
+    let mut replicas = PooledReplicas::open(params).await.map_err(|error| chain(&error))?;
+    // Pods need not wait for them.
+    replicas.keep_ready();
+    Ok(replicas)
 }
 
 /// What guests are told of: addresses that they can reach, and so none of loopback.

@@ -58,6 +58,7 @@ pub(super) async fn node(mut settings: Settings) -> anyhow::Result<()> {
         runtime,
         drivers,
         plugins,
+        reviews: api.client.clone(),
         api,
         directory: Arc::new(Directory::of_root(&root)),
         node: node::standalone(&settings.node)?,

@@ -20,6 +20,7 @@ struct Asked {
     attributes: Vec<Attribute>,
     request: CertificateSigningRequest,
     node: Node,
+    others: Others,
     /// Around the PEM text.
     before: &'static str,
     after: &'static str,
@@ -39,25 +40,34 @@ impl Asked {
             usages: Some(vec!["digital signature".to_owned(), "server auth".to_owned()]),
             ..CertificateSigningRequestSpec::default()
         };
-        let mut node = Node::default();
-        node.metadata.name = Some("a".to_owned());
-        let address = |(type_, address): (&str, &str)| NodeAddress { type_: type_.into(), address: address.into() };
         let all = [("InternalIP", "10.0.0.1"), ("InternalIP", "fd00::1"), ("Hostname", "a"), ("ExternalDNS", "a.test")];
-        let addresses = Some(all.map(address).to_vec());
-        node.status = Some(NodeStatus { addresses, ..NodeStatus::default() });
+        let others = Others {
+            nodes: vec![node("a", &all), node("b", &[("InternalIP", "10.0.0.2"), ("InternalDNS", "b.test")])],
+            service_ranges: vec!["10.96.0.0/12".parse().unwrap(), "fd96::/108".parse().unwrap()],
+        };
         let request = CertificateSigningRequest { spec, ..CertificateSigningRequest::default() };
-        Self { params, attributes: Vec::new(), request, node, before: "", after: "" }
+        Self { params, attributes: Vec::new(), request, node: node("a", &all), others, before: "", after: "" }
     }
 
     fn verdict(mut self) -> Verdict {
         let key = KeyPair::generate().unwrap();
         let pem = self.params.serialize_request_with_attributes(&key, self.attributes).unwrap().pem().unwrap();
         self.request.spec.request = ByteString(format!("{}{pem}{}", self.before, self.after).into_bytes());
-        verdict(&self.request, Some(&self.node))
+        verdict(&self.request, Some(&self.node), &self.others)
     }
 
     fn san(&mut self, name: SanType) {
         self.params.subject_alt_names.push(name);
+    }
+
+    /// The node asks for a name or address and says in its status that it has it.
+    fn claim(&mut self, type_: &str, what: &str) {
+        self.san(match type_ {
+            "InternalIP" | "ExternalIP" => SanType::IpAddress(what.parse().unwrap()),
+            _ => dns(what),
+        });
+        let addresses = self.node.status.as_mut().unwrap().addresses.as_mut().unwrap();
+        addresses.push(NodeAddress { type_: type_.into(), address: what.into() });
     }
 
     fn condition(&mut self, type_: &str) {
@@ -68,6 +78,21 @@ impl Asked {
     }
 }
 
+/// A Node that says so of itself.
+fn node(name: &str, addresses: &[(&str, &str)]) -> Node {
+    let address = |(type_, address): &(&str, &str)| NodeAddress { type_: (*type_).into(), address: (*address).into() };
+    let mut node = Node::default();
+    node.metadata.name = Some(name.to_owned());
+    let addresses = Some(addresses.iter().map(address).collect());
+    node.status = Some(NodeStatus { addresses, ..NodeStatus::default() });
+    node
+}
+
+fn boot(node: &mut Node, id: &str) {
+    let info = node.status.get_or_insert_default().node_info.get_or_insert_default();
+    info.boot_id = id.to_owned();
+}
+
 fn dns(name: &str) -> SanType {
     SanType::DnsName(name.try_into().unwrap())
 }
@@ -76,7 +101,7 @@ fn dns(name: &str) -> SanType {
 type Deviation = (&'static str, fn(&mut Asked));
 
 /// Everything that may be different, each by itself enough to refuse.
-const DEVIATIONS: [Deviation; 37] = [
+const DEVIATIONS: [Deviation; 42] = [
     ("another signer", |a| a.request.spec.signer_name = "kubernetes.io/kube-apiserver-client-kubelet".into()),
     ("approved", |a| a.condition("Approved")),
     ("denied", |a| a.condition("Denied")),
@@ -123,6 +148,11 @@ const DEVIATIONS: [Deviation; 37] = [
     ("text before", |a| a.before = "x\n"),
     ("something after", |a| a.after = "-----BEGIN CERTIFICATE REQUEST-----\nMAA=\n-----END CERTIFICATE REQUEST-----\n"),
     ("another Node", |a| a.node.metadata.name = Some("b".into())),
+    ("the API server, as it says", |a| a.claim("InternalDNS", "kubernetes.default.svc")),
+    ("a Service's address, as it says", |a| a.claim("InternalIP", "10.96.0.1")),
+    ("another Node's address, as it says", |a| a.claim("InternalIP", "10.0.0.2")),
+    ("another Node's name, as it says", |a| a.claim("ExternalDNS", "b")),
+    ("loopback, as it says", |a| a.claim("InternalIP", "127.0.0.1")),
     ("a Node that goes", |a| a.node.metadata.deletion_timestamp = Some(Time(jiff::Timestamp::UNIX_EPOCH))),
 ];
 
@@ -161,7 +191,65 @@ fn what_the_node_may_still_say_is_looked_at_again_and_the_rest_is_not() {
     let mut alone = Asked::right();
     let pem = alone.params.serialize_request(&KeyPair::generate().unwrap()).unwrap().pem().unwrap();
     alone.request.spec.request = ByteString(pem.into_bytes());
-    assert!(matches!(verdict(&alone.request, None), Verdict::NotYet(_)));
+    assert!(matches!(verdict(&alone.request, None, &alone.others), Verdict::NotYet(_)));
+}
+
+#[test]
+fn a_node_is_not_believed_what_is_a_services_another_nodes_or_everybodys() {
+    let claims = |type_, what: &str| {
+        let mut asked = Asked::right();
+        asked.claim(type_, what);
+        asked.verdict()
+    };
+    for name in [
+        "kubernetes",
+        "Kubernetes.Default",
+        "kubernetes.default.svc",
+        "kubernetes.default.svc.cluster.local",
+        "db.shop.svc",
+        "db-0.db.shop.SVC.example.org",
+        "10-1-2-3.shop.pod.cluster.local",
+        "localhost",
+        "a.localhost",
+        "*.test",
+        "a..test",
+        "-a.test",
+        "a.test.",
+        "10.0.0.1",
+    ] {
+        assert!(matches!(claims("InternalDNS", name), Verdict::Never(_)), "{name}");
+    }
+    for ip in ["127.0.0.1", "127.8.8.8", "::1", "0.0.0.0", "::", "224.0.0.1", "ff02::1", "169.254.169.254", "fe80::1"] {
+        assert!(matches!(claims("InternalIP", ip), Verdict::Never(_)), "{ip}");
+    }
+    assert!(matches!(claims("InternalIP", "::ffff:127.0.0.1"), Verdict::Never(_)));
+    for ip in ["10.96.0.10", "fd96::1", "::ffff:10.96.0.1", "10.0.0.2"] {
+        assert!(matches!(claims("ExternalIP", ip), Verdict::NotYet(_)), "{ip}");
+    }
+    for name in ["b", "B", "b.test", "B.Test"] {
+        assert!(matches!(claims("Hostname", name), Verdict::NotYet(_)), "{name}");
+    }
+    for name in ["kubernetes-1", "node.svc.example.org", "svc.example.org", "ip-10-0-0-1.eu.internal", "1234", "A1"] {
+        assert_eq!(claims("ExternalDNS", name), Verdict::Approve, "{name}");
+    }
+    for ip in ["10.0.0.3", "192.168.7.7", "fd00::2", "203.0.113.5"] {
+        assert_eq!(claims("InternalIP", ip), Verdict::Approve, "{ip}");
+    }
+}
+
+#[test]
+fn two_nodes_of_one_host_may_have_its_address_but_not_each_others_names() {
+    let asks = |type_, what: &str, boots: [&str; 2]| {
+        let mut asked = Asked::right();
+        asked.claim(type_, what);
+        boot(&mut asked.node, boots[0]);
+        boot(&mut asked.others.nodes[1], boots[1]);
+        asked.verdict()
+    };
+    assert_eq!(asks("InternalIP", "10.0.0.2", ["one", "one"]), Verdict::Approve);
+    assert!(matches!(asks("InternalIP", "10.0.0.2", ["one", "two"]), Verdict::NotYet(_)));
+    assert!(matches!(asks("InternalIP", "10.0.0.2", ["", ""]), Verdict::NotYet(_)));
+    assert!(matches!(asks("Hostname", "b", ["one", "one"]), Verdict::NotYet(_)));
 }
 
 proptest! {
@@ -196,6 +284,6 @@ proptest! {
     fn any_bytes_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
         let mut asked = Asked::right();
         asked.request.spec.request = ByteString(bytes);
-        prop_assert!(matches!(verdict(&asked.request, Some(&asked.node)), Verdict::Never(_)));
+        prop_assert!(matches!(verdict(&asked.request, Some(&asked.node), &asked.others), Verdict::Never(_)));
     }
 }

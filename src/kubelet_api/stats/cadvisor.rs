@@ -4,11 +4,12 @@
 //! The host is `id="/"` and nothing else; a Pod's own series have its namespace and name, and no container; a
 //! container's have all. Network counters are the Pod's.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use jiff::Timestamp;
 
 use super::Snapshot;
+use super::disks::{ByDevice, Traffic};
 use super::exposition::{Exposition, Family, Kind};
 use super::fold::pod_uid;
 use crate::node::machine::Machine;
@@ -87,8 +88,21 @@ const TRAFFIC: [Figure<Interface>; 8] = [
     }),
 ];
 
-/// The text.
-pub(super) fn render(snapshot: &Snapshot, machine: Option<&Machine>) -> String {
+const DISKS: [Figure<Traffic>; 4] = [
+    ("container_fs_reads_bytes_total", Kind::Counter, "Bytes read from a device", |t| t.bytes_read as f64),
+    ("container_fs_reads_total", Kind::Counter, "Reads from a device", |t| t.reads as f64),
+    ("container_fs_writes_bytes_total", Kind::Counter, "Bytes written to a device", |t| t.bytes_written as f64),
+    ("container_fs_writes_total", Kind::Counter, "Writes to a device", |t| t.writes as f64),
+];
+
+/// The cgroups told of, each once.
+pub(super) fn cgroups(snapshot: &Snapshot) -> HashSet<String> {
+    let ids = subjects(snapshot).into_iter().map(|subject| subject.cgroup().to_owned());
+    ids.filter(|id| !id.is_empty()).collect()
+}
+
+/// The text; `disks` is by cgroup.
+pub(super) fn render(snapshot: &Snapshot, disks: &HashMap<String, ByDevice>, machine: Option<&Machine>) -> String {
     let mut out = Exposition::default();
     let subjects = subjects(snapshot);
     let help = "CPU time used, in seconds";
@@ -111,6 +125,14 @@ pub(super) fn render(snapshot: &Snapshot, machine: Option<&Machine>) -> String {
         for subject in &subjects {
             for interface in subject.network {
                 subject.add(&mut family, &[("interface", &interface.name)], value(interface));
+            }
+        }
+    }
+    for (name, kind, help, value) in DISKS {
+        let mut family = out.family(name, kind, help);
+        for subject in &subjects {
+            for (device, traffic) in disks.get(subject.cgroup()).into_iter().flatten() {
+                subject.add(&mut family, &[("device", device)], value(traffic));
             }
         }
     }
@@ -174,6 +196,10 @@ fn machine_figures(out: &mut Exposition, machine: Option<&Machine>) {
 }
 
 impl Subject<'_> {
+    fn cgroup(&self) -> &str {
+        self.labels[1].1
+    }
+
     fn add(&self, family: &mut Family<'_>, more: &[(&str, &str)], value: f64) {
         let labels: Vec<_> = self.labels.iter().chain(more).copied().collect();
         family.sample(&labels, value, Some(self.usage.time));
@@ -224,4 +250,57 @@ fn labels([container, id, image, name, namespace, pod]: [&str; 6]) -> [(&'static
 fn with(layer: DiskUsage, log: Option<DiskUsage>) -> DiskUsage {
     let log = log.unwrap_or_default();
     DiskUsage { bytes: layer.bytes + log.bytes, inodes: layer.inodes + log.inodes, ..layer }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::stats::{ContainerStats, SandboxStats, StatsScope};
+    use crate::runtime::types::{ContainerId, PodRef, SandboxId};
+
+    #[test]
+    fn what_a_cgroup_read_and_wrote_is_told_by_device_and_of_no_cgroup_nothing() {
+        let container = |name: &str, cgroup: &str| ContainerStats {
+            id: ContainerId::from(name),
+            name: name.into(),
+            attempt: 0,
+            image_ref: "i".into(),
+            started_at: None,
+            cgroup: cgroup.into(),
+            usage: Usage::default(),
+            writable_layer: None,
+            log: None,
+        };
+        let sandbox = SandboxStats {
+            id: SandboxId::from("s"),
+            pod: PodRef { uid: "u".into(), namespace: "ns".into(), name: "p".into() },
+            started_at: None,
+            cgroup: "/l/pod".into(),
+            usage: Usage::default(),
+            network: None,
+            containers: vec![container("c", "/l/pod/c"), container("in-a-guest", "")],
+            volumes: Vec::new(),
+        };
+        let snapshot = Snapshot {
+            scope: StatsScope::All,
+            time: Timestamp::UNIX_EPOCH,
+            node: Usage::default(),
+            network: Vec::new(),
+            pods: Vec::new(),
+            sandboxes: vec![sandbox],
+            rates: HashMap::new(),
+        };
+        assert_eq!(cgroups(&snapshot), ["/", "/l/pod", "/l/pod/c"].map(str::to_owned).into());
+        let traffic = Traffic { bytes_read: 1, bytes_written: 2, reads: 3, writes: 4 };
+        let disks =
+            ["/", "/l/pod/c"].map(|cgroup| (cgroup.to_owned(), ByDevice::from([("/dev/vda".to_owned(), traffic)])));
+        let text = render(&snapshot, &HashMap::from(disks), None);
+        let told: Vec<_> =
+            text.lines().filter(|line| line.starts_with("container_fs_") && line.contains("\"c\"")).collect();
+        let labels =
+            "{container=\"c\",id=\"/l/pod/c\",image=\"i\",name=\"c\",namespace=\"ns\",pod=\"p\",device=\"/dev/vda\"}";
+        let wanted = [("reads_bytes", 1), ("reads", 3), ("writes_bytes", 2), ("writes", 4)];
+        assert_eq!(told, wanted.map(|(name, value)| format!("container_fs_{name}_total{labels} {value} 0")));
+        assert_eq!(text.matches("device=\"/dev/vda\"").count(), 8);
+    }
 }

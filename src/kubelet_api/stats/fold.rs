@@ -182,6 +182,7 @@ mod tests {
             usage: usage(cpu, 20),
             network: None,
             containers: if uid.contains('.') { vec![container] } else { Vec::new() },
+            volumes: Vec::new(),
         }
     }
 

@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! SandboxRuntime::list_pod_sandbox_stats --+
-//! the host's root cgroup, /proc -----------+--> Snapshot --> resource | cadvisor | summary <-- space
+//! the host's root cgroup, /proc -----------+--> Snapshot --> resource | cadvisor <-- disks | summary <-- space
 //! ```
 
 mod cadvisor;
+mod disks;
 pub(super) mod exposition;
 mod fold;
 mod resource;
@@ -22,6 +23,7 @@ use axum::response::{IntoResponse, Response};
 use http::header;
 use jiff::Timestamp;
 
+use disks::Disks;
 use fold::Fold;
 use space::Surveyor;
 
@@ -61,6 +63,7 @@ struct Snapshot {
 pub(super) struct Collector {
     runtime: Arc<dyn SandboxRuntime>,
     trees: Trees,
+    disks: Disks,
     surveyor: Surveyor,
     root_dir: PathBuf,
     machine: Option<Machine>,
@@ -91,6 +94,7 @@ impl Collector {
         Self {
             runtime,
             trees: Trees::of_host(),
+            disks: Disks::of_host(),
             surveyor: Surveyor::new(targets, images, root_dir.clone()),
             root_dir,
             machine: machine.ok(),
@@ -183,10 +187,14 @@ pub(super) async fn resource(State(app): State<App>) -> Response {
 
 /// GET `/metrics/cadvisor`: the names that dashboards query.
 pub(super) async fn cadvisor(State(app): State<App>) -> Response {
-    match app.stats.snapshot(StatsScope::All).await {
-        Ok(snapshot) => exposition::answer(cadvisor::render(&snapshot, app.stats.machine.as_ref())),
-        Err(error) => failed(&error),
-    }
+    let snapshot = match app.stats.snapshot(StatsScope::All).await {
+        Ok(snapshot) => snapshot,
+        Err(error) => return failed(&error),
+    };
+    let (disks, cgroups) = (app.stats.disks.clone(), cadvisor::cgroups(&snapshot));
+    // If it is lost with a panic, nothing is told of disks.
+    let disks = tokio::task::spawn_blocking(move || disks.read(cgroups)).await.unwrap_or_default();
+    exposition::answer(cadvisor::render(&snapshot, &disks, app.stats.machine.as_ref()))
 }
 
 /// GET `/metrics/probes`: results of probes, with a kubelet's name and labels.
@@ -216,7 +224,7 @@ pub(super) async fn summary(State(app): State<App>, RawQuery(query): RawQuery) -
         Err(error) => return failed(&error),
     };
     let load = Load::measure(&app.stats.root_dir).ok();
-    let space = if brief { None } else { Some(app.stats.surveyor.survey().await) };
+    let space = if brief { None } else { Some(app.stats.surveyor.survey(&snapshot.sandboxes).await) };
     let host = summary::Host { name: &app.node_name, load, space: space.as_ref() };
     match serde_json::to_vec(&summary::summary(&snapshot, &host)) {
         Ok(json) => ([(header::CONTENT_TYPE, "application/json")], json).into_response(),

@@ -11,7 +11,7 @@ use crate::kubelet_api::targets::{PodTargets, PodVolume};
 use crate::node::machine::Extent;
 use crate::runtime::ImageStore;
 use crate::runtime::disk::Disk;
-use crate::runtime::stats::DiskUsage;
+use crate::runtime::stats::{DiskUsage, SandboxStats};
 
 /// What there is of it at one time. What is not known is `None`.
 #[derive(Debug, Default)]
@@ -52,7 +52,8 @@ impl Surveyor {
         Self { targets, images, root_dir, disk: Arc::default(), walks: Mutex::default() }
     }
 
-    pub(super) async fn survey(&self) -> Space {
+    /// With what `sandboxes` hold of volumes.
+    pub(super) async fn survey(&self, sandboxes: &[SandboxStats]) -> Space {
         let images = self.images.image_fs_info().await.ok();
         let volumes = self.targets.volumes();
         let paths = volumes.values().flatten().map(|volume| volume.path.clone());
@@ -65,6 +66,7 @@ impl Surveyor {
         let of_pod = |(uid, volumes): (String, Vec<_>)| {
             let volumes = volumes.into_iter().filter_map(|volume: PodVolume| {
                 let (usage, around) = (measured(&volume.path)?, Extent::measure(&volume.path).ok()?);
+                let usage = usage.with_sandboxes(sandboxes, &volume.path);
                 Some(VolumeSpace { name: volume.name, on_disk: volume.on_disk, around, usage })
             });
             (uid, volumes.collect())

@@ -213,8 +213,7 @@ fn volume(volume: &VolumeSpace) -> Volume<'_> {
 }
 
 fn sum(usages: impl Iterator<Item = DiskUsage>) -> Option<DiskUsage> {
-    // As old as its oldest part.
-    usages.reduce(|a, b| DiskUsage { time: a.time.min(b.time), bytes: a.bytes + b.bytes, inodes: a.inodes + b.inodes })
+    usages.reduce(DiskUsage::plus)
 }
 
 fn container_summary<'a>(snapshot: &Snapshot, images: Option<Extent>, container: &'a ContainerStats) -> Container<'a> {

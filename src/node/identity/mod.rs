@@ -3,6 +3,7 @@
 //! ```text
 //! bootstrap token --request (kube-apiserver-client-kubelet)--> pki/kubelet-client-current.pem, kubeconfig
 //! keeper ---------request, at 70-90 % of its life------------> pki/kubelet-client-current.pem --> apiserver::reload
+//!        '--------request by bootstrap token, once expired---> the same
 //! keeper ---------request (kubelet-serving)------------------> pki/kubelet-server-current.pem --> kubelet_api::tls
 //! ```
 //! The files are the seam: whoever uses a certificate looks at its file. Signers, subjects and usages are those of the
@@ -129,6 +130,19 @@ pub enum IdentityError {
     /// It was deleted before there was a certificate.
     #[error("CertificateSigningRequest {0} was deleted before it was signed")]
     Gone(String),
+    /// The client certificate has expired (or is gone), and nothing is left to ask for another by.
+    #[error(
+        "the client certificate {} is past its time and no longer accepted: put a new one there, or pass \
+         --bootstrap-kubeconfig FILE so that this node may ask for one (and check this host's clock)",
+        path.display()
+    )]
+    Over {
+        /// Its file.
+        path: PathBuf,
+        /// What the API server answered.
+        #[source]
+        source: RequestError,
+    },
     /// The certificate is not what was asked for.
     #[error("the certificate of CertificateSigningRequest {name} cannot be used: {reason}")]
     Foreign {

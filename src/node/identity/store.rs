@@ -42,7 +42,7 @@ impl Store {
         Certificate::of_pair(&self.path())
     }
 
-    fn pending(&self) -> PathBuf {
+    pub(super) fn pending(&self) -> PathBuf {
         self.directory.join(format!("{}.key.tmp", self.kind.stem()))
     }
 
