@@ -3,22 +3,18 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use lambdalet_proto::cri::v1;
+use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Status};
 
 use super::core::Core;
 use super::failure::{CriError, status};
-use super::logs::Target;
-use super::sandboxes::UID_LABEL;
+use super::logs::{PATIENCE, Target};
 use super::shelf::Key;
 use super::translate::{self, Surroundings, invalid};
 use super::{files, filter};
 use crate::runtime::types::{ContainerConfig, ContainerId, ContainerState, ContainerStatus, Grace, PodRef};
-
-/// How long a status waits for the end of the log of a container that has ended: who sees the end reads the log.
-pub(super) const LOG_PATIENCE: Duration = Duration::from_secs(2);
 
 impl Core {
     /// Makes a container; the same request again finds the same container.
@@ -30,10 +26,10 @@ impl Core {
         let config = request.config.clone().ok_or_else(|| invalid("the request has no config"))?;
         let sandbox = self.sandbox_id(&request.pod_sandbox_id);
         let found = self.runtime.pod_sandbox_status(&sandbox).await?;
-        let made = self.translated(&config, &(&found).into(), found.pod).await?;
+        let made = self.translated(&config, &(&found).into(), found.pod.clone()).await?;
         let key = Key { uid: made.pod.uid.clone(), container: made.name.clone(), attempt: made.attempt };
         let _turn = self.turns.turn(&key).await;
-        let record = self.record(request, config, &key, sandbox.as_str());
+        let record = self.record(request, config, &key, found.id.as_str());
         if self.containers.of(&key).is_some_and(|known| *known != record) && self.has_container(&key).await? {
             let text =
                 format!("container {} {} of {} is there, made from another config", made.name, made.attempt, made.pod);
@@ -118,14 +114,18 @@ impl Core {
         wanted.then(|| Target { path: Path::new(folder).join(file), place: self.containers.place(key) })
     }
 
-    /// Starts a container, and the writing of its log.
+    /// Starts a container, and the writing of its log, unless that is written already or will not be any more.
     pub(super) async fn start_container(self: Arc<Self>, asked: String) -> Result<(), Status> {
         self.adopted().await?;
         let id = self.container_id(&asked);
         let key = self.containers.key_of(id.as_str());
-        let pump = match key.as_ref().and_then(|key| self.log_target(key)) {
-            Some(target) => Some(self.logs.open(&id, target).await?),
+        let _turn = match &key {
+            Some(key) => Some(self.turns.turn(key).await),
             None => None,
+        };
+        let pump = match key.as_ref().and_then(|key| self.log_target(key)) {
+            Some(target) if self.may_open_log(&id).await? => Some(self.logs.open(&id, target).await?),
+            _ => None,
         };
         let started = self.runtime.start_container(&id).await;
         self.changed(&id);
@@ -134,6 +134,19 @@ impl Core {
             self.logs.begin(pump);
         }
         Ok(())
+    }
+
+    /// A file that is written is not to be looked through by another, and a client may have removed that of an ended one.
+    async fn may_open_log(&self, id: &ContainerId) -> Result<bool, Status> {
+        Ok(!self.logs.is_written(id) && self.runtime.container_status(id).await?.state != ContainerState::Exited)
+    }
+
+    /// Waits for the whole log of a container whose end was seen then: one that is still being started has hardly begun one.
+    pub(super) async fn log_whole(&self, id: &str, seen: Instant) {
+        let Some(key) = self.containers.key_of(id) else { return };
+        let begun = timeout_at(seen + PATIENCE, self.turns.turn(&key)).await;
+        drop(begun);
+        self.logs.written_by(&id.into(), seen + PATIENCE).await;
     }
 
     /// Stops a container. One that is stopped or gone is Ok.
@@ -164,7 +177,7 @@ impl Core {
         };
         // What it wrote last is read before the driver forgets it.
         self.runtime.stop_container(&id, Grace::ZERO).await?;
-        self.logs.written(&id, LOG_PATIENCE).await;
+        self.logs.written(&id).await;
         self.runtime.remove_container(&id).await?;
         self.logs.end(&id);
         if let Some(key) = key {
@@ -187,7 +200,7 @@ impl Core {
         self.adopted().await?;
         let container = self.runtime.container_status(&self.container_id(asked)).await?;
         if container.state == ContainerState::Exited {
-            self.logs.written(&container.id, LOG_PATIENCE).await;
+            self.log_whole(container.id.as_str(), Instant::now()).await;
         }
         let info = serde_json::json!({ "pid": container.pid, "sandboxID": container.sandbox.as_str() });
         Ok(v1::ContainerStatusResponse {
@@ -208,7 +221,7 @@ impl Core {
             ..filter
         });
         let of_sandbox = wanted.as_ref().and_then(|filter| self.sandboxes.key_of(&filter.pod_sandbox_id));
-        let labelled = wanted.as_ref().and_then(|filter| filter.label_selector.get(UID_LABEL).cloned());
+        let labelled = wanted.as_ref().and_then(|filter| self.containers.only_pod(&filter.label_selector));
         let uid = of_sandbox.map(|key| key.uid).or(labelled);
         let (_, found) = self.seen(uid.as_deref()).await?;
         let told = found.iter().map(|container| self.tell_container(container));

@@ -66,9 +66,9 @@ impl Core {
         self.network.adopt(&sandboxes).await;
         self.sandboxes.sweep(&sandboxes.iter().map(Key::from).collect::<Vec<_>>());
         self.containers.sweep(&containers.iter().map(Key::from).collect::<Vec<_>>());
-        sandboxes.iter().for_each(|sandbox| self.sandboxes.named(sandbox.id.as_str(), sandbox.into()));
+        sandboxes.iter().for_each(|sandbox| self.sandboxes.found(sandbox.id.as_str(), sandbox.into()));
         for container in &containers {
-            self.containers.named(container.id.as_str(), container.into());
+            self.containers.found(container.id.as_str(), container.into());
             // One that has ended may have written what nobody has read.
             if container.state != ContainerState::Created {
                 self.follow_log(container).await;

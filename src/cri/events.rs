@@ -13,7 +13,7 @@ use futures::stream::BoxStream;
 use jiff::Timestamp;
 use lambdalet_proto::cri::v1;
 use tokio::sync::{broadcast, mpsc};
-use tokio::time::{interval, sleep};
+use tokio::time::{Instant, interval, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 use tracing::debug;
@@ -26,11 +26,13 @@ use crate::telemetry::chain;
 
 /// Events that a slow listener may be behind. One that is further behind is told so and asked to list.
 const BEHIND: usize = 1024;
+/// Events that may wait until the logs of what ended are whole; then looks wait too.
+const WAITING: usize = 1024;
 /// Pods that wait for a look. If there are more, the next look is at all.
 const PODS_WAITING: usize = 256;
 /// How often all is looked at, should an event ever be missing.
 const LOOK_EVERY: Duration = Duration::from_secs(60);
-/// Until an engine that went away is asked again.
+/// Until an engine that went away, or did not answer, is asked again.
 const PAUSE: Duration = Duration::from_secs(1);
 
 type Told = v1::ContainerEventResponse;
@@ -95,24 +97,20 @@ impl Events {
 }
 
 /// Looks at what drivers and this process's own verbs point to, until `end`.
-pub(super) async fn run(core: Arc<Core>, mut looks: mpsc::Receiver<String>, end: CancellationToken) {
-    let mut watch = Watch { core, known: HashMap::new(), begun: false };
-    while !end.is_cancelled() {
-        let events = watch.core.runtime.events().await;
-        // After the subscription, so that nothing happens in between.
-        watch.core.view.watched(events.is_ok());
-        watch.look(None).await;
-        match events {
-            Ok(events) => watch.follow(events, &mut looks, &end).await,
-            Err(error) => debug!(error = chain(&error), "failed to listen for events"),
+pub(super) async fn run(core: Arc<Core>, looks: mpsc::Receiver<String>, end: CancellationToken) {
+    let (happened, told) = mpsc::channel(WAITING);
+    let watch = Watch { core: Arc::clone(&core), known: HashMap::new(), begun: false, owed: None, happened };
+    tokio::join!(watch.run(looks, end), tell(&core, told));
+}
+
+/// Tells what happened, one after the other; of what has ended when its log is whole, for who sees the end reads it.
+async fn tell(core: &Core, mut happened: mpsc::Receiver<(Instant, Told)>) {
+    while let Some((seen, event)) = happened.recv().await {
+        if event.container_event_type() == v1::ContainerEventType::ContainerStoppedEvent {
+            core.log_whole(&event.container_id, seen).await;
         }
-        watch.core.view.watched(false);
-        tokio::select! {
-            // Cancel-safe: it only waits.
-            () = sleep(PAUSE) => {}
-            // Cancel-safe: a token stays cancelled.
-            () = end.cancelled() => {}
-        }
+        // Nobody listening is fine.
+        let _ = core.events.told.send(event);
     }
 }
 
@@ -123,9 +121,33 @@ struct Watch {
     known: HashMap<String, (String, Stage)>,
     /// What is there at the first look did not happen now.
     begun: bool,
+    /// When all is to be looked at, because a look failed.
+    owed: Option<Instant>,
+    /// To [`tell`]: what happened, and when that was seen.
+    happened: mpsc::Sender<(Instant, Told)>,
 }
 
 impl Watch {
+    async fn run(mut self, mut looks: mpsc::Receiver<String>, end: CancellationToken) {
+        while !end.is_cancelled() {
+            let events = self.core.runtime.events().await;
+            // After the subscription, so that nothing happens in between.
+            self.core.view.watched(events.is_ok());
+            self.look(None).await;
+            match events {
+                Ok(events) => self.follow(events, &mut looks, &end).await,
+                Err(error) => debug!(error = chain(&error), "failed to listen for events"),
+            }
+            self.core.view.watched(false);
+            tokio::select! {
+                // Cancel-safe: it only waits.
+                () = sleep(PAUSE) => {}
+                // Cancel-safe: a token stays cancelled.
+                () = end.cancelled() => {}
+            }
+        }
+    }
+
     async fn follow(
         &mut self,
         mut events: BoxStream<'static, RuntimeEvent>,
@@ -152,6 +174,8 @@ impl Watch {
                     self.core.view.watched(true);
                     None
                 }
+                // Cancel-safe: it only waits.
+                () = owed(self.owed) => None,
                 // Cancel-safe: a token stays cancelled.
                 () = end.cancelled() => return,
             };
@@ -160,12 +184,19 @@ impl Watch {
         }
     }
 
-    /// Looks at one Pod, or at all, and tells what is different.
+    /// Looks at one Pod, or at all, and tells what is different. If that fails, at all a moment later.
     async fn look(&mut self, uid: Option<&str>) {
         let (sandboxes, containers) = match self.core.all_of(uid).await {
             Ok(found) => found,
-            Err(error) => return debug!(error = error.message(), "failed to look at what happened"),
+            Err(error) => {
+                debug!(error = error.message(), "failed to look at what happened");
+                self.owed = Some(Instant::now() + PAUSE);
+                return;
+            }
         };
+        if uid.is_none() {
+            self.owed = None;
+        }
         let mut now = HashMap::new();
         for sandbox in &sandboxes {
             let stage = match sandbox.state() {
@@ -187,7 +218,10 @@ impl Watch {
         let before: HashMap<String, (String, Stage)> = before.map(|(id, known)| (id.clone(), known.clone())).collect();
         if self.begun {
             for (id, pod, kind) in difference(&before, &now) {
-                self.tell(id, &pod, kind, (&sandboxes[..], &containers[..]));
+                if kind == v1::ContainerEventType::ContainerDeletedEvent {
+                    self.core.vanished(&id);
+                }
+                self.note(id, &pod, kind, (&sandboxes[..], &containers[..])).await;
             }
         }
         self.known.retain(|id, _| !before.contains_key(id));
@@ -195,7 +229,7 @@ impl Watch {
         self.begun = true;
     }
 
-    fn tell(
+    async fn note(
         &self,
         id: String,
         pod: &str,
@@ -213,8 +247,16 @@ impl Watch {
             pod_sandbox_status: sandbox,
             containers_statuses: members.collect(),
         };
-        // Nobody listening is fine.
-        let _ = self.core.events.told.send(event);
+        // It waits for all that is sent.
+        let _ = self.happened.send((Instant::now(), event)).await;
+    }
+}
+
+/// Until then; without an end if there is no such time.
+async fn owed(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

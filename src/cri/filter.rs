@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use lambdalet_proto::cri::v1;
 
 /// Whether every label that is asked for is there with that value.
-fn labelled(labels: &HashMap<String, String>, selector: &HashMap<String, String>) -> bool {
+pub(super) fn labelled(labels: &HashMap<String, String>, selector: &HashMap<String, String>) -> bool {
     selector.iter().all(|(name, value)| labels.get(name) == Some(value))
 }
 

@@ -40,7 +40,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::stream;
 use ipnet::IpNet;
 use lambdalet_proto::cri::v1::image_service_server::ImageServiceServer;
 use lambdalet_proto::cri::v1::runtime_service_server::RuntimeServiceServer;
@@ -147,16 +146,12 @@ impl Cri {
         let service = Service(Arc::clone(&core));
         let runtime = RuntimeServiceServer::new(service.clone()).max_decoding_message_size(LONGEST_REQUEST);
         let images = ImageServiceServer::new(service).max_decoding_message_size(LONGEST_REQUEST);
-        let incoming = stream::unfold(&socket.listener, |listener| async move {
-            let accepted = listener.accept().await.map(|(client, _)| client);
-            Some((accepted, listener))
-        });
         let grpc = Server::builder()
             .concurrency_limit_per_connection(CALLS)
             .max_concurrent_streams(OPEN_CALLS)
             .add_service(runtime)
             .add_service(images)
-            .serve_with_incoming_shutdown(incoming, draining.clone().cancelled_owned());
+            .serve_with_incoming_shutdown(socket.incoming(), draining.clone().cancelled_owned());
         let end = draining.child_token();
         let grpc = async {
             let late = async {

@@ -1,6 +1,7 @@
 //! The network of the sandboxes: the node's own allocator and bridge, in a range that a client may choose while nobody
 //! has an address.
 
+use std::collections::HashSet;
 use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use tonic::Code;
 use tracing::{info, warn};
 
 use super::failure::{CriError, status};
-use super::shelf;
+use super::shelf::{self, Key};
 use crate::network::NetworkError;
 use crate::network::bridge::Bridge;
 use crate::network::ipam::{DEFAULT_COOL_DOWN, Ipam};
@@ -124,66 +125,82 @@ impl Network {
         Ok(self.make_bridge(ipam, &mut unused).await?)
     }
 
-    /// The Pod's address.
+    /// The sandbox's address.
     ///
     /// # Errors
     /// [`Code::Unavailable`] while there is no bridge: the driver would wait for it without an end.
-    pub(super) async fn allot(&self, uid: &str) -> Result<IpAddr, tonic::Status> {
+    pub(super) async fn allot(&self, sandbox: &Key) -> Result<IpAddr, tonic::Status> {
         let _changing = self.changing.lock().await;
         if let Some(trouble) = self.trouble() {
             return Err(status(Code::Unavailable, &trouble));
         }
-        Ok(self.ipam().allocate(uid).map_err(CriError::from)?)
+        Ok(self.ipam().allocate(&holder(sandbox)).map_err(CriError::from)?)
     }
 
-    /// No sandbox of the Pod is ready any more: no port of the host leads to its address, which is no longer its own.
-    pub(super) async fn leave(&self, uid: &str) {
-        if let Err(error) = self.close_ports(uid).await {
-            warn!(pod_uid = uid, error = chain(&error), "ports of the host still lead to a Pod that is gone");
+    /// The sandbox is not ready any more: no port of the host leads to its address, which is no longer its own.
+    pub(super) async fn leave(&self, sandbox: &Key) {
+        self.free(&holder(sandbox)).await;
+    }
+
+    async fn free(&self, holder: &str) {
+        if let Err(error) = self.close_ports(holder).await {
+            warn!(sandbox = holder, error = chain(&error), "ports of the host still lead to a sandbox that is gone");
         }
-        if let Err(error) = self.ipam().release(uid) {
-            warn!(pod_uid = uid, error = chain(&error), "failed to release an address");
+        if let Err(error) = self.ipam().release(holder) {
+            warn!(sandbox = holder, error = chain(&error), "failed to release an address");
         }
     }
 
-    /// Notes the addresses of sandboxes that are ready. No other Pod has an address, or ports of the host.
+    /// Notes the addresses of sandboxes that are ready. No other has an address, or ports of the host.
     pub(super) async fn adopt(&self, sandboxes: &[SandboxStatus]) {
         let _changing = self.changing.lock().await;
         let ipam = self.ipam();
         let ready: Vec<_> = sandboxes.iter().filter(|sandbox| sandbox.state == SandboxState::Ready).collect();
         for sandbox in &ready {
             if let Some(address) = sandbox.address()
-                && let Err(error) = ipam.adopt(&sandbox.pod.uid, address)
+                && let Err(error) = ipam.adopt(&holder(&(*sandbox).into()), address)
             {
                 warn!(pod = %sandbox.pod, error = chain(&error), "a sandbox has an address that is not its own");
             }
         }
-        let held = ipam.held().into_iter().map(|(_, uid)| uid);
+        let held = ipam.held().into_iter().map(|(_, holder)| holder);
         let with_ports = self.bridge().map(|bridge| bridge.pods_with_ports()).unwrap_or_default();
-        for uid in held.chain(with_ports) {
-            if !ready.iter().any(|sandbox| sandbox.pod.uid == uid) {
-                self.leave(&uid).await;
-            }
+        let ready: HashSet<String> = ready.into_iter().map(|sandbox| holder(&sandbox.into())).collect();
+        for gone in held.chain(with_ports).filter(|holder| !ready.contains(holder)) {
+            self.free(&gone).await;
         }
     }
 
-    /// Makes exactly these ports of the host lead to the Pod.
-    pub(super) async fn open_ports(&self, uid: &str, address: IpAddr, ports: Vec<HostPort>) -> Result<(), CriError> {
+    /// Makes exactly these ports of the host lead to the sandbox.
+    pub(super) async fn open_ports(
+        &self,
+        sandbox: &Key,
+        address: IpAddr,
+        ports: Vec<HostPort>,
+    ) -> Result<(), CriError> {
         match self.bridge() {
-            Some(bridge) if !ports.is_empty() => Ok(bridge.open_ports(uid, &[address], ports).await?),
+            Some(bridge) if !ports.is_empty() => Ok(bridge.open_ports(&holder(sandbox), &[address], ports).await?),
             _ => Ok(()),
         }
     }
 
-    async fn close_ports(&self, uid: &str) -> Result<(), NetworkError> {
+    async fn close_ports(&self, holder: &str) -> Result<(), NetworkError> {
         match self.bridge() {
-            Some(bridge) => bridge.close_ports(uid).await,
+            Some(bridge) => bridge.close_ports(holder).await,
             None => Ok(()),
         }
     }
 
     fn bridge(&self) -> Option<Bridge> {
         self.plug.as_ref().and_then(|plug| plug.bridge.borrow().clone())
+    }
+}
+
+/// By what name a sandbox holds its address and its ports: a Pod may have two that are ready, each with its own.
+fn holder(sandbox: &Key) -> String {
+    match sandbox.attempt {
+        0 => sandbox.uid.clone(),
+        attempt => format!("{}/{attempt}", sandbox.uid),
     }
 }
 
@@ -200,6 +217,10 @@ mod tests {
 
     fn range(text: &str) -> IpNet {
         text.parse().unwrap()
+    }
+
+    fn key(uid: &str) -> Key {
+        Key::of_sandboxes(uid)
     }
 
     fn plug(name: &str) -> Plug {
@@ -219,14 +240,14 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let network = open(root.path(), None).await;
         network.set_range(range("10.2.0.0/24")).await.unwrap();
-        assert_eq!(network.allot("a").await.unwrap(), "10.2.0.2".parse::<IpAddr>().unwrap());
+        assert_eq!(network.allot(&key("a")).await.unwrap(), "10.2.0.2".parse::<IpAddr>().unwrap());
         let refused = network.set_range(range("10.3.0.0/24")).await.unwrap_err();
         assert_eq!(refused.code(), Code::FailedPrecondition);
         network.set_range(range("10.2.0.0/24")).await.unwrap();
         drop(network);
         let network = open(root.path(), None).await;
         assert_eq!(network.range(), range("10.2.0.0/24"));
-        assert_eq!(network.allot("a").await.unwrap(), "10.2.0.2".parse::<IpAddr>().unwrap());
+        assert_eq!(network.allot(&key("a")).await.unwrap(), "10.2.0.2".parse::<IpAddr>().unwrap());
         assert_eq!(open(root.path(), Some("10.9.0.0/16")).await.range(), range("10.9.0.0/16"));
     }
 
@@ -241,13 +262,13 @@ mod tests {
             // Nor is the range before as it was.
             network.set_range(range("10.1.0.0/16")).await.unwrap_err();
             assert!(network.trouble().is_some());
-            assert_eq!(network.allot("a").await.unwrap_err().code(), Code::Unavailable);
+            assert_eq!(network.allot(&key("a")).await.unwrap_err().code(), Code::Unavailable);
         }
         assert_eq!(open(root.path(), None).await.range(), range("10.1.0.0/16"));
         network.plug = None;
         network.set_range(range("10.2.0.0/24")).await.unwrap();
         assert_eq!(network.trouble(), None);
-        assert_eq!(network.allot("a").await.unwrap(), "10.2.0.2".parse::<IpAddr>().unwrap());
+        assert_eq!(network.allot(&key("a")).await.unwrap(), "10.2.0.2".parse::<IpAddr>().unwrap());
     }
 
     #[tokio::test]
@@ -255,9 +276,9 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let network = open(root.path(), None).await;
         let change = network.changing.lock().await;
-        assert!(network.allot("a").now_or_never().is_none());
+        assert!(network.allot(&key("a")).now_or_never().is_none());
         drop(change);
-        network.allot("a").await.unwrap();
+        network.allot(&key("a")).await.unwrap();
     }
 
     #[test]
@@ -282,7 +303,7 @@ mod tests {
     async fn addresses_of_sandboxes_that_are_gone_are_released_at_the_start() {
         let root = tempfile::tempdir().unwrap();
         let network = open(root.path(), None).await;
-        network.allot("a").await.unwrap();
+        network.allot(&key("a")).await.unwrap();
         network.adopt(&[]).await;
         network.set_range(range("10.2.0.0/24")).await.unwrap();
     }
@@ -295,9 +316,9 @@ mod tests {
             let before = plugged(root.path()).await;
             let mut addresses = Vec::new();
             for (uid, host_port) in [("gone", 8080), ("released", 8081), ("ready", 8082)] {
-                let address = before.allot(uid).await.unwrap();
+                let address = before.allot(&key(uid)).await.unwrap();
                 addresses.push(address);
-                before.open_ports(uid, address, vec![port(host_port)]).await.unwrap();
+                before.open_ports(&key(uid), address, vec![port(host_port)]).await.unwrap();
             }
             // Ended between the two steps of a removal the other way round.
             before.ipam().release("released").unwrap();

@@ -7,20 +7,17 @@ use std::sync::Arc;
 use futures::future::join_all;
 use jiff::Timestamp;
 use lambdalet_proto::cri::v1;
+use tokio::time::Instant;
 use tonic::{Code, Status};
 use tracing::warn;
 
-use super::containers::LOG_PATIENCE;
 use super::core::Core;
 use super::failure::status;
 use super::shelf::Key;
 use super::translate::{self, Place, invalid};
 use super::{files, filter, tell};
-use crate::runtime::types::{ContainerState, PodRef, SandboxId, SandboxState, SandboxStatus};
+use crate::runtime::types::{ContainerState, SandboxId, SandboxState, SandboxStatus};
 use crate::telemetry::chain;
-
-/// The label by which kubelets name a Pod; a list of one Pod's sandboxes asks the driver for no others.
-pub(super) const UID_LABEL: &str = "io.kubernetes.pod.uid";
 
 impl Core {
     /// Makes a sandbox; the same request again finds the same sandbox.
@@ -37,10 +34,14 @@ impl Core {
         }
         let address = match translate::on_host_network(&config)? {
             true => None,
-            false => Some(self.network.allot(&pod.uid).await?),
+            false => Some(self.network.allot(&key).await?),
         };
-        let made = self.make(request, (&key, &pod), handler, address).await;
+        let made = self.make(request, &key, handler, address).await;
         if let Ok(id) = &made {
+            // One that had stopped gave way to it, with all that was in it.
+            self.forget_members(&pod.uid, |sandbox| {
+                self.sandboxes.key_of(sandbox).as_ref() == Some(&key) && sandbox != id
+            });
             self.sandboxes.named(id, key);
             self.happened(&pod.uid);
         } else if let Err(error) = self.settle(&key).await {
@@ -53,7 +54,7 @@ impl Core {
     async fn make(
         &self,
         request: v1::RunPodSandboxRequest,
-        (key, pod): (&Key, &PodRef),
+        key: &Key,
         handler: Option<String>,
         address: Option<IpAddr>,
     ) -> Result<String, Status> {
@@ -66,7 +67,7 @@ impl Core {
         files::write(&self.sandboxes.place(key), &config, (&asked.hostname, address))?;
         let id = self.runtime.run_pod_sandbox(&asked).await?;
         let Some(address) = address else { return Ok(id.to_string()) };
-        if let Err(error) = self.network.open_ports(&pod.uid, address, ports).await {
+        if let Err(error) = self.network.open_ports(key, address, ports).await {
             if let Err(error) = self.runtime.remove_pod_sandbox(&id).await {
                 warn!(sandbox = %id, error = chain(&error), "failed to remove a sandbox whose ports could not be opened");
             }
@@ -80,18 +81,46 @@ impl Core {
         Ok(found.iter().any(|sandbox| sandbox.attempt == key.attempt))
     }
 
-    /// After something was done to a sandbox, in the same turn: one that is gone is forgotten, and a Pod without a ready one
-    /// has neither ports nor an address. One that is there although its making or removal failed keeps its record.
+    /// After something was done to a sandbox, in the same turn: one that is gone is forgotten with all that was in it, and
+    /// one that is not ready has neither ports nor an address. One that is there although its making or removal failed keeps
+    /// its record.
     async fn settle(&self, key: &Key) -> Result<(), Status> {
         let left = self.runtime.list_pod_sandboxes(Some(&key.uid)).await?;
-        if !left.iter().any(|sandbox| sandbox.attempt == key.attempt) {
+        let found = left.iter().find(|sandbox| sandbox.attempt == key.attempt);
+        if found.is_none() {
             self.sandboxes.forget(key);
         }
-        if !left.iter().any(|sandbox| sandbox.state == SandboxState::Ready) {
-            self.network.leave(&key.uid).await;
+        self.forget_members(&key.uid, |sandbox| !left.iter().any(|known| known.id.as_str() == sandbox));
+        if found.is_none_or(|sandbox| sandbox.state != SandboxState::Ready) {
+            self.network.leave(key).await;
         }
         self.happened(&key.uid);
         Ok(())
+    }
+
+    /// The sandbox of this id is not there any more. If no client removed it, what is kept of it goes all the same.
+    pub(super) fn vanished(self: &Arc<Self>, id: &str) {
+        let Some(key) = self.sandboxes.key_of(id) else { return };
+        let (core, id) = (Arc::clone(self), id.to_owned());
+        self.tasks.spawn_finite("CRI sandbox that vanished", async move {
+            let _turn = core.turns.turn(&Key::of_sandboxes(&key.uid)).await;
+            if core.sandboxes.key_of(&id).is_some_and(|now| now == key)
+                && let Err(error) = core.settle(&key).await
+            {
+                warn!(sandbox = id, error = error.message(), "failed to look what is left of a sandbox that vanished");
+            }
+            Ok(())
+        });
+    }
+
+    /// Forgets the containers of a Pod that were in such sandboxes, by what their records say: the driver may have removed
+    /// one that was made while it was asked what is there.
+    fn forget_members(&self, uid: &str, is_gone: impl Fn(&str) -> bool) {
+        for key in self.containers.keys().iter().filter(|key| key.uid == uid) {
+            if self.containers.of(key).is_some_and(|record| is_gone(&record.pod_sandbox_id)) {
+                self.containers.forget(key);
+            }
+        }
     }
 
     /// Stops a sandbox and all in it. One that is stopped or gone is Ok.
@@ -116,15 +145,12 @@ impl Core {
         let members = self.runtime.list_containers(Some(&sandbox.pod.uid)).await?;
         let members: Vec<_> = members.into_iter().filter(|member| member.sandbox == sandbox.id).collect();
         if members.iter().any(|member| member.state == ContainerState::Running) {
-            // What they wrote last is read before the driver forgets it.
             self.runtime.stop_pod_sandbox(&sandbox.id).await?;
-            join_all(members.iter().map(|member| self.logs.written(&member.id, LOG_PATIENCE))).await;
         }
+        // What they wrote last is read before the driver forgets it, of those too that ended just before.
+        self.logs.all_written(members.iter()).await;
         self.runtime.remove_pod_sandbox(&sandbox.id).await?;
-        for member in &members {
-            self.logs.end(&member.id);
-            self.containers.forget(&member.into());
-        }
+        members.iter().for_each(|member| self.logs.end(&member.id));
         self.settle(&(&sandbox).into()).await
     }
 
@@ -153,11 +179,14 @@ impl Core {
         self.adopted().await?;
         let sandbox = self.runtime.pod_sandbox_status(&self.sandbox_id(asked)).await?;
         let members = self.runtime.list_containers(Some(&sandbox.pod.uid)).await?;
-        let members = members.iter().filter(|member| member.sandbox == sandbox.id);
+        let members: Vec<_> = members.iter().filter(|member| member.sandbox == sandbox.id).collect();
+        let ended = members.iter().filter(|member| member.state == ContainerState::Exited);
+        let seen = Instant::now();
+        join_all(ended.map(|member| self.log_whole(member.id.as_str(), seen))).await;
         Ok(v1::PodSandboxStatusResponse {
             status: Some(self.tell_sandbox_status(&sandbox)),
             info: if verbose { self.sandbox_info(&sandbox) } else { HashMap::new() },
-            containers_statuses: members.map(|member| self.tell_container_status(member)).collect(),
+            containers_statuses: members.into_iter().map(|member| self.tell_container_status(member)).collect(),
             timestamp: tell::nanoseconds(Some(Timestamp::now())),
         })
     }
@@ -183,8 +212,9 @@ impl Core {
         self.adopted().await?;
         // After what was there at the start was found: only then are ids known.
         let wanted = wanted.map(|filter| v1::PodSandboxFilter { id: self.sandboxes.id(&filter.id), ..filter });
-        let uid = wanted.as_ref().and_then(|filter| filter.label_selector.get(UID_LABEL));
-        let (found, _) = self.seen(uid.map(String::as_str)).await?;
+        // Mostly a kubelet asks for one Pod by a label: then the driver is asked for no other.
+        let uid = wanted.as_ref().and_then(|filter| self.sandboxes.only_pod(&filter.label_selector));
+        let (found, _) = self.seen(uid.as_deref()).await?;
         let told = found.iter().map(|sandbox| self.tell_sandbox(sandbox));
         Ok(told.filter(|sandbox| filter::sandbox(sandbox, wanted.as_ref())).collect())
     }

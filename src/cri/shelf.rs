@@ -19,6 +19,7 @@ use sha2::{Digest as _, Sha256};
 use tracing::warn;
 
 use super::failure::CriError;
+use super::filter;
 use crate::file::{self, Synced};
 use crate::runtime::types::{ContainerStatus, SandboxStatus};
 use crate::telemetry::chain;
@@ -72,12 +73,18 @@ impl From<&ContainerStatus> for Key {
 pub(super) trait Record: Message + Default + PartialEq {
     /// What it is about, if it says so.
     fn key(&self) -> Option<Key>;
+    /// What the client wrote on it, if it has a config.
+    fn labels(&self) -> Option<&HashMap<String, String>>;
 }
 
 impl Record for RunPodSandboxRequest {
     fn key(&self) -> Option<Key> {
         let metadata = self.config.as_ref()?.metadata.as_ref()?;
         Some(Key { uid: metadata.uid.clone(), container: String::new(), attempt: metadata.attempt })
+    }
+
+    fn labels(&self) -> Option<&HashMap<String, String>> {
+        Some(&self.config.as_ref()?.labels)
     }
 }
 
@@ -86,6 +93,10 @@ impl Record for CreateContainerRequest {
         let pod = self.sandbox_config.as_ref()?.metadata.as_ref()?;
         let metadata = self.config.as_ref()?.metadata.as_ref()?;
         Some(Key { uid: pod.uid.clone(), container: metadata.name.clone(), attempt: metadata.attempt })
+    }
+
+    fn labels(&self) -> Option<&HashMap<String, String>> {
+        Some(&self.config.as_ref()?.labels)
     }
 }
 
@@ -140,9 +151,31 @@ impl<R: Record> Shelf<R> {
         self.directory.join(key.directory())
     }
 
-    /// The object of this record has this id.
+    /// The object of this record has this id from now on, and no other. If the record was forgotten meanwhile, so is the id.
     pub(super) fn named(&self, id: &str, key: Key) {
+        let mut inner = self.lock();
+        inner.ids.retain(|_, known| *known != key);
+        if inner.records.contains_key(&key) {
+            inner.ids.insert(id.to_owned(), key);
+        }
+    }
+
+    /// This is there, with or without a record.
+    pub(super) fn found(&self, id: &str, key: Key) {
         self.lock().ids.insert(id.to_owned(), key);
+    }
+
+    /// The Pod of all that has these labels; `None` if nothing has them, or things of several Pods, or none are named: what
+    /// has no record has no labels.
+    pub(super) fn only_pod(&self, selector: &HashMap<String, String>) -> Option<String> {
+        if selector.is_empty() {
+            return None;
+        }
+        let inner = self.lock();
+        let labelled = |record: &R| record.labels().is_some_and(|labels| filter::labelled(labels, selector));
+        let mut uids = inner.records.iter().filter(|(_, record)| labelled(record)).map(|(key, _)| &key.uid);
+        let first = uids.next()?;
+        uids.all(|uid| uid == first).then(|| first.clone())
     }
 
     /// What this id stands for.
@@ -265,7 +298,7 @@ mod tests {
         let shelf = Shelf::<RunPodSandboxRequest>::open(root.path().to_owned()).unwrap();
         let (one, two) = (format!("abc1{}", "0".repeat(60)), format!("abc2{}", "0".repeat(60)));
         for id in [one.as_str(), &two, "count-10"] {
-            shelf.named(id, key(id, 0));
+            shelf.found(id, key(id, 0));
         }
         let table =
             [("abc1", one.as_str()), (&one, &one), ("abc", "abc"), ("", ""), ("x", "x"), ("count-1", "count-1")];
@@ -274,6 +307,32 @@ mod tests {
         }
         shelf.forget(&key(&two, 0));
         assert_eq!(shelf.id("a"), one);
+    }
+
+    #[test]
+    fn a_record_has_one_id_and_one_that_is_forgotten_has_none() {
+        let root = tempfile::tempdir().unwrap();
+        let shelf = Shelf::<RunPodSandboxRequest>::open(root.path().to_owned()).unwrap();
+        shelf.keep(&key("a", 0), request("a", 0)).unwrap();
+        shelf.named("before", key("a", 0));
+        shelf.named("now", key("a", 0));
+        assert_eq!((shelf.key_of("before"), shelf.key_of("now")), (None, Some(key("a", 0))));
+        shelf.forget(&key("a", 0));
+        shelf.named("late", key("a", 0));
+        assert_eq!(shelf.key_of("late"), None);
+    }
+
+    #[test]
+    fn labels_may_lead_to_one_pod() {
+        let root = tempfile::tempdir().unwrap();
+        let shelf = Shelf::<RunPodSandboxRequest>::open(root.path().to_owned()).unwrap();
+        let of = |app: &str| shelf.only_pod(&HashMap::from([("app".to_owned(), app.to_owned())]));
+        assert_eq!(of("web"), None);
+        shelf.keep(&key("a", 0), request("a", 0)).unwrap();
+        shelf.keep(&key("a", 1), request("a", 1)).unwrap();
+        assert_eq!((of("web"), of("db")), (Some("a".to_owned()), None));
+        shelf.keep(&key("b", 0), request("b", 0)).unwrap();
+        assert_eq!(of("web"), None);
     }
 
     #[test]

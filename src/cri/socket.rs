@@ -4,20 +4,27 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use futures::{Stream, StreamExt as _, stream};
 use rustix::fs::{FlockOperation, flock};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::time::sleep;
+use tracing::warn;
 
 use super::failure::CriError;
 use crate::file;
+use crate::telemetry::chain;
 
 /// Who may connect.
 const MODE: u32 = 0o600;
+/// After an accept that failed: long enough to let some files be closed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A listening socket; its file goes with it.
 #[derive(Debug)]
 pub(super) struct Socket {
-    pub(super) listener: UnixListener,
+    listener: UnixListener,
     path: PathBuf,
     inode: u64,
 }
@@ -47,6 +54,24 @@ impl Socket {
         let inode = ready().map_err(failed("listen on", path))?;
         Ok(Self { listener, path: path.to_owned(), inode })
     }
+
+    /// The clients that connect, one after the other.
+    pub(super) fn incoming(&self) -> impl Stream<Item = io::Result<UnixStream>> {
+        stream::unfold(
+            &self.listener,
+            |listener| async move { Some((paused(listener.accept().await).await, listener)) },
+        )
+        .map(|accepted| accepted.map(|(client, _)| client))
+    }
+}
+
+/// What was accepted; a failure after a pause, for gRPC's server asks again at once.
+async fn paused<T>(accepted: io::Result<T>) -> io::Result<T> {
+    if let Err(cause) = &accepted {
+        warn!(error = chain(cause), "failed to accept a CRI client");
+        sleep(ACCEPT_PAUSE).await;
+    }
+    accepted
 }
 
 impl Drop for Socket {
@@ -102,6 +127,15 @@ mod tests {
         let _socket = Socket::bind(&path).await.unwrap();
         UnixStream::connect(&path).await.unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[tokio::test]
+    async fn the_next_client_is_awaited_a_moment_after_one_could_not_be_accepted() {
+        let began = std::time::Instant::now();
+        paused(Ok(())).await.unwrap();
+        assert!(began.elapsed() < ACCEPT_PAUSE);
+        paused::<()>(Err(rustix::io::Errno::MFILE.into())).await.unwrap_err();
+        assert!(began.elapsed() >= ACCEPT_PAUSE);
     }
 
     #[test]

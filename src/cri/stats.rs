@@ -230,6 +230,7 @@ mod tests {
             usage,
             network: Some(vec![eth0]),
             containers: vec![container],
+            volumes: Vec::new(),
         }
     }
 

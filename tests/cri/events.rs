@@ -1,9 +1,14 @@
 //! What our server promises of events besides.
 
+use std::time::Duration;
+
+use lambdalet::runtime::verb::Verb;
+use lambdalet::runtime::{Kind, RuntimeError};
 use lambdalet_proto::cri::v1;
 use tokio::time::timeout;
+use tonic::Code;
 
-use crate::support::{PATIENCE, World};
+use crate::support::{PATIENCE, World, map};
 
 #[tokio::test]
 async fn what_is_there_before_somebody_listens_is_no_news() {
@@ -70,4 +75,51 @@ async fn a_listener_is_let_go_when_the_server_ends() {
     // This would never end if the stream did not.
     let _world = world.restarted().await;
     assert!(!matches!(timeout(PATIENCE, events.message()).await, Ok(Ok(Some(_))) | Err(_)));
+}
+
+#[tokio::test]
+async fn an_engine_that_does_not_answer_delays_an_event_by_seconds_only() {
+    let mut world = World::inside().await;
+    let id = world.started("a", "sleep 60000").await;
+    let mut events = world.runtime.get_container_events(v1::GetEventsRequest {}).await.unwrap().into_inner();
+    // One may go to a look at what was before.
+    for _ in 0..3 {
+        world.fake().fail_next(Verb::ListContainers, RuntimeError::new(Kind::Unavailable, "not now"));
+    }
+    world.fake().exit_container(&id.as_str().into(), 3);
+    let stopped = async {
+        while events.message().await.unwrap().unwrap().container_event_type()
+            != v1::ContainerEventType::ContainerStoppedEvent
+        {}
+    };
+    // All is looked at once a minute anyway.
+    timeout(Duration::from_secs(20), stopped).await.expect("the event comes");
+}
+
+#[tokio::test]
+async fn a_listener_that_does_not_keep_up_is_told_so_and_may_listen_again() {
+    /// Two events each, of this many bytes: more than wait for a listener, and more than are on their way to it.
+    const PODS: usize = 800;
+    const LARGE: usize = 16 << 10;
+    let mut world = World::inside().await;
+    let mut events = world.runtime.get_container_events(v1::GetEventsRequest {}).await.unwrap().into_inner();
+    let text = "x".repeat(LARGE);
+    // One after the other: what happened is told by the time that the last is made.
+    for number in 0..PODS {
+        let annotations = map(&[("large", &text)]);
+        world.run(v1::PodSandboxConfig { annotations, ..world.config(&format!("pod{number}")) }).await.unwrap();
+    }
+    let told = async {
+        loop {
+            if let Err(status) = events.message().await.map(|event| event.expect("it does not end without a word")) {
+                return status;
+            }
+        }
+    };
+    let status = timeout(PATIENCE, told).await.expect("it is told");
+    assert!(status.code() == Code::ResourceExhausted && status.message().contains("lost"), "{status:?}");
+    let mut events = world.runtime.get_container_events(v1::GetEventsRequest {}).await.unwrap().into_inner();
+    let late = world.sandbox("late").await;
+    let heard = async { while events.message().await.unwrap().unwrap().container_id != late {} };
+    timeout(PATIENCE, heard).await.expect("the event comes");
 }

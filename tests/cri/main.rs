@@ -5,6 +5,7 @@
 #![allow(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
 
 mod containers;
+mod driver;
 mod events;
 mod images;
 mod logs;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use lambdalet::runtime::SandboxRuntime as _;
 use lambdalet::runtime::verb::Verb;
 use lambdalet_proto::cri::v1;
 use lambdalet_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
@@ -12,6 +13,7 @@ use tokio::time::{sleep, timeout};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
+use crate::promises::streams::exec_sync;
 use crate::support::{PATIENCE, World, refused};
 
 /// Until the next look at something that no event tells.
@@ -31,17 +33,24 @@ async fn asked(world: &World, verb: Verb, before: u64) {
     timeout(PATIENCE, begun).await.expect("it begins");
 }
 
+fn records(world: &World, kind: &str) -> usize {
+    std::fs::read_dir(world.root().join("root").join(kind)).unwrap().count()
+}
+
+/// The range of addresses can only be changed while nobody has one.
+async fn change_range(world: &mut World) -> Result<(), Status> {
+    let network_config = Some(v1::NetworkConfig { pod_cidr: "10.99.0.0/24".into() });
+    let change = v1::UpdateRuntimeConfigRequest { runtime_config: Some(v1::RuntimeConfig { network_config }) };
+    world.runtime.update_runtime_config(change).await.map(drop)
+}
+
 /// Nothing is left: no sandbox, no record, no address.
 async fn assert_nothing_is_left(world: &mut World) {
     assert!(world.sandboxes(v1::PodSandboxFilter::default()).await.is_empty());
     for kind in ["sandboxes", "containers"] {
-        let left = std::fs::read_dir(world.root().join("root").join(kind)).unwrap().count();
-        assert_eq!(left, 0, "records of {kind}");
+        assert_eq!(records(world, kind), 0, "records of {kind}");
     }
-    // The range of addresses can only be changed while nobody has one.
-    let network_config = Some(v1::NetworkConfig { pod_cidr: "10.99.0.0/24".into() });
-    let change = v1::UpdateRuntimeConfigRequest { runtime_config: Some(v1::RuntimeConfig { network_config }) };
-    world.runtime.update_runtime_config(change).await.unwrap();
+    change_range(world).await.unwrap();
 }
 
 #[tokio::test]
@@ -266,4 +275,164 @@ async fn a_restart_under_load_leaves_nothing_half_made() {
         world.remove_sandbox(&sandbox.id).await.unwrap();
     }
     assert_nothing_is_left(&mut world).await;
+}
+
+#[tokio::test]
+async fn a_sandbox_that_went_by_itself_leaves_nothing() {
+    let mut world = World::inside().await;
+    world.started("a", "sleep 60000").await;
+    let sandbox = world.sandboxes(v1::PodSandboxFilter::default()).await.remove(0);
+    world.fake().remove_pod_sandbox(&sandbox.as_str().into()).await.unwrap();
+    let gone = async {
+        while records(&world, "sandboxes") + records(&world, "containers") > 0
+            || change_range(&mut world).await.is_err()
+        {
+            sleep(SOON).await;
+        }
+    };
+    timeout(PATIENCE, gone).await.expect("all goes");
+    world.remove_sandbox(&sandbox).await.unwrap();
+    assert_nothing_is_left(&mut world).await;
+}
+
+#[tokio::test]
+async fn a_sandbox_that_went_while_nobody_was_told_leaves_nothing_once_it_is_removed() {
+    let mut world = World::inside().await;
+    world.started("a", "sleep 60000").await;
+    let sandbox = world.sandboxes(v1::PodSandboxFilter::default()).await.remove(0);
+    // Whoever looks by itself does not come to an end.
+    let _hold = world.fake().hang_next(Verb::ListContainers);
+    world.fake().remove_pod_sandbox(&sandbox.as_str().into()).await.unwrap();
+    world.remove_sandbox(&sandbox).await.unwrap();
+    for kind in ["sandboxes", "containers"] {
+        assert_eq!(records(&world, kind), 0, "records of {kind}");
+    }
+    change_range(&mut world).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_sandbox_that_gives_way_to_another_takes_what_was_in_it_along() {
+    let mut world = World::inside().await;
+    world.started("a", "sleep 60000").await;
+    let before = world.sandboxes(v1::PodSandboxFilter::default()).await.remove(0);
+    world.stop_sandbox(&before).await.unwrap();
+    let now = world.sandbox("a").await;
+    assert_ne!(before, now);
+    assert_eq!((records(&world, "sandboxes"), records(&world, "containers")), (1, 0));
+    // Who removes the one before late does not mean the one that is there now.
+    world.remove_sandbox(&before).await.unwrap();
+    assert_eq!(world.sandboxes(v1::PodSandboxFilter::default()).await, [now.as_str()]);
+    assert!(!world.ip(&now).await.is_empty());
+    world.remove_sandbox(&now).await.unwrap();
+    assert_nothing_is_left(&mut world).await;
+}
+
+#[tokio::test]
+async fn a_container_that_is_made_while_its_sandbox_is_removed_leaves_nothing() {
+    let mut world = World::inside().await;
+    let sandbox = world.sandbox("a").await;
+    let hold = world.fake().hang_next(Verb::RemovePodSandbox);
+    let (mut client, pod_sandbox_id) = (world.runtime.clone(), sandbox.clone());
+    let removal = v1::RemovePodSandboxRequest { pod_sandbox_id };
+    let removal = tokio::spawn(async move { client.remove_pod_sandbox(removal).await });
+    asked(&world, Verb::RemovePodSandbox, 0).await;
+    world.create(&sandbox, "main", "sleep 60000").await.unwrap();
+    drop(hold);
+    timeout(PATIENCE, removal).await.expect("it ends").unwrap().unwrap();
+    assert_nothing_is_left(&mut world).await;
+}
+
+#[tokio::test]
+async fn of_two_attempts_that_run_at_once_each_gives_its_own_address_back() {
+    let mut world = World::inside().await;
+    let first = world.sandbox("a").await;
+    let config = world.config("a");
+    let metadata = config.metadata.clone().map(|metadata| v1::PodSandboxMetadata { attempt: 1, ..metadata });
+    let second = world.run(v1::PodSandboxConfig { metadata, ..config }).await.unwrap();
+    let mut world = world.restarted().await;
+    let address = world.ip(&second).await;
+    assert_ne!(world.ip(&first).await, address);
+    world.remove_sandbox(&first).await.unwrap();
+    assert_eq!(world.ip(&second).await, address);
+    assert_eq!(refused(change_range(&mut world).await), Code::FailedPrecondition);
+    world.remove_sandbox(&second).await.unwrap();
+    assert_nothing_is_left(&mut world).await;
+}
+
+#[tokio::test]
+async fn a_thousand_calls_of_all_kinds_at_once_are_all_answered() {
+    let mut world = World::inside().await;
+    let id = world.started("a", "sleep 60000").await;
+    let calls = (0..1000).map(|number| {
+        let (mut client, id) = (world.runtime.clone(), id.clone());
+        let config = world.config(&format!("pod{number}"));
+        let cmd = ["print", "out", "exit", "0"].map(str::to_owned).to_vec();
+        async move {
+            match number % 4 {
+                0 => client.run_pod_sandbox(request(config)).await.map(drop),
+                1 => client.exec_sync(v1::ExecSyncRequest { container_id: id, cmd, timeout: 60 }).await.map(drop),
+                2 => client
+                    .container_status(v1::ContainerStatusRequest { container_id: id, verbose: true })
+                    .await
+                    .map(drop),
+                _ => client.list_pod_sandbox(v1::ListPodSandboxRequest::default()).await.map(drop),
+            }
+        }
+    });
+    let answers = timeout(PATIENCE, futures::future::join_all(calls)).await.expect("all are answered");
+    let failed: Vec<_> = answers.into_iter().filter_map(Result::err).collect();
+    assert!(failed.is_empty(), "{failed:?}");
+    assert_eq!(world.sandboxes(v1::PodSandboxFilter::default()).await.len(), 251);
+}
+
+#[tokio::test]
+async fn a_command_whose_client_leaves_is_ended() {
+    let mut world = World::inside().await;
+    let container_id = world.started("a", "sleep 60000").await;
+    let id = container_id.as_str().into();
+    let (mut client, cmd) = (world.runtime.clone(), world.command("sleep 60000"));
+    let call =
+        tokio::spawn(
+            async move { client.exec_sync(v1::ExecSyncRequest { container_id, cmd, timeout: 0 }).await.map(drop) },
+        );
+    let begun = async {
+        while world.fake().running_execs(&id) == 0 {
+            sleep(SOON).await;
+        }
+    };
+    timeout(PATIENCE, begun).await.expect("it begins");
+    call.abort();
+    timeout(PATIENCE, world.fake().execs_ended(&id)).await.expect("it ends");
+}
+
+#[tokio::test]
+async fn a_pull_whose_client_leaves_holds_up_no_other() {
+    let mut world = World::inside().await;
+    let _hold = world.fake().hang_next(Verb::PullImage);
+    let image = Some(v1::ImageSpec { image: "docker.io/library/busybox:1".into(), ..Default::default() });
+    let request = v1::PullImageRequest { image, ..Default::default() };
+    let (mut client, first) = (world.images.clone(), request.clone());
+    let call = tokio::spawn(async move { client.pull_image(first).await.map(drop) });
+    asked(&world, Verb::PullImage, 0).await;
+    call.abort();
+    assert!(call.await.is_err());
+    timeout(PATIENCE, world.images.pull_image(request)).await.expect("it is pulled").unwrap();
+}
+
+#[tokio::test]
+async fn listeners_that_leave_take_nothing_from_those_that_stay() {
+    let mut world = World::inside().await;
+    let listen = |mut client: RuntimeServiceClient<Channel>| async move {
+        client.get_container_events(v1::GetEventsRequest {}).await.unwrap().into_inner()
+    };
+    let mut stays = listen(world.runtime.clone()).await;
+    for _ in 0..100 {
+        drop(listen(world.runtime.clone()).await);
+    }
+    let id = world.sandbox("a").await;
+    let heard = async { while stays.message().await.unwrap().unwrap().container_id != id {} };
+    timeout(PATIENCE, heard).await.expect("the event comes");
+    let container = world.create(&id, "main", "sleep 60000").await.unwrap();
+    world.start(&container).await.unwrap();
+    assert_eq!(exec_sync(&mut world, &container, "exit 4", 10).await.unwrap().exit_code, 4);
 }

@@ -39,6 +39,8 @@ const MINE: &str = "lambdalet.dev/test";
 pub(crate) struct World {
     pub(crate) runtime: RuntimeServiceClient<Channel>,
     pub(crate) images: ImageServiceClient<Channel>,
+    /// What both use.
+    pub(crate) channel: Channel,
     /// Name of the image that containers run.
     pub(crate) image: String,
     /// A word that no other test has.
@@ -147,7 +149,7 @@ impl World {
         std::fs::create_dir_all(folder.path().join("logs")).unwrap();
         let runtime = RuntimeServiceClient::new(channel.clone());
         let runtime = runtime.max_decoding_message_size(LONGEST_ANSWER).max_encoding_message_size(usize::MAX);
-        Self { runtime, images: ImageServiceClient::new(channel), image, word, folder, server }
+        Self { runtime, images: ImageServiceClient::new(channel.clone()), channel, image, word, folder, server }
     }
 
     fn within(&self) -> &Inside {
@@ -175,8 +177,8 @@ impl World {
 
     /// Ends the server as a signal does, and starts another in its place.
     pub(crate) async fn restarted(self) -> Self {
-        let Self { runtime, images, folder, server, .. } = self;
-        drop((runtime, images));
+        let Self { runtime, images, channel, folder, server, .. } = self;
+        drop((runtime, images, channel));
         let Server::Inside(mut inside) = server else { panic!("a server elsewhere is not ours to end") };
         inside.tasks.draining().cancel();
         tokio::time::timeout(PATIENCE, &mut inside.server).await.expect("the server ends").unwrap();

@@ -11,19 +11,23 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures::future::join_all;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 use super::failure::CriError;
 use crate::runtime::Runtime;
-use crate::runtime::types::ContainerId;
+use crate::runtime::types::{ContainerId, ContainerStatus};
 use crate::shutdown::Tasks;
 pub(super) use pump::Pump;
 use pump::Reopen;
 
 /// Requests to reopen that may wait for a pump.
 const REOPENS_WAITING: usize = 4;
+/// How long the end of a log is waited for once its container has ended: who sees the end reads the log.
+pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 /// How long a request to reopen may take: the file system may be slow.
 const REOPEN_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -49,6 +53,8 @@ struct Handle {
     /// Closed when all is written.
     running: watch::Receiver<()>,
     stop: CancellationToken,
+    /// That it is slow was told.
+    told: bool,
 }
 
 impl Logs {
@@ -74,7 +80,7 @@ impl Logs {
             if pumps.contains_key(&id) {
                 return;
             }
-            pumps.insert(id.clone(), Handle { reopen, running, stop: stop.clone() });
+            pumps.insert(id.clone(), Handle { reopen, running, stop: stop.clone(), told: false });
         }
         let pumps = Arc::clone(&self.pumps);
         self.tasks.spawn_finite("container log", async move {
@@ -102,12 +108,32 @@ impl Logs {
         }
     }
 
-    /// Waits until all is written of a container that has ended, but not for long.
-    pub(super) async fn written(&self, id: &ContainerId, patience: Duration) {
-        let running = self.pumps().get(id).map(|handle| handle.running.clone());
-        if let Some(mut running) = running {
-            // Nothing is ever sent: it ends when the pump does.
-            let _ = timeout(patience, running.changed()).await;
+    /// Whether this container's log is being written.
+    pub(super) fn is_written(&self, id: &ContainerId) -> bool {
+        self.pumps().contains_key(id)
+    }
+
+    /// Waits until all is written of a container that has ended, but for 2 s at most.
+    pub(super) async fn written(&self, id: &ContainerId) {
+        self.written_by(id, Instant::now() + PATIENCE).await;
+    }
+
+    /// The same, of several at once.
+    pub(super) async fn all_written(&self, ended: impl Iterator<Item = &ContainerStatus>) {
+        join_all(ended.map(|container| self.written(&container.id))).await;
+    }
+
+    /// The same, until then at most.
+    pub(super) async fn written_by(&self, id: &ContainerId, limit: Instant) {
+        // One that was slow before, since a disk is full, say, is not waited for by each who asks.
+        let waited_for = |handle: &Handle| (!handle.told).then(|| handle.running.clone());
+        let Some(mut running) = self.pumps().get(id).and_then(waited_for) else { return };
+        // Nothing is ever sent: it ends when the pump does.
+        if timeout_at(limit, running.changed()).await.is_err()
+            && let Some(handle) = self.pumps().get_mut(id)
+            && !std::mem::replace(&mut handle.told, true)
+        {
+            warn!(container = %id, "the end of a container is told although its log is not written to its end");
         }
     }
 

@@ -81,9 +81,10 @@ impl Pump {
 
     /// Writes until the container has ended and all of it is written, or it is told to stop.
     pub(super) async fn run(mut self, mut reopens: mpsc::Receiver<Reopen>, stop: CancellationToken) {
-        let mut tries = 0;
+        let (mut tries, mut over) = (0, false);
         loop {
             self.broken = false;
+            let was_over = over;
             let options = LogOptions { follow: true, tail: None, since: self.position.since() };
             match self.runtime.logs(&self.id, &options).await {
                 Ok(log) => {
@@ -96,10 +97,14 @@ impl Pump {
             }
             // An engine that restarts ends every log.
             let status = self.runtime.container_status(&self.id).await;
-            let over = match status {
+            over = match status {
                 Ok(status) => status.state == ContainerState::Exited,
                 Err(error) => error.is_not_found(),
             };
+            if over && !was_over && !self.broken {
+                // A log that was followed may have ended before its last lines were in it.
+                continue;
+            }
             tries = if over { tries + 1 } else { 0 };
             if over && (!self.broken || tries > TRIES) {
                 return;

@@ -124,7 +124,16 @@ fn what_cannot_be_done_is_refused() {
     let limits = v1::LinuxContainerResources { cpuset_cpus: "0-1".into(), ..Default::default() };
     let linux = v1::LinuxContainerConfig { resources: Some(limits), security_context: None };
     let cpus = v1::ContainerConfig { linux: Some(linux), ..container_config() };
-    for config in [devices, images, user, strict, cpus] {
+    let label = v1::SeLinuxOption { level: "s0:c1".into(), ..Default::default() };
+    let context = |options| v1::LinuxContainerSecurityContext { selinux_options: Some(options), ..Default::default() };
+    assert!(container(&with_context(context(v1::SeLinuxOption::default())), around()).is_ok(), "nothing is asked for");
+    let labelled = with_context(context(label.clone()));
+    let context = v1::LinuxSandboxSecurityContext { selinux_options: Some(label), ..Default::default() };
+    let linux = v1::LinuxPodSandboxConfig { security_context: Some(context), ..Default::default() };
+    let whole = v1::PodSandboxConfig { linux: Some(linux), ..sandbox_config() };
+    let refused = sandbox(&whole, place(None)).unwrap_err();
+    assert!(refused.code() == Code::Unimplemented && refused.message().contains("SELinux"), "{refused:?}");
+    for config in [devices, images, user, strict, cpus, labelled] {
         assert_eq!(refusal(&config), Code::Unimplemented, "{config:?}");
     }
     assert_eq!(refusal(&v1::ContainerConfig { metadata: None, ..container_config() }), Code::InvalidArgument);

@@ -111,9 +111,13 @@ pub struct CriRuntime {
     /// Sandboxes that have their cable, as far as this process knows. After a restart each is plugged again when it is
     /// first looked at, which changes nothing where the cable is in place.
     plugged: Mutex<HashSet<String>>,
+    /// Sandboxes of ours by id, as last seen: the UID and the cgroup of the Pod of each, which are left if somebody else
+    /// removes it.
+    known: Mutex<HashMap<String, (String, String)>>,
     /// Sandboxes that are being stopped, and by how many: whoever looks at one does not wait for its end.
     halting: Mutex<HashMap<String, usize>>,
-    /// One at a time plugs a sandbox in or stops it, or starts an exec in a container.
+    /// One at a time plugs a sandbox in or stops it, or starts an exec in a container; or, by the UID, runs a Pod's sandbox
+    /// or removes what one left.
     turns: Turns<String>,
     /// Containers that this process made and has not tried to start: of these it need not ask in which state they are.
     unstarted: Mutex<HashSet<String>>,
@@ -150,6 +154,7 @@ impl CriRuntime {
             creates: Creates::default(),
             starts: Semaphore::new(options.starts_in_flight.max(1)),
             plugged: Mutex::default(),
+            known: Mutex::default(),
             turns: Turns::default(),
             halting: Mutex::default(),
             unstarted: Mutex::default(),

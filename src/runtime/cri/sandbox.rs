@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
 use lambdalet_proto::cri::v1;
 use tokio::time::sleep;
@@ -49,6 +49,7 @@ impl CriRuntime {
                 format!("failed to run the sandbox of {}: {what}", config.pod),
             ));
         }
+        let _turn = self.turns.turn(&config.pod.uid).await;
         for _ in 0..CREATE_TRIES {
             let attempt = config.attempt.to_string();
             self.creates.landed(&config.pod.uid).await;
@@ -85,7 +86,11 @@ impl CriRuntime {
         };
         let made = made.map_err(|error| RuntimeError::new(Kind::Internal, lost).with_source(error))?;
         match made {
-            Ok(made) => Ok(made.pod_sandbox_id),
+            Ok(made) => {
+                let of_pod = (config.pod.uid.clone(), config.cgroup_parent.clone());
+                locked(&self.known).insert(made.pod_sandbox_id.clone(), of_pod);
+                Ok(made.pod_sandbox_id)
+            }
             Err(error) => {
                 if !is_taken(&error)
                     && let Err(left) = self.leave_pod((&config.pod.uid, &config.cgroup_parent), "").await
@@ -257,7 +262,52 @@ impl CriRuntime {
         self.leave_pod((&seen.facts.pod.uid, &seen.facts.cgroup), id.as_str()).await?;
         let request = v1::RemovePodSandboxRequest { pod_sandbox_id: id.to_string() };
         let tried = || format!("failed to remove sandbox {id}");
-        unless_absent(ask!(self.client.runtime, remove_pod_sandbox(request), tried).await.map(drop))
+        unless_absent(ask!(self.client.runtime, remove_pod_sandbox(request), tried).await.map(drop))?;
+        locked(&self.known).remove(id.as_str());
+        Ok(())
+    }
+
+    /// Removes what was left by sandboxes, of this Pod or of all, that somebody else removed since they were last seen.
+    async fn leave_vanished(&self, seen: &[Seen], pod_uid: Option<&str>) {
+        let vanished: Vec<_> = {
+            let mut known = locked(&self.known);
+            known.extend(seen.iter().map(|one| {
+                let Facts { pod, cgroup, .. } = &one.facts;
+                (one.id.clone(), (pod.uid.clone(), cgroup.clone()))
+            }));
+            let is_there = |id: &str| seen.iter().any(|one| one.id == id);
+            let asked = known.iter().filter(|(_, (uid, _))| pod_uid.is_none_or(|wanted| wanted == uid));
+            asked.filter(|(id, _)| !is_there(id)).map(|(id, of_pod)| (id.clone(), of_pod.clone())).collect()
+        };
+        for (id, of_pod) in vanished {
+            if let Err(error) = self.leave_if_vanished(&id, of_pod).await {
+                tracing::warn!(
+                    sandbox = id,
+                    error = crate::telemetry::chain(&error),
+                    "what is left of a sandbox that somebody else removed could not be removed"
+                );
+            }
+        }
+    }
+
+    async fn leave_if_vanished(&self, id: &str, (uid, cgroup): (String, String)) -> Result<()> {
+        // Another of the Pod may be on its way into the cgroup. Who lists does not wait for that: the next list is soon.
+        let Some(_turn) = self.turns.turn(&uid).now_or_never() else { return Ok(()) };
+        if self.creates.landed(&uid).now_or_never().is_none() {
+            return Ok(());
+        }
+        // It may have been made while others were listed, or another look may have been here.
+        if !locked(&self.known).contains_key(id) || self.look_at_sandbox(id).await?.is_some() {
+            return Ok(());
+        }
+        locked(&self.plugged).remove(id);
+        self.places.forget(id);
+        self.cable.unplug(id).await.map_err(|error| {
+            RuntimeError::new(Kind::Internal, format!("failed to unplug sandbox {id}")).with_source(error)
+        })?;
+        self.leave_pod((&uid, &cgroup), id).await?;
+        locked(&self.known).remove(id);
+        Ok(())
     }
 
     /// Removes the Pod's cgroup and directory of logs, unless another sandbox of the Pod has them.
@@ -313,6 +363,7 @@ impl CriRuntime {
             self.creates.landed(uid).await;
         }
         let seen = self.see_sandboxes(&of_pod).await?;
+        self.leave_vanished(&seen, pod_uid).await;
         let statuses = seen.into_iter().map(|seen| self.sandbox_status_of(seen));
         stream::iter(statuses).buffer_unordered(CALLS_IN_FLIGHT).try_collect().await
     }

@@ -1,6 +1,6 @@
 //! Faults a test asks for: the next call of a verb fails, hangs or panics.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Mutex;
 
 use tokio::sync::oneshot;
@@ -27,6 +27,8 @@ enum Fault {
 #[derive(Debug, Default)]
 pub(super) struct Faults {
     waiting: Mutex<HashMap<Verb, VecDeque<Fault>>>,
+    late: Mutex<HashMap<Verb, oneshot::Receiver<()>>>,
+    cut: Mutex<HashSet<Verb>>,
     calls: Mutex<HashMap<Verb, u64>>,
 }
 
@@ -45,8 +47,30 @@ impl Faults {
         Hold { _release: release }
     }
 
+    pub(super) fn late(&self, verb: Verb) -> Hold {
+        let (release, released) = oneshot::channel();
+        locked(&self.late).insert(verb, released);
+        Hold { _release: release }
+    }
+
+    pub(super) fn cut(&self, verb: Verb) {
+        locked(&self.cut).insert(verb);
+    }
+
+    pub(super) fn is_cut(&self, verb: Verb) -> bool {
+        locked(&self.cut).remove(&verb)
+    }
+
     pub(super) fn calls(&self, verb: Verb) -> u64 {
         locked(&self.calls).get(&verb).copied().unwrap_or(0)
+    }
+
+    /// Before a verb answers.
+    pub(super) async fn leave(&self, verb: Verb) {
+        let late = locked(&self.late).remove(&verb);
+        if let Some(released) = late {
+            let _ = released.await;
+        }
     }
 
     /// At the beginning of each verb.

@@ -100,6 +100,16 @@ impl FakeRuntime {
         self.shared.faults.hang(verb)
     }
 
+    /// The next start of a container is done at once, yet answered only when the [`Hold`] is dropped.
+    pub fn answer_next_start_late(&self) -> Hold {
+        self.shared.faults.late(Verb::StartContainer)
+    }
+
+    /// The next reader of a log gets nothing of it and its end, as an engine may answer while a container ends.
+    pub fn cut_next_log(&self) {
+        self.shared.faults.cut(Verb::Logs);
+    }
+
     /// How often `verb` was called.
     pub fn calls(&self, verb: Verb) -> u64 {
         self.shared.faults.calls(verb)
@@ -340,7 +350,9 @@ impl SandboxRuntime for FakeRuntime {
     async fn start_container(&self, id: &ContainerId) -> Result<()> {
         self.enter(Verb::StartContainer).await?;
         self.delay_start().await;
-        self.begin(id)
+        self.begin(id)?;
+        self.shared.faults.leave(Verb::StartContainer).await;
+        Ok(())
     }
 
     async fn stop_container(&self, id: &ContainerId, grace: Grace) -> Result<()> {

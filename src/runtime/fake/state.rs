@@ -216,6 +216,7 @@ impl State {
                 },
                 network: networked.then(|| vec![Interface { name: "eth0".to_owned(), ..Interface::default() }]),
                 containers,
+                volumes: Vec::new(),
             }
         };
         ready.map(of_sandbox).collect()

@@ -19,6 +19,7 @@ use super::state::{KILLED, WRITES_AHEAD};
 use super::{FakeRuntime, Shared, locked};
 use crate::runtime::session::{AttachRequest, Duplex, ExecRequest, Output, Session, Terminal, TerminalSize};
 use crate::runtime::types::{ContainerId, ContainerState, LogChunk, LogOptions, LogSource, SandboxId};
+use crate::runtime::verb::Verb;
 use crate::runtime::{Kind, Result, RuntimeError};
 
 /// Bytes under way in each direction of a forwarded connection.
@@ -40,6 +41,9 @@ impl FakeRuntime {
         id: &ContainerId,
         options: &LogOptions,
     ) -> Result<BoxStream<'static, Result<LogChunk>>> {
+        if self.shared.faults.is_cut(Verb::Logs) {
+            return Ok(futures::stream::empty().boxed());
+        }
         let start = locked(&self.shared.state).container(id)?.log.start(options);
         let (shared, id, options) = (Arc::clone(&self.shared), id.clone(), options.clone());
         let changed = shared.changed.subscribe();

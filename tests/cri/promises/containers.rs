@@ -145,6 +145,10 @@ async fn a_container_that_has_ended_is_not_started_again() {
     world.ended(&id).await;
     refused(world.start(&id).await);
     assert_eq!(world.status(&id).await.unwrap().state(), v1::ContainerState::ContainerExited);
+    let log = world.status(&id).await.unwrap().log_path;
+    std::fs::remove_file(&log).unwrap();
+    refused(world.start(&id).await);
+    assert!(!std::path::Path::new(&log).exists(), "a refusal makes no file");
 }
 
 #[tokio::test]
@@ -292,4 +296,18 @@ async fn statistics_of_what_is_not_there_are_not_found() {
     let mut world = World::new().await;
     let request = v1::ContainerStatsRequest { container_id: "never-was".into() };
     assert_eq!(refused(world.runtime.container_stats(request).await), Code::NotFound);
+}
+
+#[tokio::test]
+async fn statistics_can_come_as_a_stream() {
+    let mut world = World::new().await;
+    let id = world.started("a", "sleep 60000").await;
+    let filter = Some(v1::ContainerStatsFilter { id: id.clone(), ..Default::default() });
+    let request = v1::StreamContainerStatsRequest { filter };
+    let mut stream = world.runtime.stream_container_stats(request).await.unwrap().into_inner();
+    let mut all = Vec::new();
+    while let Some(part) = stream.message().await.unwrap() {
+        all.extend(part.container_stats.into_iter().map(|stats| stats.attributes.unwrap().id));
+    }
+    assert_eq!(all, [id]);
 }

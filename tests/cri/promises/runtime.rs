@@ -1,7 +1,10 @@
 //! What is promised of the runtime itself.
 
-use lambdalet_proto::cri::v1;
+use bytes::{Buf as _, BufMut as _};
+use lambdalet_proto::cri::{Message as _, v1};
 use tokio::time::timeout;
+use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::{Request, Status};
 
 use crate::support::{PATIENCE, World, map};
 
@@ -87,4 +90,67 @@ async fn a_request_of_fifteen_megabytes_is_taken_and_one_of_seventeen_is_refused
     // Which code it is depends on whether the client is still sending when it is answered.
     assert!(world.run(too_large).await.is_err());
     world.sandbox("after").await;
+}
+
+/// Messages as they are on the wire.
+struct Raw;
+
+impl Codec for Raw {
+    type Encode = Vec<u8>;
+    type Decode = Vec<u8>;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl Encoder for Raw {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn encode(&mut self, item: Vec<u8>, into: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        into.put_slice(&item);
+        Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Vec<u8>>, Status> {
+        Ok(Some(from.copy_to_bytes(from.remaining()).to_vec()))
+    }
+}
+
+#[tokio::test]
+async fn fields_of_a_later_version_are_no_error() {
+    /// Field 9999, three bytes.
+    const LATER: &[u8] = &[0xfa, 0xf0, 0x04, 3, b'n', b'e', b'w'];
+    let mut world = World::new().await;
+    // In the message, and in one that is a field of it: the first of `RunPodSandboxRequest`.
+    let mut config = world.config("a").encode_to_vec();
+    config.extend(LATER);
+    let mut request = vec![0x0a];
+    let mut length = config.len();
+    while length > 0x7f {
+        request.push(length as u8 | 0x80);
+        length >>= 7;
+    }
+    request.push(length as u8);
+    request.extend(config);
+    request.extend(LATER);
+    let mut client = tonic::client::Grpc::new(world.channel.clone());
+    client.ready().await.unwrap();
+    let path = http::uri::PathAndQuery::from_static("/runtime.v1.RuntimeService/RunPodSandbox");
+    let answer: Vec<u8> = client.unary(Request::new(request), path, Raw).await.unwrap().into_inner();
+    let id = v1::RunPodSandboxResponse::decode(&*answer).unwrap().pod_sandbox_id;
+    let status = world.sandbox_status(&id).await.unwrap().status.unwrap();
+    assert_eq!(status.metadata, world.config("a").metadata);
 }

@@ -221,3 +221,89 @@ async fn metrics_of_sandboxes_are_listed() {
     let found = all.pod_metrics.iter().find(|pod| pod.pod_sandbox_id == sandbox).expect("the sandbox is among them");
     assert!(!found.container_metrics[0].metrics.is_empty());
 }
+
+#[tokio::test]
+async fn two_attempts_that_run_at_once_have_an_address_each() {
+    let mut world = World::new().await;
+    let first = world.sandbox("a").await;
+    let config = world.config("a");
+    let metadata = config.metadata.clone().map(|metadata| v1::PodSandboxMetadata { attempt: 1, ..metadata });
+    let second = world.run(v1::PodSandboxConfig { metadata, ..config }).await.unwrap();
+    let address = world.ip(&second).await;
+    assert!(!address.is_empty() && world.ip(&first).await != address, "{address}");
+    world.stop_sandbox(&first).await.unwrap();
+    assert_eq!(world.ip(&second).await, address);
+}
+
+#[tokio::test]
+async fn a_label_is_only_a_label() {
+    let mut world = World::new().await;
+    let labels = world.labels(&[("io.kubernetes.pod.uid", "another")]);
+    let id = world.run(v1::PodSandboxConfig { labels: labels.clone(), ..world.config("a") }).await.unwrap();
+    let container = v1::ContainerConfig { labels, ..world.container("main", "exit 0") };
+    let container = world.create_from(&id, container).await.unwrap();
+    let label_selector = map(&[("io.kubernetes.pod.uid", "another")]);
+    let filter = v1::PodSandboxFilter { label_selector: label_selector.clone(), ..Default::default() };
+    assert_eq!(world.sandboxes(filter).await, [id]);
+    let filter = v1::ContainerFilter { label_selector, ..Default::default() };
+    assert_eq!(world.containers(filter).await, [container]);
+}
+
+#[tokio::test]
+async fn limits_of_a_sandbox_can_be_changed() {
+    let mut world = World::new().await;
+    let pod_sandbox_id = world.sandbox("a").await;
+    let limits = v1::LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..Default::default() };
+    let request =
+        v1::UpdatePodSandboxResourcesRequest { pod_sandbox_id, resources: Some(limits), ..Default::default() };
+    world.runtime.update_pod_sandbox_resources(request.clone()).await.unwrap();
+    let unknown = v1::UpdatePodSandboxResourcesRequest { pod_sandbox_id: "never-was".into(), ..request };
+    assert_eq!(refused(world.runtime.update_pod_sandbox_resources(unknown).await), Code::NotFound);
+}
+
+#[tokio::test]
+async fn one_sandbox_tells_what_it_uses() {
+    let mut world = World::new().await;
+    world.started("a", "sleep 60000").await;
+    let pod_sandbox_id = world.sandboxes(v1::PodSandboxFilter::default()).await.remove(0);
+    let request = v1::PodSandboxStatsRequest { pod_sandbox_id: pod_sandbox_id.clone() };
+    let stats = world.runtime.pod_sandbox_stats(request).await.unwrap().into_inner().stats.unwrap();
+    assert_eq!(stats.attributes.unwrap().id, pod_sandbox_id);
+    assert_eq!(stats.linux.unwrap().containers.len(), 1);
+}
+
+#[tokio::test]
+async fn what_a_sandbox_uses_that_is_not_there_is_not_found() {
+    let mut world = World::new().await;
+    let unknown = v1::PodSandboxStatsRequest { pod_sandbox_id: "never-was".into() };
+    assert_eq!(refused(world.runtime.pod_sandbox_stats(unknown).await), Code::NotFound);
+}
+
+#[tokio::test]
+async fn what_sandboxes_use_can_come_as_a_stream() {
+    let mut world = World::new().await;
+    world.started("a", "sleep 60000").await;
+    let id = world.sandboxes(v1::PodSandboxFilter::default()).await.remove(0);
+    let filter = Some(v1::PodSandboxStatsFilter { id: id.clone(), ..Default::default() });
+    let request = v1::StreamPodSandboxStatsRequest { filter };
+    let mut stream = world.runtime.stream_pod_sandbox_stats(request).await.unwrap().into_inner();
+    let mut all = Vec::new();
+    while let Some(part) = stream.message().await.unwrap() {
+        all.extend(part.pod_sandbox_stats.into_iter().map(|stats| stats.attributes.unwrap().id));
+    }
+    assert_eq!(all, [id]);
+}
+
+#[tokio::test]
+async fn metrics_of_sandboxes_can_come_as_a_stream() {
+    let mut world = World::new().await;
+    world.started("a", "sleep 60000").await;
+    let id = world.sandboxes(v1::PodSandboxFilter::default()).await.remove(0);
+    let request = v1::StreamPodSandboxMetricsRequest {};
+    let mut stream = world.runtime.stream_pod_sandbox_metrics(request).await.unwrap().into_inner();
+    let mut all = Vec::new();
+    while let Some(part) = stream.message().await.unwrap() {
+        all.extend(part.pod_sandbox_metrics.into_iter().map(|metrics| metrics.pod_sandbox_id));
+    }
+    assert!(all.contains(&id), "{all:?}");
+}

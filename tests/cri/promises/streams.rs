@@ -88,6 +88,27 @@ async fn a_command_without_a_limit_ends_when_it_ends() {
 }
 
 #[tokio::test]
+async fn a_command_that_writes_too_much_ends_all_the_same_and_the_rest_is_dropped() {
+    const MUCH: usize = 20 << 20;
+    let mut world = World::new().await;
+    let folder = tempfile::tempdir().unwrap();
+    let sandbox = world.sandbox("a").await;
+    let mut config = world.container("main", "sleep 60000");
+    let mut cmd = vec!["sh".to_owned(), "-c".to_owned(), format!("head -c {MUCH} /dev/zero")];
+    if world.is_in_memory() {
+        let host_path = folder.path().join("much").display().to_string();
+        std::fs::write(&host_path, vec![0; MUCH]).unwrap();
+        config.mounts = vec![v1::Mount { container_path: "/much".into(), host_path, ..Default::default() }];
+        cmd = ["cat", "/much", "exit", "0"].map(str::to_owned).to_vec();
+    }
+    let container_id = world.create_from(&sandbox, config).await.unwrap();
+    world.start(&container_id).await.unwrap();
+    let request = v1::ExecSyncRequest { container_id, cmd, timeout: 60 };
+    let done = world.runtime.exec_sync(request).await.unwrap().into_inner();
+    assert!((15 << 20..=16 << 20).contains(&done.stdout.len()) && done.exit_code == 0, "{}", done.stdout.len());
+}
+
+#[tokio::test]
 async fn a_command_that_is_not_there_says_so() {
     let mut world = World::new().await;
     let id = world.started("a", "sleep 60000").await;
