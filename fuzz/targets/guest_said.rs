@@ -3,8 +3,8 @@
 
 use bytes::{Bytes, BytesMut};
 use lambdalet_fuzz::said::{self, MAX_CONTAINERS, MAX_NAME, MAX_TEXT};
-use lambdalet_proto::MAX_MESSAGE;
 use lambdalet_proto::agent::v1;
+use lambdalet_proto::{MAX_MESSAGE, bounded};
 use lambdalet_proto::session::frame::{Decoder, Frame, Kind, MAX_FRAME, MAX_PAYLOAD, encode};
 use libfuzzer_sys::fuzz_target;
 use prost::Message;
@@ -41,8 +41,8 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-fn read<M: Message + Default>(bytes: &[u8], check: impl FnOnce(M) -> Result<(), said::OutOfBounds>) {
-    if let Ok(message) = M::decode(Bytes::copy_from_slice(bytes)) {
+fn read<M: Message + Default + 'static>(bytes: &[u8], check: impl FnOnce(M) -> Result<(), said::OutOfBounds>) {
+    if let Ok(message) = bounded::decode::<M>(Bytes::copy_from_slice(bytes)) {
         // A refusal is as good.
         let _ = check(message);
     }

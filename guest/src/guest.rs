@@ -27,6 +27,7 @@ use crate::image::{Images, device};
 use crate::network;
 use crate::reaper::{PidNamespace, Reaper};
 use crate::stage;
+use crate::stats::Walks;
 use crate::sys::{self, Owned, polled};
 use crate::tree;
 use crate::volume::Volumes;
@@ -35,6 +36,8 @@ use crate::volume::Volumes;
 const SCRATCH: &str = "scratch";
 /// Name of the Pod's shared memory among volumes; no volume's name begins with a dot.
 const SHARED_MEMORY: &str = ".shm";
+/// Who a system is, as machine-id(5) has it.
+const MACHINE_ID: &str = "/etc/machine-id";
 const NONE: Option<&str> = None;
 
 /// Where things are.
@@ -110,6 +113,7 @@ pub(crate) struct Guest {
     pub(crate) events: Events,
     pub(crate) cgroups: Cgroups,
     pub(crate) execs: Execs,
+    pub(crate) walks: Walks,
     pub(crate) ready_after_ns: u64,
     containers: Mutex<Containers>,
     images: Mutex<Images>,
@@ -139,6 +143,7 @@ impl Guest {
             reaper: Reaper::default(),
             events: Events::default(),
             execs: Execs::default(),
+            walks: Walks::default(),
             containers: Mutex::default(),
             images: Mutex::default(),
             volumes: Mutex::default(),
@@ -231,8 +236,20 @@ impl Guest {
         };
         write("vm-id", request.vm_id.as_bytes())?;
         write("service-state", request.service_state.as_bytes())?;
-        write("machine-id", request.machine_id.as_bytes())?;
-        write("resolv.conf", &request.resolv_conf)
+        write("resolv.conf", &request.resolv_conf)?;
+        if request.machine_id.is_empty() {
+            return Ok(());
+        }
+        fs::create_dir_all("/etc")?;
+        fs::write(MACHINE_ID, format!("{}\n", request.machine_id))
+    }
+
+    /// The id by which the guest knows itself; empty until it has an identity, and in a stand-in.
+    pub(crate) fn machine_id(&self) -> String {
+        if self.stand_in {
+            return String::new();
+        }
+        fs::read_to_string(MACHINE_ID).unwrap_or_default().trim_end().to_owned()
     }
 
     fn mount_scratch(&self) -> Result<()> {

@@ -63,11 +63,16 @@ impl Guest {
         Ok(())
     }
 
-    /// Lets go of an image. One that is not mounted is fine.
+    /// Lets go of an image, and of whatever lies in a slot. What is not mounted is fine.
     ///
     /// # Errors
     /// A container uses it.
-    pub(crate) fn unmount_image(&self, image: &str) -> Result<()> {
+    pub(crate) fn unmount_image(&self, image: &str, slot: &str) -> Result<()> {
+        let held = self.images().iter().find(|(_, known)| known.slot == slot).map(|(held, _)| held.clone());
+        [image].into_iter().chain(held.as_deref()).try_for_each(|image| self.unmount(image))
+    }
+
+    fn unmount(&self, image: &str) -> Result<()> {
         let uses = |spec: &ContainerSpec| spec.image == image || spec.mounts.iter().any(|mount| mount.image == image);
         if self.containers().values().any(|container| uses(&container.spec)) {
             return Err(Error::in_use(format!("image {image} is in use")));

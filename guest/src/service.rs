@@ -72,6 +72,7 @@ impl Agent for Service {
             configured: self.0.configured(),
             memory_bytes,
             cpus,
+            machine_id: self.0.machine_id(),
         }))
     }
 
@@ -103,8 +104,8 @@ impl Agent for Service {
     }
 
     async fn unmount_image(&self, request: Request<UnmountImageRequest>) -> Answer<Empty> {
-        let image = request.into_inner().image;
-        self.empty(move |guest| guest.unmount_image(&image)).await
+        let UnmountImageRequest { image, slot } = request.into_inner();
+        self.empty(move |guest| guest.unmount_image(&image, &slot)).await
     }
 
     async fn make_volume(&self, request: Request<Volume>) -> Answer<Empty> {

@@ -1,6 +1,6 @@
 //! What joins a stream of the node to something in the guest: a container's own streams, its log, a port.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
@@ -80,7 +80,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Connects to a port on the loopback address, and carries both directions.
+    /// Connects to a port on the loopback address of either family, and carries both directions.
     ///
     /// # Errors
     /// Nobody listens.
@@ -94,7 +94,12 @@ impl Guest {
             std::io::ErrorKind::ConnectionRefused => Error::state("connection refused"),
             _ => Error::state(format!("failed to connect to port {port}: {error}")),
         };
-        let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.map_err(refused)?;
+        let addresses = [SocketAddr::from((Ipv4Addr::LOCALHOST, port)), SocketAddr::from((Ipv6Addr::LOCALHOST, port))];
+        let stream = match TcpStream::connect(addresses[0]).await {
+            Ok(stream) => stream,
+            // Some programs listen on the other address only. Where neither answers, the first says why.
+            Err(error) => TcpStream::connect(addresses[1]).await.map_err(|_| refused(error))?,
+        };
         // Small answers are not held back.
         stream.set_nodelay(true).tried(|| "failed to prepare a connection".to_owned())?;
         let _ = output.send(Ok(PortData { message: Some(Data::Connected(Empty {})) })).await;

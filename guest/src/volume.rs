@@ -78,6 +78,13 @@ impl Guest {
         let found = self.volumes().get(name).map(|made| made.path.clone());
         found.ok_or_else(|| Error::not_found(format!("there is no volume {name:?}")))
     }
+
+    /// Name and place of each volume on the scratch disk.
+    pub(crate) fn scratch_volumes(&self) -> Vec<(String, PathBuf)> {
+        let volumes = self.volumes();
+        let on_disk = volumes.iter().filter(|(_, made)| !made.mounted);
+        on_disk.map(|(name, made)| (name.clone(), made.path.clone())).collect()
+    }
 }
 
 fn make(made: &Made, size: Option<&str>, volume: &Volume) -> io::Result<()> {

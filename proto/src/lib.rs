@@ -10,6 +10,7 @@
 //! resmngr.proto                 a node tells a resource manager of them
 //! ```
 
+pub mod bounded;
 pub mod capability;
 pub mod session;
 
@@ -58,6 +59,14 @@ pub const MAX_MESSAGE: usize = 1 << 20;
 pub const MAX_PUSHED: usize = 16 << 20;
 /// Files of one push.
 pub const MAX_FILES: usize = 4096;
+/// Containers of one guest.
+pub const MAX_CONTAINERS: usize = 256;
+/// Network interfaces of one guest.
+pub const MAX_INTERFACES: usize = 16;
+/// Volumes of one guest.
+pub const MAX_VOLUMES: usize = 1024;
+/// Records of one batch of log.
+pub const MAX_RECORDS: usize = 16 << 10;
 
 #[cfg(test)]
 mod tests {

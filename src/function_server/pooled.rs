@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -25,6 +25,7 @@ use tracing::warn;
 
 use super::replicas::{Reason, Refusal, Replica, ReplicaWish, Replicas, TryAgain};
 use crate::network::NetworkError;
+use crate::network::egress;
 use crate::network::ipam::{Ipam, NO_POD};
 use crate::network::tap::{Taps, mac_of};
 use crate::runtime::locked;
@@ -48,8 +49,6 @@ const IMAGE_SLOT: u8 = 0;
 const INTERFACE: &str = "eth0";
 /// Says in a replica's directory how many MiB of memory it has.
 const SHARE_FILE: &str = "replica-mib";
-/// The host's IPv4 routes (proc_net(5)).
-const ROUTES: &str = "/proc/net/route";
 
 /// What replicas are made of.
 pub struct PooledParams<S> {
@@ -81,8 +80,8 @@ pub struct PooledParams<S> {
 /// Replicas of the pool.
 pub struct PooledReplicas<S> {
     inner: Arc<Inner<S>>,
-    /// Who looks after what runs; it ends with this.
-    _upkeep: JoinSet<()>,
+    /// Who looks after what runs and what is ready; it ends with this.
+    upkeep: JoinSet<()>,
 }
 
 struct Inner<S> {
@@ -91,6 +90,8 @@ struct Inner<S> {
     /// In MiB.
     memory: Arc<Semaphore>,
     running: Mutex<HashMap<VmId, Running>>,
+    /// Those of them that did not start and did not end either, whom nobody knows.
+    orphans: Mutex<Vec<VmId>>,
     adopted: Mutex<Vec<Replica>>,
 }
 
@@ -125,6 +126,7 @@ impl<S: Setups + 'static> PooledReplicas<S> {
             places: Arc::new(Semaphore::new(params.most.min(Semaphore::MAX_PERMITS))),
             memory: Arc::new(Semaphore::new(mib)),
             running: Mutex::default(),
+            orphans: Mutex::default(),
             adopted: Mutex::default(),
             params,
         });
@@ -155,16 +157,14 @@ impl<S: Setups + 'static> PooledReplicas<S> {
             inner.give_back(&id, inner.params.ipam.release(&key(&id))).await;
         }
         let mut upkeep = JoinSet::new();
-        upkeep.spawn(keep_consoles_short(Arc::clone(&inner)));
-        Ok(Self { inner, _upkeep: upkeep })
+        upkeep.spawn(look_after(Arc::clone(&inner)));
+        Ok(Self { inner, upkeep })
     }
 
-    /// Makes setups ahead of time.
-    ///
-    /// # Errors
-    /// The first one that was met; the other setups are there.
-    pub async fn fill(&self, count: usize) -> Result<(), MachineError> {
-        self.inner.params.pool.fill(count).await
+    /// Makes setups ahead of time from now on, and others in the place of those that are taken.
+    pub fn keep_ready(&mut self) {
+        let inner = Arc::clone(&self.inner);
+        self.upkeep.spawn(async move { inner.params.pool.keep_filled().await });
     }
 
     /// Ends every replica and removes every setup, so that nothing of them stays on the host. What cannot be removed is told
@@ -206,18 +206,7 @@ impl<S: Setups + 'static> Replicas for PooledReplicas<S> {
     }
 
     async fn release(&self, id: &str) -> Result<(), Refusal> {
-        let inner = &self.inner;
-        let id = VmId::new(id).map_err(|_| Refusal::NotAssigned)?;
-        let running = locked(&inner.running).remove(&id).ok_or(Refusal::NotAssigned)?;
-        if let Err(error) = running.machine.kill().await {
-            // Its setup is not to be reused before; whoever releases it again tries again.
-            locked(&inner.running).insert(id.clone(), running);
-            return Err(Refusal::failed(&format!("end replica {id}"), error));
-        }
-        let rests = inner.params.ipam.release(&key(&id));
-        let given = inner.params.pool.give_back(&id).await;
-        rests.map_err(|error| Refusal::failed(&format!("let the address of replica {id} rest"), error))?;
-        given.map_err(|error| Refusal::failed(&format!("clean the setup of replica {id}"), error))
+        self.inner.release(&VmId::new(id).map_err(|_| Refusal::NotAssigned)?).await
     }
 
     fn adopted(&self) -> Vec<Replica> {
@@ -353,9 +342,10 @@ impl<S: Setups> Inner<S> {
             // Nobody was told of its address.
             Ok(None) => self.give_back(id, self.params.ipam.discard(&key(id))).await,
             Ok(Some(machine)) => {
-                // It keeps what it takes until `end`, or the next process, has ended it.
+                // It keeps what it takes until it has ended.
                 warn!(replica = %id, "a replica that did not start has not ended either");
                 locked(&self.running).insert(id.clone(), Running { machine: machine.into(), _share: share });
+                locked(&self.orphans).push(id.clone());
             }
             // Its directory says where its cgroup is; the next process tries again.
             Err(error) => {
@@ -372,6 +362,35 @@ impl<S: Setups> Inner<S> {
         Some(self.keep(id, Arc::clone(machine), address, share))
     }
 
+    /// Ends a replica and gives back what it has taken.
+    async fn release(&self, id: &VmId) -> Result<(), Refusal> {
+        let running = locked(&self.running).remove(id).ok_or(Refusal::NotAssigned)?;
+        let killed = running.machine.kill().await.map_err(|error| Refusal::failed(&format!("end replica {id}"), error));
+        let rests = |()| {
+            let rests = self.params.ipam.release(&key(id));
+            rests.map_err(|error| Refusal::failed(&format!("let the address of replica {id} rest"), error))
+        };
+        if let Err(refusal) = killed.and_then(rests) {
+            // Neither its setup nor its address is to be reused before; whoever releases it again tries again.
+            locked(&self.running).insert(id.clone(), running);
+            return Err(refusal);
+        }
+        let given = self.params.pool.give_back(id).await;
+        given.map_err(|error| Refusal::failed(&format!("clean the setup of replica {id}"), error))
+    }
+
+    /// Tries again to end those that did not start.
+    async fn release_orphans(&self) {
+        let orphans = std::mem::take(&mut *locked(&self.orphans));
+        for id in orphans {
+            match self.release(&id).await {
+                Ok(()) | Err(Refusal::NotAssigned) => {}
+                // That it does not end was told; there will be another attempt.
+                Err(_) => locked(&self.orphans).push(id),
+            }
+        }
+    }
+
     /// Gives a setup back that no replica is in; `freed` is what became of its address.
     async fn give_back(&self, id: &VmId, freed: Result<(), NetworkError>) {
         if let Err(error) = freed {
@@ -384,12 +403,13 @@ impl<S: Setups> Inner<S> {
 }
 
 /// Goes on for as long as there are replicas to look after.
-async fn keep_consoles_short<S: Setups>(inner: Arc<Inner<S>>) {
+async fn look_after<S: Setups>(inner: Arc<Inner<S>>) {
     let mut looks = tokio::time::interval(UPKEEP);
     loop {
         looks.tick().await;
         let dirs = locked(&inner.running).values().map(|one| one.machine.dir().clone()).collect();
         trim_consoles(dirs).await;
+        inner.release_orphans().await;
     }
 }
 
@@ -410,26 +430,12 @@ fn unknown_tap() -> TapLink {
 /// Traffic leaves by the host's routes; a caller that counts on an interface is told if it is another.
 fn check_interface(wish: &ReplicaWish) -> Result<(), Refusal> {
     let Some(wanted) = &wish.inet_dev else { return Ok(()) };
-    let routes = match fs::read_to_string(ROUTES) {
-        Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
-        routes => routes.map_err(|error| Refusal::failed("read the host's routes", error))?,
-    };
-    match default_interface(&routes) {
-        Some(uplink) if uplink == wanted => Ok(()),
+    let found = egress::interface().map_err(|error| Refusal::failed("read the host's routes", error))?;
+    match found {
+        Some(uplink) if uplink == *wanted => Ok(()),
         Some(uplink) => Err(Refusal::invalid("inetDev", format!("traffic of this node leaves by {uplink}"))),
         None => Err(Refusal::invalid("inetDev", "this node has no default route")),
     }
-}
-
-/// Of the default route with the lowest metric.
-fn default_interface(routes: &str) -> Option<&str> {
-    let defaults = routes.lines().skip(1).filter_map(|line| {
-        let words: Vec<&str> = line.split_ascii_whitespace().collect();
-        let is_default = words.get(1) == Some(&"00000000") && words.get(7) == Some(&"00000000");
-        let metric: u32 = words.get(6)?.parse().ok()?;
-        is_default.then_some((metric, *words.first()?))
-    });
-    defaults.min().map(|(_, interface)| interface)
 }
 
 #[cfg(test)]

@@ -23,8 +23,8 @@ pub trait Replicas: Send + Sync + 'static {
     /// Ends a replica and gives its setup back; also carried to its end.
     ///
     /// # Errors
-    /// [`Refusal::NotAssigned`] for one that is not there, or that is being released or was. After any other error it is
-    /// gone all the same.
+    /// [`Refusal::NotAssigned`] for one that is not there, or that is being released or was. After any other error it may
+    /// still be there, with all that it takes: whoever was told so tries again, until this is the answer.
     async fn release(&self, id: &str) -> Result<(), Refusal>;
 
     /// Replicas that an earlier process of this node started and that still run; asked for once.
@@ -116,6 +116,8 @@ pub enum Reason {
     Address,
     /// As many calls are under way as may be at once.
     Calls,
+    /// The replica is still being released.
+    Releasing,
     /// The node is ending.
     Ending,
 }
@@ -167,6 +169,7 @@ impl fmt::Display for Reason {
             Self::Memory => "the replicas that run have the memory this node has for them",
             Self::Address => "no address of this node's range is free",
             Self::Calls => "too many calls are under way",
+            Self::Releasing => "the replica is still being released",
             Self::Ending => "the node is ending",
         })
     }

@@ -6,11 +6,10 @@ use std::path::{Path, PathBuf};
 use lambdalet_proto::functionserver::CreateRequest;
 
 use super::replicas::{Refusal, ReplicaWish};
+use crate::runtime::microvm::machine::arguments::LONGEST_ARGUMENTS;
 
 /// Of a path or a word, in bytes; a path of Linux has no more.
 const LONGEST: usize = 4096;
-/// Of the function's kernel arguments, in bytes. The kernel's own limit (x86: 2048) is shared with the node's arguments.
-const LONGEST_ARGUMENTS: usize = 1536;
 /// What image names end with where a kubelet has handled them.
 const DEFAULT_TAG: &str = ":latest";
 const DEFAULT_NAME_SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(8, 8, 8, 8));

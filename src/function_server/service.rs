@@ -6,9 +6,11 @@
 //!                        '- refused: the reason goes to the call
 //! ```
 //! What was begun is carried to its end by a task of its own, whatever becomes of the call: so a client that vanishes, or
-//! a deadline, leaves no half made machine, and a replica that nobody was told of is released.
+//! a deadline, leaves no half made machine, and a replica that nobody was told of is released. A release that fails is
+//! tried again until there is nothing left to release.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -16,7 +18,7 @@ use futures::future::BoxFuture;
 use lambdalet_proto::functionserver::function_server::Function;
 use lambdalet_proto::functionserver::{CreateReply, CreateRequest, ReleaseRequest};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
@@ -25,9 +27,11 @@ use tracing::{info, warn};
 use super::manager::{News, Reports};
 use super::replicas::{Reason, Refusal, Replica, ReplicaWish, Replicas, Supply, TryAgain};
 use super::{Limits, request, status};
+use crate::retry::Retry;
+use crate::runtime::locked;
 use crate::telemetry::chain;
 
-/// For a caller that met too many others.
+/// For a caller that met too many others, or one that is at the same replica.
 const RETRY_SOON: Duration = Duration::from_secs(1);
 
 /// The service; clones are one.
@@ -42,6 +46,8 @@ struct Inner {
     tasks: TaskTracker,
     /// Whoever watches a replica lets go of it; the replica goes on.
     ending: CancellationToken,
+    /// Replicas that are being released, by whoever came first.
+    releases: Mutex<HashSet<String>>,
     reports: Option<Reports>,
 }
 
@@ -63,6 +69,7 @@ impl Service {
             limits,
             tasks: TaskTracker::new(),
             ending: CancellationToken::new(),
+            releases: Mutex::default(),
             reports,
         }))
     }
@@ -85,14 +92,8 @@ impl Service {
     pub(super) fn destroy(&self, id: String) {
         let inner = Arc::clone(&self.0);
         self.0.tasks.spawn(async move {
-            if let Err(error) = inner.release(&id).await
-                && !matches!(error, Refusal::NotAssigned)
-            {
-                warn!(
-                    replica = id,
-                    error = chain(&error),
-                    "failed to release a replica that the resource manager gave up"
-                );
+            if let Ok(replicas) = inner.replicas() {
+                inner.release(replicas.as_ref(), &id, |_| {}).await;
             }
         });
     }
@@ -128,14 +129,17 @@ impl Function for Service {
     async fn release_vm_setup(&self, request: Request<ReleaseRequest>) -> Result<Response<()>, Status> {
         let patience = status::patience(request.metadata(), self.0.limits.release);
         let place = place(&self.0.releasing).map_err(|refusal| status::of(&refusal))?;
+        let replicas = self.0.replicas().map_err(|refusal| status::of(&refusal))?;
         let (told, released) = oneshot::channel();
         let inner = Arc::clone(&self.0);
         self.0.tasks.spawn(async move {
-            let outcome = inner.release(&request.into_inner().vmid).await;
-            drop(place);
-            if let Err(Err(error)) = told.send(outcome) {
-                warn!(error = chain(&error), "failed to release a replica, and the caller is gone");
-            }
+            let id = request.into_inner().vmid;
+            let answer = move |outcome| {
+                drop(place);
+                // Whoever asked may be gone.
+                let _ = told.send(outcome);
+            };
+            inner.release(replicas.as_ref(), &id, answer).await;
         });
         answer(patience, "release a replica", released).await.map(Response::new)
     }
@@ -192,9 +196,7 @@ impl Inner {
         let made = Made { reply: CreateReply { ip: address.to_string(), vmid: id.clone() }, taken };
         if told.send(Ok(made)).is_err() || kept.await.is_err() {
             info!(replica = id, "nobody waits any more for a replica that was started: it is released");
-            if let Err(error) = replicas.release(&id).await {
-                warn!(replica = id, error = chain(&error), "failed to release a replica that nobody knows of");
-            }
+            self.release(replicas.as_ref(), &id, |_| drop(place)).await;
             return;
         }
         drop(place);
@@ -211,19 +213,59 @@ impl Inner {
             // Cancel-safe: that it has ended stays so.
             () = ended => {}
         }
-        match replicas.release(&id).await {
-            // It was released: that is how it ended, and no news.
-            Err(Refusal::NotAssigned) => return,
-            Err(error) => {
-                warn!(replica = id, error = chain(&error), "failed to give back the setup of an ended replica")
-            }
-            Ok(()) => warn!(replica = id, "a replica has ended by itself"),
+        // If not, it was released: that is how it ended, and no news.
+        if self.release(replicas.as_ref(), &id, |_| {}).await {
+            warn!(replica = id, "a replica has ended by itself");
+            self.report(&id, News::Finished);
         }
-        self.report(&id, News::Finished);
     }
 
-    async fn release(&self, id: &str) -> Result<(), Refusal> {
-        self.replicas()?.release(id).await
+    /// Releases a replica, and goes on after a failure until it is gone; `told` hears what came of the first attempt.
+    /// Whether this has released it: not if it was not there, if somebody else is at it, or at the end of this process.
+    async fn release(&self, replicas: &dyn Replicas, id: &str, told: impl FnOnce(Result<(), Refusal>) + Send) -> bool {
+        if !locked(&self.releases).insert(id.to_owned()) {
+            // It is not gone yet: a caller that was told so would forget what the node still has.
+            told(Err(Refusal::TryAgain(TryAgain { reason: Reason::Releasing, retry_after: RETRY_SOON })));
+            return false;
+        }
+        let first = replicas.release(id).await;
+        let (released, failure) = match &first {
+            Ok(()) => (true, None),
+            Err(Refusal::NotAssigned) => (false, None),
+            Err(failure) => (false, Some(chain(failure))),
+        };
+        let Some(failure) = failure else {
+            // Before it is told: whoever hears of it and asks again is to hear that nobody has that setup.
+            locked(&self.releases).remove(id);
+            told(first);
+            return released;
+        };
+        told(first);
+        let released = self.release_in_the_end(replicas, id, failure).await;
+        locked(&self.releases).remove(id);
+        released
+    }
+
+    /// Tries again until it is gone, or this process ends; whether it is gone.
+    async fn release_in_the_end(&self, replicas: &dyn Replicas, id: &str, failure: String) -> bool {
+        let mut retry = Retry::new("release a replica");
+        let mut pause = retry.failed(failure);
+        loop {
+            tokio::select! {
+                // Cancel-safe: the next process finds what is left.
+                () = self.ending.cancelled() => return false,
+                // Cancel-safe: it only waits.
+                () = sleep(pause) => {}
+            }
+            match replicas.release(id).await {
+                // If it is not there, only something that it left behind could not be removed.
+                Ok(()) | Err(Refusal::NotAssigned) => {
+                    retry.succeeded();
+                    return true;
+                }
+                Err(failure) => pause = retry.failed(chain(&failure)),
+            }
+        }
     }
 
     fn report(&self, id: &str, news: News) {

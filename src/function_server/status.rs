@@ -20,7 +20,7 @@ pub(super) fn of(refusal: &Refusal) -> Status {
         Refusal::NotAssigned => Code::NotFound,
         Refusal::TryAgain(TryAgain { reason, .. }) => match reason {
             Reason::Replicas | Reason::Memory | Reason::Address | Reason::Calls => Code::ResourceExhausted,
-            Reason::Ending => Code::Unavailable,
+            Reason::Releasing | Reason::Ending => Code::Unavailable,
         },
         Refusal::Missing(_) => Code::Unavailable,
         Refusal::Failed { .. } => Code::Internal,
@@ -75,6 +75,7 @@ mod tests {
             (try_again(Reason::Replicas), Code::ResourceExhausted, "try again in 2 s"),
             (try_again(Reason::Address), Code::ResourceExhausted, "address"),
             (try_again(Reason::Calls), Code::ResourceExhausted, "calls"),
+            (try_again(Reason::Releasing), Code::Unavailable, "still being released"),
             (try_again(Reason::Ending), Code::Unavailable, "ending"),
         ] {
             let status = of(&refusal);

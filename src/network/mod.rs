@@ -18,6 +18,7 @@
 
 pub mod bridge;
 pub mod cni;
+pub mod egress;
 mod firewall;
 mod guard;
 pub mod inside;

@@ -68,9 +68,9 @@ impl Drivers {
         if !self.offered.contains(&handler) {
             return Err(self.without(&handler, spec, class.is_some()));
         }
-        let is_guest = family(&handler) == MICROVM;
+        let is_guest = self.is_guest(&handler);
         if let Some(why) = guest::refusal(pod, spec, &self.guests).filter(|_| is_guest) {
-            return Err(refused(&format!("it is to run as a microVM ({}), and {why}", self.by(pod, spec, class))));
+            return Err(self.not_a_guest(pod, spec, class, &why));
         }
         if labels::is_function(pod) && self.front().is_none() {
             let text = "it is a function, whose front is a container, and this node has no Docker: start dockerd (Debian: \
@@ -78,6 +78,20 @@ impl Drivers {
             return Err(refused(text));
         }
         Ok(handler)
+    }
+
+    /// The same for a Pod that comes now, of which more is asked than of one that is here already.
+    ///
+    /// # Errors
+    /// Those of [`choose`](Self::choose), and of a function what its variables ask of this node in vain.
+    pub fn admit(&self, pod: &Pod, spec: &PodSpec, class: Option<&str>) -> Result<(), Unfit> {
+        let handler = self.choose(pod, spec, class)?;
+        let why = self.is_guest(&handler).then(|| guest::refusal_of_new(pod, spec)).flatten();
+        why.map_or(Ok(()), |why| Err(self.not_a_guest(pod, spec, class, &why)))
+    }
+
+    fn not_a_guest(&self, pod: &Pod, spec: &PodSpec, class: Option<&str>, why: &str) -> Unfit {
+        refused(&format!("it is to run as a microVM ({}), and {why}", self.by(pod, spec, class)))
     }
 
     /// What the Pod is told where there is no such handler.
@@ -227,6 +241,19 @@ mod tests {
         };
         assert!(trouble.message.contains("(runtimeClassName class-microvm)"), "{}", trouble.message);
         assert!(trouble.message.contains("hostPID: true"), "{}", trouble.message);
+    }
+
+    #[test]
+    fn a_functions_surroundings_count_only_when_it_comes() {
+        let env = json!([{"name": "IMAGE_STORAGE", "value": "/srv/images"}]);
+        let spec = json!({"containers": [{"name": "c", "image": "i", "env": env}]});
+        let pod: Pod =
+            serde_json::from_value(json!({"metadata": {"annotations": {labels::MIN: "0"}}, "spec": spec})).unwrap();
+        let spec = pod.spec.as_ref().unwrap();
+        let Err(Unfit::Refused(trouble)) = both().admit(&pod, spec, Some(MICROVM)) else { panic!("taken") };
+        assert!(trouble.message.contains("IMAGE_STORAGE"), "{}", trouble.message);
+        assert_eq!(both().choose(&pod, spec, Some(MICROVM)).as_deref(), Ok(MICROVM), "its next sandbox is made");
+        assert_eq!(both().admit(&pod, spec, None), Ok(()), "it is no microVM");
     }
 
     #[test]

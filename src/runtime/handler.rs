@@ -3,10 +3,12 @@
 //! ```text
 //! run_pod_sandbox(handler "microvm") --> microvm     its ids become "microvm.<id>"
 //! every other verb, by its id        --> whose it is
-//! images                             --> one store for all: a driver brings over what it needs from there
+//! images                             --> one store for all: a driver brings over what it needs from there, and what it
+//!                                        has of its own counts too
 //! ```
 //! The ids of the node's own driver stay as they are, so what ran before there was a second one is found again.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 use std::pin::Pin;
@@ -24,6 +26,7 @@ use super::types::{
     RegistryAuth, Resources, RuntimeEvent, RuntimeVersion, SandboxConfig, SandboxId, SandboxStatus,
 };
 use super::{ImageStore, Kind, Result, Runtime, RuntimeError, SandboxRuntime};
+use crate::telemetry::chain;
 
 /// The handlers that there are; each may be followed by `-` and a word that makes a choice within it (`microvm-qemu`).
 const FAMILIES: [&str; 2] = ["docker", "microvm"];
@@ -127,6 +130,13 @@ impl Handlers {
         std::iter::once(own).chain(self.others.iter().map(|other| self.via(other))).collect()
     }
 
+    /// The drivers whose images are not the node's.
+    fn beside_images(&self) -> Vec<Via<'_>> {
+        let mut all = self.all();
+        all.retain(|via| !Arc::ptr_eq(via.runtime, &self.images.runtime));
+        all
+    }
+
     /// The driver that an id belongs to, and the id as that knows it.
     fn of<'i>(&self, id: &'i str) -> (Via<'_>, &'i str) {
         let of_other = |other: &Named| id.strip_prefix(other.handler.as_str())?.strip_prefix('.');
@@ -155,6 +165,12 @@ impl Handlers {
             }
         }
     }
+}
+
+/// What a driver has that does not answer, as one that this host cannot run: nothing.
+fn passed_over<T: Default>(error: &RuntimeError) -> T {
+    tracing::debug!(error = chain(error), "the images of a driver are not counted");
+    T::default()
 }
 
 #[async_trait]
@@ -307,12 +323,29 @@ impl ImageStore for Handlers {
         self.images.runtime.image_status(reference).await
     }
 
+    /// Those of the node, then what another driver has brought over and only that has left.
     async fn list_images(&self) -> Result<Vec<Image>> {
-        self.images.runtime.list_images().await
+        let mut images = self.images.runtime.list_images().await?;
+        for via in self.beside_images() {
+            let more = via.runtime.list_images().await.unwrap_or_else(|error| passed_over(&error));
+            let known: BTreeSet<_> = images.iter().map(|image| image.id.clone()).collect();
+            images.extend(more.into_iter().filter(|image| !known.contains(&image.id)));
+        }
+        Ok(images)
     }
 
+    /// Where those of the node are, and what all take.
     async fn image_fs_info(&self) -> Result<ImageFs> {
-        self.images.runtime.image_fs_info().await
+        let mut info = self.images.runtime.image_fs_info().await?;
+        let mut counted = BTreeSet::from([info.path.clone()]);
+        for via in self.beside_images() {
+            let more = via.runtime.image_fs_info().await.unwrap_or_else(|error| passed_over(&error));
+            // Drivers of one kind share their images.
+            if counted.insert(more.path) {
+                info.used = info.used.map(|used| used.saturating_add(more.used.unwrap_or_default()));
+            }
+        }
+        Ok(info)
     }
 
     async fn unpack_image(&self, id: &ImageId, into: &Path) -> Result<()> {
@@ -321,10 +354,8 @@ impl ImageStore for Handlers {
 
     /// From every driver: first from those that brought it over, any of which may have it in use.
     async fn remove_image(&self, id: &ImageId) -> Result<()> {
-        for via in self.all() {
-            if !Arc::ptr_eq(via.runtime, &self.images.runtime) {
-                via.runtime.remove_image(id).await?;
-            }
+        for via in self.beside_images() {
+            via.runtime.remove_image(id).await?;
         }
         self.images.runtime.remove_image(id).await
     }
@@ -334,6 +365,7 @@ impl ImageStore for Handlers {
 mod tests {
     use super::*;
     use crate::runtime::fake::FakeRuntime;
+    use crate::runtime::verb::Verb;
 
     fn handlers(own: &FakeRuntime, other: &FakeRuntime) -> Handlers {
         let named = |handler: &str, runtime: &FakeRuntime| Named {
@@ -382,6 +414,26 @@ mod tests {
         assert_eq!(handlers.handling(Some("kata")).err().map(|error| error.kind()), Some(Kind::Unsupported));
         assert!(handlers.handling(Some("docker")).is_ok_and(|via| via.prefix.is_none()));
         assert!(handlers.handling(Some("microvm")).is_ok_and(|via| via.prefix == Some("microvm")));
+    }
+
+    #[tokio::test]
+    async fn an_image_that_only_another_driver_has_is_listed_once_and_can_be_removed() {
+        let (own, other) = (FakeRuntime::new(), FakeRuntime::new());
+        let handlers = handlers(&own, &other);
+        let both = own.add_image("both:1");
+        assert_eq!(other.add_image("both:1"), both);
+        let left = other.add_image("left:1");
+        let listed =
+            async || handlers.list_images().await.unwrap().into_iter().map(|image| image.id).collect::<Vec<_>>();
+        assert_eq!(listed().await, [both.clone(), left.clone()]);
+        handlers.remove_image(&left).await.unwrap();
+        assert_eq!(listed().await, std::slice::from_ref(&both));
+        handlers.remove_image(&both).await.unwrap();
+        assert!(listed().await.is_empty() && other.list_images().await.unwrap().is_empty());
+        // One that this host cannot run hides nothing of the others.
+        let own_one = own.add_image("own:1");
+        other.fail_next(Verb::ListImages, RuntimeError::new(Kind::Unsupported, "it cannot be run"));
+        assert_eq!(listed().await, [own_one]);
     }
 
     #[tokio::test]

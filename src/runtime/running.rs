@@ -70,6 +70,7 @@ pub(super) fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: Stat
             usage,
             network: member.pid.filter(|_| own_network).and_then(interfaces),
             containers: containers.remove(member.id.as_str()).unwrap_or_default(),
+            volumes: Vec::new(),
         })
     };
     members.values().filter(|member| member.facts.sandbox_itself).filter_map(of_sandbox).collect()

@@ -1,7 +1,7 @@
 //! What sandboxes and containers use, in CRI's terms (`ListPodSandboxStats`): counters since the start, and levels now.
 //! What the host does not tell is `None`, never zero.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 
@@ -121,6 +121,20 @@ pub struct DiskUsage {
     pub inodes: u64,
 }
 
+impl DiskUsage {
+    /// Both together, as old as the older of them.
+    pub fn plus(self, other: Self) -> Self {
+        let (bytes, inodes) = (self.bytes.saturating_add(other.bytes), self.inodes.saturating_add(other.inodes));
+        Self { time: self.time.min(other.time), bytes, inodes }
+    }
+
+    /// What a directory of the host holds, with what sandboxes hold of the volumes that it stands for.
+    pub fn with_sandboxes(self, sandboxes: &[SandboxStats], directory: &Path) -> Self {
+        let volumes = sandboxes.iter().flat_map(|sandbox| &sandbox.volumes);
+        volumes.filter(|(of, _)| of == directory).fold(self, |sum, (_, usage)| sum.plus(*usage))
+    }
+}
+
 /// Where images are kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ImageFs {
@@ -170,4 +184,7 @@ pub struct SandboxStats {
     pub network: Option<Vec<Interface>>,
     /// Its running containers, in no order.
     pub containers: Vec<ContainerStats>,
+    /// What its volumes hold where that is not to be found on the host, by the directory on the host that stands for each
+    /// ([`StatsScope::All`]).
+    pub volumes: Vec<(PathBuf, DiskUsage)>,
 }

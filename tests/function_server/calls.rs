@@ -172,6 +172,30 @@ async fn a_replica_that_ends_by_itself_gives_its_setup_back() {
 }
 
 #[tokio::test]
+async fn a_release_that_fails_is_tried_again_until_it_is_done() {
+    let replicas = Remembered::new(1);
+    let node = Node::new(&replicas).await;
+    let mut client = node.client().await;
+    let id = client.create().await.unwrap();
+    replicas.stick(3);
+    let status = client.release(&id).await.unwrap_err();
+    assert_eq!(status.code(), Code::Internal, "{status:?}");
+    let again = client.release(&id).await.unwrap_err();
+    assert_eq!(again.code(), Code::Unavailable, "it is not gone: {again:?}");
+    assert!(again.message().contains("still being released"), "{again:?}");
+    assert!(again.metadata().contains_key("grpc-retry-pushback-ms"), "{again:?}");
+    replicas.happened("release vm0").await;
+    assert_eq!(client.release(&id).await.unwrap_err().code(), Code::NotFound, "now it is");
+    assert_eq!(replicas.events()[2..], ["stuck vm0", "stuck vm0", "stuck vm0", "release vm0"]);
+    assert_eq!(client.create().await.unwrap(), "vm1", "its place is free");
+
+    replicas.stick(usize::MAX);
+    client.release("vm1").await.unwrap_err();
+    node.end().await;
+    assert_eq!(replicas.count(), 1, "the next process tries again");
+}
+
+#[tokio::test]
 async fn a_server_that_ends_answers_what_is_under_way() {
     let replicas = Remembered::new(8);
     let node = Node::new(&replicas).await;

@@ -167,6 +167,29 @@ async fn a_replica_that_the_manager_gives_up_is_released() {
 }
 
 #[tokio::test]
+async fn a_replica_is_finished_once_its_setup_is_back_however_long_that_takes() {
+    let (manager, replicas) = (Manager::at(0).await, Remembered::new(2));
+    let node = Node::managed(&replicas, manager.port).await;
+    replicas.stick(2);
+    let mut client = node.client().await;
+    client.create().await.unwrap();
+    replicas.end("vm0");
+    replicas.happened("release vm0").await;
+    let told = manager.book.lines(3).await;
+    assert_eq!(told[1..], ["vm0 0", "vm0 1"], "nothing was told of the failures");
+    replicas.stick(1);
+    manager.book.answer(Ok(Action::Destroy.into()));
+    client.create().await.unwrap();
+    replicas.happened("release vm1").await;
+    assert_eq!(
+        replicas.events()[2..],
+        ["stuck vm0", "stuck vm0", "release vm0", "create vm1 128 MiB", "made vm1", "stuck vm1", "release vm1"]
+    );
+    node.end().await;
+    assert_eq!((replicas.count(), manager.book.told().len()), (0, 4));
+}
+
+#[tokio::test]
 async fn a_client_that_vanished_is_no_news() {
     let (manager, replicas) = (Manager::at(0).await, Remembered::new(8));
     let node = Node::managed(&replicas, manager.port).await;

@@ -39,6 +39,8 @@ struct State {
     made: usize,
     wishes: Vec<ReplicaWish>,
     running: HashMap<String, CancellationToken>,
+    /// So many of the next releases fail.
+    stuck: usize,
 }
 
 impl Remembered {
@@ -59,6 +61,11 @@ impl Remembered {
     /// Ends a replica as if by itself.
     pub(crate) fn end(&self, id: &str) {
         self.state.lock().unwrap().running[id].cancel();
+    }
+
+    /// So many of the next releases fail, and the replica stays.
+    pub(crate) fn stick(&self, times: usize) {
+        self.state.lock().unwrap().stuck = times;
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -110,7 +117,15 @@ impl Replicas for Remembered {
     }
 
     async fn release(&self, id: &str) -> Result<(), Refusal> {
-        let known = self.state.lock().unwrap().running.remove(id);
+        let known = {
+            let mut state = self.state.lock().unwrap();
+            if state.stuck > 0 && state.running.contains_key(id) {
+                state.stuck -= 1;
+                self.note(format!("stuck {id}"));
+                return Err(Refusal::Failed { tried: format!("end replica {id}"), source: "it is busy".into() });
+            }
+            state.running.remove(id)
+        };
         known.ok_or(Refusal::NotAssigned)?.cancel();
         self.note(format!("release {id}"));
         Ok(())

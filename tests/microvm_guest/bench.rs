@@ -17,6 +17,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 const BUSYBOX: &str = "/bin/busybox";
 /// What containers may do unless a case says otherwise.
 const CAPABILITIES: [&str; 6] = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID"];
+pub(crate) const MACHINE_ID: &str = "0123456789abcdef0123456789abcdef";
 /// The image of all cases, and where it is.
 pub(crate) const IMAGE: &str = "busybox";
 
@@ -104,7 +105,7 @@ impl Bench {
         let request = ConfigureRequest {
             vm_id: "vm-1".into(),
             hostname: "guest-test".into(),
-            machine_id: "0123456789abcdef0123456789abcdef".into(),
+            machine_id: MACHINE_ID.into(),
             time_ns: 1_800_000_000_000_000_000,
             seed: vec![7; 32].into(),
             interfaces: vec![interface],
@@ -123,10 +124,14 @@ impl Bench {
             ..ConfigureRequest::default()
         };
         self.agent.configure(request).await.unwrap();
-        let slot =
-            if self.machine { "image0".to_owned() } else { self.directory.path().join("root").display().to_string() };
+        let slot = self.slot();
         self.agent.mount_image(&slot, IMAGE, "erofs").await.unwrap();
         self.agent.mount_image(&slot, IMAGE, "erofs").await.unwrap();
+    }
+
+    /// Where the image lies.
+    pub(crate) fn slot(&self) -> String {
+        if self.machine { "image0".to_owned() } else { self.directory.path().join("root").display().to_string() }
     }
 
     /// Gives the session up, as a node that was killed, and connects anew.

@@ -76,10 +76,13 @@ async fn all(bench: &mut Bench) -> Vec<&'static str> {
             a_command_ends_with_whoever_waits_for_it
             an_attached_client_speaks_to_the_process
             a_port_is_reached_and_each_direction_closed
+            a_port_of_the_other_loopback_address_is_reached
             a_log_is_followed_and_read_again_from_an_offset;
         volumes:
             files_are_pushed_and_exchanged_at_once
-            a_volume_is_shared_and_read_back;
+            a_volume_is_shared_and_read_back
+            what_a_volume_on_the_disk_holds_is_counted
+            an_image_that_was_left_in_a_slot_gives_way;
         session: a_node_that_comes_back_finds_all_as_it_was;
     }
 }

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use crate::bench::{Bench, PATIENCE, script};
+use crate::bench::{Bench, MACHINE_ID, PATIENCE, script};
 use lambdalet::runtime::session::ExecRequest;
 
 pub(crate) async fn hello_is_answered_and_the_guest_takes_its_identity(bench: &mut Bench) {
-    assert!(!bench.hello.configured);
+    assert!(!bench.hello.configured && bench.hello.machine_id.is_empty());
     bench.configure().await;
     // Once more changes nothing.
     bench.configure().await;
@@ -38,6 +38,7 @@ pub(crate) async fn a_node_that_comes_back_finds_all_as_it_was(bench: &mut Bench
     let session = old.exec("stays", &sleeps).await.unwrap();
     bench.reconnect().await;
     assert!(bench.hello.configured);
+    assert_eq!(bench.hello.machine_id, if bench.is_machine() { MACHINE_ID } else { "" });
     assert!(tokio::time::timeout(PATIENCE, session.exit).await.expect("the old session ends").is_err());
     tokio::time::timeout(PATIENCE, old.ended()).await.expect("the old session says so");
     drop(old);

@@ -181,6 +181,22 @@ pub(crate) async fn a_port_is_reached_and_each_direction_closed(bench: &mut Benc
     assert_eq!(bench.agent.port_forward(8080).await.err().unwrap().kind(), Kind::Invalid);
 }
 
+pub(crate) async fn a_port_of_the_other_loopback_address_is_reached(bench: &mut Bench) {
+    bench.start(script("serves", "echo answered >/tmp/file; exec httpd -f -p '[::1]:8081' -h /tmp")).await;
+    let begun = std::time::Instant::now();
+    let mut stream = loop {
+        match bench.agent.port_forward(8081).await {
+            Ok(stream) => break stream,
+            Err(error) => assert!(begun.elapsed() < PATIENCE, "{error}"),
+        }
+    };
+    stream.write_all(b"GET /file HTTP/1.0\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    tokio::time::timeout(PATIENCE, stream.read_to_string(&mut answer)).await.expect("it ends").unwrap();
+    assert!(answer.starts_with("HTTP/1") && answer.ends_with("answered\n"), "{answer}");
+    bench.agent.remove("serves").await.unwrap();
+}
+
 pub(crate) async fn a_log_is_followed_and_read_again_from_an_offset(bench: &mut Bench) {
     let spec = ContainerSpec {
         log_limit: 64 << 10,

@@ -5,7 +5,7 @@ use lambdalet::runtime::microvm::agent::{PushedContent, PushedFile};
 use lambdalet_proto::agent::v1::volume::Kind as VolumeKind;
 use lambdalet_proto::agent::v1::{ContainerSpec, Empty, FileLayout, Mount, Volume};
 
-use crate::bench::{Bench, script};
+use crate::bench::{Bench, IMAGE, script};
 
 fn volume(name: &str, kind: VolumeKind) -> Volume {
     Volume { name: name.into(), kind: Some(kind), mode: 0o1777, gid: 0 }
@@ -65,6 +65,8 @@ pub(crate) async fn a_volume_is_shared_and_read_back(bench: &mut Bench) {
     let agent = &bench.agent;
     agent.make_volume(volume("memory", VolumeKind::Memory(1 << 20))).await.unwrap();
     agent.make_volume(volume("disk", VolumeKind::Scratch(Empty {}))).await.unwrap();
+    let grouped = Volume { mode: 0o2770, gid: 4321, ..volume("grouped", VolumeKind::Scratch(Empty {})) };
+    agent.make_volume(grouped).await.unwrap();
     let mounts = vec![mount("memory", "", "/memory", false), mount("disk", "sub/dir", "/disk", false)];
     let (_, said) =
         bench.run(ContainerSpec { mounts: mounts.clone(), ..script("looks", "stat -c %a /disk /memory") }).await;
@@ -72,6 +74,9 @@ pub(crate) async fn a_volume_is_shared_and_read_back(bench: &mut Bench) {
     let write = "echo last words > /disk/message; ln -s /etc/passwd /disk/link; dd if=/dev/zero of=/memory/x bs=65536";
     let (ended, said) = bench.run(ContainerSpec { mounts: mounts.clone(), ..script("writes", write) }).await;
     assert!(ended.exit_code != 0 && said.contains("No space left"), "{said}");
+    let of_group = vec![mount("grouped", "", "/grouped", false)];
+    let (_, said) = bench.run(ContainerSpec { mounts: of_group, ..script("group", "stat -c '%a %g' /grouped") }).await;
+    assert_eq!(said, "2770 4321\n");
     let (_, said) =
         bench.run(ContainerSpec { mounts, ..script("reads", "cat /disk/message; wc -c < /memory/x") }).await;
     assert_eq!(said, "last words\n1048576\n");
@@ -80,6 +85,37 @@ pub(crate) async fn a_volume_is_shared_and_read_back(bench: &mut Bench) {
     assert_eq!(read("sub/dir/message", 6).await.unwrap().unwrap(), "words\n");
     assert_eq!(read("sub/dir/none", 6).await.unwrap(), None);
     assert!(read("sub/dir/link", 6).await.is_err() && read("../x", 6).await.is_err());
-    agent.remove_volume("memory").await.unwrap();
+    for name in ["memory", "disk", "grouped"] {
+        agent.remove_volume(name).await.unwrap();
+    }
+}
+
+pub(crate) async fn what_a_volume_on_the_disk_holds_is_counted(bench: &mut Bench) {
+    let agent = &bench.agent;
+    agent.make_volume(volume("disk", VolumeKind::Scratch(Empty {}))).await.unwrap();
+    agent.make_volume(volume("memory", VolumeKind::Memory(8 << 20))).await.unwrap();
+    let mounts = vec![mount("disk", "", "/disk", false), mount("memory", "", "/memory", false)];
+    let write = "for at in disk memory; do dd if=/dev/zero of=/$at/file bs=65536 count=32 2>/dev/null; done; sync";
+    bench.run(ContainerSpec { mounts, ..script("writes", write) }).await;
+    let counted = agent.stats(true).await.unwrap().volumes;
+    assert_eq!(counted.iter().map(|one| (one.name.as_str(), one.inodes)).collect::<Vec<_>>(), [("disk", 1)]);
+    assert!((2 << 20..3 << 20).contains(&counted[0].bytes), "{counted:?}");
+    assert!(agent.stats(false).await.unwrap().volumes.is_empty());
     agent.remove_volume("disk").await.unwrap();
+    agent.remove_volume("memory").await.unwrap();
+    assert!(agent.stats(true).await.unwrap().volumes.is_empty());
+}
+
+/// As of a node that was killed before it could note that the image is there.
+pub(crate) async fn an_image_that_was_left_in_a_slot_gives_way(bench: &mut Bench) {
+    let (agent, slot) = (&bench.agent, bench.slot());
+    bench.start(script("uses", "sleep 1000")).await;
+    assert_eq!(agent.unmount_image(&slot, "other").await.unwrap_err().kind(), Kind::AlreadyExists);
+    agent.remove("uses").await.unwrap();
+    agent.unmount_image(&slot, "other").await.unwrap();
+    agent.mount_image(&slot, "left", "erofs").await.unwrap();
+    assert_eq!(agent.mount_image(&slot, IMAGE, "erofs").await.unwrap_err().kind(), Kind::AlreadyExists);
+    agent.unmount_image(&slot, IMAGE).await.unwrap();
+    agent.mount_image(&slot, IMAGE, "erofs").await.unwrap();
+    assert_eq!(bench.run(script("after", "echo well")).await.1, "well\n");
 }

@@ -251,11 +251,21 @@ impl Bench {
         Some(bench)
     }
 
-    /// Ends the drivers, as with their process, and starts others.
-    pub(crate) async fn restart(&mut self) {
-        let Some(Machines { bundle, templates, bridge }) = &self.machines else { panic!("this bench has no machines") };
+    /// Ends the drivers, as with their process.
+    pub(crate) fn hang_up(&mut self) {
         // The last one who has it.
         self.runtime = Arc::clone(&self.stranger);
+    }
+
+    /// What runs machines.
+    pub(crate) fn qemu() -> Qemu {
+        Qemu::new("/usr/bin/qemu-system-x86_64".into(), VmmUser::default(), AccelChoice::Auto)
+    }
+
+    /// Ends the drivers, and starts others.
+    pub(crate) async fn restart(&mut self) {
+        self.hang_up();
+        let Some(Machines { bundle, templates, bridge }) = &self.machines else { panic!("this bench has no machines") };
         let root = self.root();
         let images = image::Options { docker: Some("/var/run/docker.sock".into()), ..image::Options::default() };
         let images = image::Store::open(&root.join("images"), images).await.unwrap();
@@ -267,8 +277,7 @@ impl Bench {
             taps: Some(Arc::new(bridge.clone())),
             ..HostOptions::new(root.clone(), bundle.clone())
         };
-        let qemu = Qemu::new("/usr/bin/qemu-system-x86_64".into(), VmmUser::default(), AccelChoice::Auto);
-        let vms = HostVms::open(options, Arc::new(qemu)).await.unwrap();
+        let vms = HostVms::open(options, Arc::new(Self::qemu())).await.unwrap();
         if !templates.starts_with(self.folder.path()) {
             // All cases have guests of one size.
             let _turn = TEMPLATE.lock().await;

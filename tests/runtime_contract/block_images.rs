@@ -5,6 +5,7 @@ use lambdalet::runtime::microvm::image::{Blocks, Options, Store};
 use tempfile::TempDir;
 
 use crate::bench::Bench;
+use crate::registry::Registry;
 
 /// A store that may ask the daemon; `None` says why there is none.
 async fn store() -> Option<(Store, TempDir)> {
@@ -39,4 +40,18 @@ pub(crate) async fn an_image_of_the_daemon_is_present_and_becomes_a_block_image(
     drop(block);
     store.remove_image(&bench.image).await.unwrap();
     assert_eq!(store.image_status(&bench.image_ref).await.unwrap(), None);
+}
+
+/// By them it is known that a registry has it, so that it may be removed once nobody uses it.
+pub(crate) async fn a_block_image_keeps_the_digests_of_its_original(bench: &Bench) {
+    let Some((store, _folder)) = store().await else { return };
+    let registry = Registry::start(&bench.owner, None).await;
+    let id = bench.runtime.pull_image(&format!("{}/team/app:1", registry.host), &[]).await.unwrap();
+    drop(store.block(&id).await.unwrap());
+    bench.runtime.remove_image(&id).await.unwrap();
+    let left = store.list_images().await.unwrap();
+    let digest = format!("{}/team/app@{}", registry.host, registry.manifest_digest);
+    assert_eq!((left.len(), &left[0].id, &left[0].digests, &left[0].tags), (1, &id, &vec![digest], &Vec::new()));
+    store.remove_image(&id).await.unwrap();
+    assert!(store.list_images().await.unwrap().is_empty());
 }

@@ -1,6 +1,7 @@
 //! What only machines of this host can answer: that they outlive their driver, and what becomes of them when something
 //! breaks; that they are on the node's network; that nothing is left of them.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -10,6 +11,9 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use lambdalet::runtime::Kind;
+use lambdalet::runtime::microvm::agent::Agent;
+use lambdalet::runtime::microvm::machine::directory::DEFAULT_NAMESPACE;
+use lambdalet::runtime::microvm::machine::{MachineManager, VmDirs};
 use lambdalet::runtime::session::ExecRequest;
 use lambdalet::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, LogOptions, Mount, SandboxConfig, SandboxId, SandboxState, Security,
@@ -133,14 +137,24 @@ pub(crate) async fn a_vmm_that_is_killed_takes_its_sandbox_along(bench: &mut Ben
     is_gone_and_replaced(bench, &sandbox, &id).await;
 }
 
-/// The agent is process 1 of the guest: its end is the end of the guest's kernel.
-pub(crate) async fn a_guest_that_dies_takes_its_sandbox_along(bench: &mut Bench) {
+/// A script that ends with an error before it does anything if the kernel it runs on is this one, or does not say which it
+/// is: what ends a guest would end the host.
+fn spares_the_host(script: &str) -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let host = host.trim();
+    assert!(!host.is_empty());
+    format!("case $(busybox cat /proc/sys/kernel/random/boot_id) in ''|{host}) exit 1;; esac\n{script}")
+}
+
+/// Runs a script in a privileged container of `p`, that does what follows `read go` once it is seen to run; sees that the
+/// guest ends by it, and that nothing of it is left.
+async fn ends_its_guest(bench: &Bench, script: &str) {
+    let script = spares_the_host(script);
     let sandbox = bench.sandbox("p").await;
-    let script = bench.script("echo before; read go; echo c >/proc/sysrq-trigger; sleep 1000");
     let config = ContainerConfig {
         stdin: true,
         security: Security { privileged: true, ..Security::default() },
-        ..bench.container_config("p", "c", script)
+        ..bench.container_config("p", "c", bench.script(&format!("echo before; read go; {script}; sleep 1000")))
     };
     let id = bench.runtime.create_container(&sandbox, &config).await.unwrap();
     bench.runtime.start_container(&id).await.unwrap();
@@ -149,6 +163,29 @@ pub(crate) async fn a_guest_that_dies_takes_its_sandbox_along(bench: &mut Bench)
     let mut session = bench.runtime.attach(&id, &attach).await.unwrap();
     crate::streams::write(&mut session, b"go\n").await;
     is_gone_and_replaced(bench, &sandbox, &id).await;
+    let left = bench.of_machines();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+pub(crate) async fn a_guest_that_dies_takes_its_sandbox_along(bench: &mut Bench) {
+    ends_its_guest(bench, "echo c >/proc/sysrq-trigger").await;
+}
+
+/// What a kernel runs for a process that crashes runs outside of all containers. No signal that is sent ends process 1, so
+/// its code is overwritten.
+const KILL_AGENT: &str = r#"busybox cat >/end <<'END'
+b=/proc/$1/root/bin/busybox
+text=$($b grep -m 1 r-xp /proc/1/maps)
+range=${text%% *}
+first=$((0x${range%-*} / 4096)) last=$((0x${range#*-} / 4096))
+$b dd if=/proc/$1/root/dev/zero of=/proc/1/mem bs=4096 seek=$first count=$((last - first)) conv=notrunc
+END
+echo '|/proc/%P/root/bin/busybox sh /proc/%P/root/end %P' >/proc/sys/kernel/core_pattern
+sh -c 'kill -SEGV $$'"#;
+
+/// The agent is process 1 of the guest: its end is the end of the guest's kernel.
+pub(crate) async fn an_agent_that_is_killed_takes_its_sandbox_along(bench: &mut Bench) {
+    ends_its_guest(bench, KILL_AGENT).await;
 }
 
 // === Templates ===
@@ -331,6 +368,59 @@ pub(crate) async fn a_guests_clock_is_set_right(bench: &mut Bench) {
     while !(0..10).contains(&behind().await) {
         assert!(begun.elapsed() < PATIENCE, "{} s behind", behind().await);
     }
+}
+
+// === Identity ===
+
+/// What a guest's kernel says of itself: random bytes first, then its boot, another random number, its name and its clock.
+const WHO: &str = "busybox head -c 16 /dev/urandom | busybox md5sum; busybox cat /proc/sys/kernel/random/boot_id \
+                   /proc/sys/kernel/random/uuid; busybox hostname; busybox date +%s; while :; do sleep 1; done";
+
+/// By what the agent of each machine answers to a session of the test's own.
+async fn machine_ids(bench: &mut Bench) -> Vec<String> {
+    // A machine has room for one session.
+    bench.hang_up();
+    let mut ids = Vec::new();
+    for dir in VmDirs::new(&bench.root().join("vms"), DEFAULT_NAMESPACE).unwrap().list().unwrap() {
+        let machine = Bench::qemu().adopt(&dir).await.unwrap().expect("it runs");
+        let (agent, hello) = Agent::connect(machine.agent().await.unwrap(), PATIENCE).await.unwrap();
+        ids.push(hello.machine_id);
+        agent.close();
+    }
+    bench.restart().await;
+    ids
+}
+
+pub(crate) async fn clones_of_one_template_are_strangers(bench: &mut Bench) {
+    let mut said: Vec<Vec<String>> = Vec::new();
+    for pod in ["p", "q", "r"] {
+        let sandbox = bench.sandbox(pod).await;
+        let command = fs::read(format!("/proc/{}/cmdline", vmm(bench, &sandbox).await)).unwrap();
+        assert!(command.split(|byte| *byte == 0).any(|word| word == b"-incoming"), "{pod} is no clone");
+        let config = bench.container_config(pod, "who", bench.script(WHO));
+        let id = bench.runtime.create_container(&sandbox, &config).await.unwrap();
+        bench.runtime.start_container(&id).await.unwrap();
+        let begun = Instant::now();
+        let lines = loop {
+            let lines: Vec<String> = log(bench, &id).await.lines().map(str::to_owned).collect();
+            if lines.len() == 5 {
+                break lines;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{lines:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        assert_eq!(lines[3], format!("host-{pod}"));
+        let behind = jiff::Timestamp::now().as_second() - lines[4].parse::<i64>().unwrap();
+        assert!((0..20).contains(&behind), "{pod} is {behind} s behind");
+        said.push(lines);
+    }
+    for (at, what) in ["random bytes", "boot", "random number", "name"].into_iter().enumerate() {
+        let distinct: BTreeSet<&String> = said.iter().map(|lines| &lines[at]).collect();
+        assert_eq!(distinct.len(), said.len(), "the same {what}: {said:?}");
+    }
+    let ids = machine_ids(bench).await;
+    let distinct: BTreeSet<&String> = ids.iter().filter(|id| id.len() == 32).collect();
+    assert_eq!(distinct.len(), 3, "{ids:?}");
 }
 
 // === Coming and going ===

@@ -162,7 +162,8 @@ macro_rules! on_docker {
 
 on_docker! {
     block_images:
-        an_image_of_the_daemon_is_present_and_becomes_a_block_image;
+        an_image_of_the_daemon_is_present_and_becomes_a_block_image
+        a_block_image_keeps_the_digests_of_its_original;
     docker_only:
         a_sandbox_whose_holder_was_killed_is_not_ready_and_is_replaced
         a_sandbox_without_its_holder_can_still_be_removed
@@ -217,10 +218,12 @@ on_machines! {
         Shared a_machine_that_ended_while_no_driver_ran_is_told_as_ended
         Shared a_vmm_that_is_killed_takes_its_sandbox_along
         Shared a_guest_that_dies_takes_its_sandbox_along
+        Shared an_agent_that_is_killed_takes_its_sandbox_along
         Own the_first_guest_is_booted_and_a_spoilt_template_is_replaced
         Shared a_guest_is_reached_by_host_and_neighbours_and_reaches_them
         Shared a_guest_cannot_speak_as_another
         Shared a_guests_clock_is_set_right
+        Shared clones_of_one_template_are_strangers
         Shared a_part_of_a_volume_and_an_image_are_shown
         Shared machines_that_come_and_go_leave_nothing;
     isolation:

@@ -266,7 +266,7 @@ impl Bench {
 async fn a_replica_is_a_machine_with_its_image_its_address_and_its_arguments() {
     let bench = Bench::new("10.1.0.0/16");
     let replicas = bench.replicas().await;
-    replicas.fill(1).await.unwrap();
+    replicas.inner.params.pool.fill(1).await.unwrap();
     let replica = replicas.create(&bench.wish()).await.unwrap();
     assert_eq!(replica.address, IpAddr::from([10, 1, 0, 2]));
     let spec = bench.stage.0.specs.lock().unwrap()[0].clone();
@@ -389,6 +389,8 @@ async fn what_does_not_end_keeps_its_setup_until_it_does() {
     assert!(matches!(replicas.create(&bench.wish()).await, Err(Refusal::Failed { .. })));
     assert_eq!((replicas.count(), machines(), bench.ipam.held().len()), (2, 2, 2));
     bench.set(None);
+    replicas.inner.release_orphans().await;
+    assert_eq!(replicas.count(), 2, "it does not end yet");
     // Neither's setup nor address is another's.
     let other = replicas.create(&bench.wish()).await.unwrap();
     assert_eq!((replicas.count(), bench.dirs().list().unwrap().len()), (3, 3));
@@ -396,6 +398,8 @@ async fn what_does_not_end_keeps_its_setup_until_it_does() {
     assert_eq!(why(replicas.create(&bench.wish()).await), Reason::Replicas);
 
     stuck(false);
+    replicas.inner.release_orphans().await;
+    assert_eq!((replicas.count(), machines(), bench.ipam.held().len()), (2, 2, 2), "the one that nobody knows");
     replicas.release(&replica.id).await.unwrap();
     replica.ended.await;
     replicas.end().await;
@@ -407,7 +411,7 @@ async fn what_does_not_end_keeps_its_setup_until_it_does() {
 async fn the_next_process_goes_on_with_what_runs_and_cleans_up_the_rest() {
     let bench = Bench::new("10.1.0.0/16");
     let before = bench.replicas().await;
-    before.fill(1).await.unwrap();
+    before.inner.params.pool.fill(1).await.unwrap();
     let (kept, crashed) = (before.create(&bench.wish()).await.unwrap(), before.create(&bench.wish()).await.unwrap());
     let dir = bench.dirs().of(&VmId::new(crashed.id.as_str()).unwrap());
     bench.stage.0.machines.lock().unwrap().remove(dir.path());
@@ -435,7 +439,7 @@ async fn the_address_of_a_released_replica_rests() {
     let ipam = Ipam::open(&bench.place.path().join("resting"), "10.1.0.0/29".parse().unwrap(), rest).unwrap();
     let bench = Bench { ipam: Arc::new(ipam), ..bench };
     let replicas = bench.replicas().await;
-    replicas.fill(1).await.unwrap();
+    replicas.inner.params.pool.fill(1).await.unwrap();
     let mut seen = Vec::new();
     // Of 8 addresses 5 are for replicas.
     for _ in 0..5 {
@@ -479,15 +483,4 @@ async fn consoles_are_kept_short() {
         }
     };
     tokio::time::timeout(Duration::from_secs(60), shortened).await.expect("it is looked at");
-}
-
-#[test]
-fn the_interface_of_the_default_route_is_found() {
-    let routes = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n\
-                  eth1\t00000000\t0101A8C0\t0003\t0\t0\t100\t00000000\t0\t0\t0\n\
-                  eth0\t00000000\t0101A8C0\t0003\t0\t0\t20\t00000000\t0\t0\t0\n\
-                  eth2\t0000FEA9\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n";
-    assert_eq!(default_interface(routes), Some("eth0"));
-    assert_eq!(default_interface("Iface\n"), None);
-    assert_eq!(default_interface("Iface\nrubbish\n\n"), None);
 }

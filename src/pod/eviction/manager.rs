@@ -167,8 +167,9 @@ impl Manager {
     /// What each Pod uses, by UID; environments count for their function.
     async fn uses(&self) -> Result<HashMap<String, PodUse>, RuntimeError> {
         let mut uses: HashMap<String, PodUse> = HashMap::new();
-        for stats in self.shared.runtime.list_pod_sandbox_stats(StatsScope::All).await? {
-            add(uses.entry(crew::base(&stats.pod.uid).to_owned()).or_default(), &stats);
+        let sandboxes = self.shared.runtime.list_pod_sandbox_stats(StatsScope::All).await?;
+        for stats in &sandboxes {
+            add(uses.entry(crew::base(&stats.pod.uid).to_owned()).or_default(), stats);
         }
         let volumes = self.shared.directory.volumes();
         let on_disk = volumes.values().flatten().filter(|volume| volume.on_disk);
@@ -180,6 +181,7 @@ impl Manager {
             let known = uses.entry(uid).or_default();
             for volume in volumes.into_iter().filter(|volume| volume.on_disk) {
                 let Some(usage) = self.volumes.usage(&volume.path) else { continue };
+                let usage = usage.with_sandboxes(&sandboxes, &volume.path);
                 known.all.disk = Some(known.all.disk.unwrap_or(0) + usage.bytes);
                 known.all.inodes = Some(known.all.inodes.unwrap_or(0) + usage.inodes);
                 known.volumes.insert(volume.name, usage.bytes);

@@ -11,11 +11,21 @@ use crate::runtime::types::{Resources, SandboxConfig};
 impl Worker {
     /// The handler of the Pod's containers.
     pub(super) async fn handler(&self, spec: &PodSpec) -> Result<String, Unfit> {
-        let class = match spec.runtime_class_name.as_deref().filter(|name| !name.is_empty()) {
+        let class = self.class(spec).await?;
+        self.shared.drivers.choose(&self.pod, spec, class.as_deref())
+    }
+
+    /// The handler that the Pod's RuntimeClass names, if it has one.
+    async fn class(&self, spec: &PodSpec) -> Result<Option<String>, Unfit> {
+        Ok(match spec.runtime_class_name.as_deref().filter(|name| !name.is_empty()) {
             Some(name) => Some(self.shared.classes.handler(name).await.map_err(Unfit::NotYet)?),
             None => None,
-        };
-        self.shared.drivers.choose(&self.pod, spec, class.as_deref())
+        })
+    }
+
+    async fn admitted(&self, spec: &PodSpec) -> Result<(), Unfit> {
+        let class = self.class(spec).await?;
+        self.shared.drivers.admit(&self.pod, spec, class.as_deref())
     }
 
     /// Whether the containers of the Pod run in microVMs.
@@ -29,9 +39,9 @@ impl Worker {
     pub(super) async fn refusal(&self, spec: &PodSpec) -> Option<Trouble> {
         match unsupported::refusal(&self.pod, spec) {
             Some(trouble) => Some(trouble),
-            None => match self.handler(spec).await {
+            None => match self.admitted(spec).await {
                 Err(Unfit::Refused(trouble)) => Some(trouble),
-                Ok(_) | Err(Unfit::NotYet(_)) => None,
+                Ok(()) | Err(Unfit::NotYet(_)) => None,
             },
         }
     }

@@ -3,17 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt;
 use futures::stream::BoxStream;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::checkpoint::{ContainerRecord, Phase};
+use super::fetch::fetch_log;
 use super::image::{BlockImage, ImageConfig};
 use super::logs::LogBook;
 use super::sandbox::{ANSWER, Log, Sandbox};
 use super::slots::Place;
-use super::vm::{GuestContainer, GuestMount, MountSource, Vm, VolumeKind};
+use super::vm::{GuestContainer, GuestMount, GuestVolume, MountSource, Vm, VolumeKind};
 use super::volumes::{Volume, of_mount};
 use super::{Inner, MicrovmRuntime, copy};
 use crate::runtime::types::{
@@ -21,7 +21,6 @@ use crate::runtime::types::{
     SandboxId,
 };
 use crate::runtime::{Kind, Result, RuntimeError, blocking, locked};
-use crate::telemetry::chain;
 
 /// How long a killed process may take to be gone, before its microVM is ended.
 const KILL_PATIENCE: Duration = Duration::from_secs(20);
@@ -339,8 +338,9 @@ impl Inner {
         if let (true, Some(vm)) = (fetch, &vm) {
             let vm = Arc::clone(vm);
             let id = id.to_owned();
+            let name = sandbox.record().containers.get(&id).map(|one| one.name.clone()).unwrap_or_default();
             sandbox.spawn(async move {
-                fetch_log(vm.as_ref(), &id, &book).await;
+                fetch_log(vm.as_ref(), (&id, &name), &book).await;
                 book.close();
                 told.send_replace(true);
             });
@@ -363,8 +363,8 @@ impl Inner {
         let is_there = sandbox.record().volumes.contains_key(name);
         if let Volume::Empty(_) = volume {
             if !is_there {
-                let kind = blocking(tried, move || copy::empty_kind(&path)).await?;
-                vm.make_volume(name, kind).await?;
+                let made = blocking(tried, move || copy::empty_volume(&path)).await?;
+                vm.make_volume(name, made).await?;
                 sandbox.change(|record| record.volumes.insert(name.to_owned(), volume.clone())).await?;
             }
             return Ok(String::new());
@@ -372,7 +372,7 @@ impl Inner {
         let places = self.options.places.clone();
         let copied = blocking(tried, move || copy::read_shared(&places, &path)).await?;
         if !is_there {
-            vm.make_volume(name, VolumeKind::Pushed).await?;
+            vm.make_volume(name, GuestVolume { kind: VolumeKind::Pushed, mode: 0, gid: 0 }).await?;
             vm.push_files(name, copied.layout, copied.files).await?;
             sandbox.change(|record| record.volumes.insert(name.to_owned(), volume.clone())).await?;
         }
@@ -418,37 +418,6 @@ async fn insist<F: Future<Output = Result<()>>>(vm: &dyn Vm, ask: impl Fn() -> F
                 () = vm.exited() => return Ok(()),
             },
             done => return done,
-        }
-    }
-}
-
-/// Copies a log from the guest to the host until the container has exited, or its VM.
-async fn fetch_log(vm: &dyn Vm, id: &str, book: &Arc<LogBook>) {
-    loop {
-        let fetched = async {
-            let mut batches = vm.logs(id, book.next()).await?;
-            while let Some(batch) = batches.next().await {
-                let (batch, book) = (batch?, Arc::clone(book));
-                let tried = format!("failed to write the log of container {id}");
-                blocking(tried, move || book.append(&batch.chunks, batch.next)).await?;
-            }
-            Ok::<_, RuntimeError>(())
-        };
-        match fetched.await {
-            Ok(()) => return,
-            // The session was lost: the next one goes on where this one was.
-            Err(error) if error.kind() == Kind::Unavailable => {
-                tracing::debug!(container = id, error = chain(&error), "its log is asked for again");
-                // Both are cancel-safe: they only wait.
-                tokio::select! {
-                    () = tokio::time::sleep(Duration::from_millis(200)) => {}
-                    () = vm.exited() => return,
-                }
-            }
-            Err(error) => {
-                tracing::warn!(container = id, error = chain(&error), "its log is fetched no further");
-                return;
-            }
         }
     }
 }

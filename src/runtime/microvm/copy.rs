@@ -12,7 +12,7 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use rustix::fs::{AtFlags, Dir, DirEntry, FileType, Mode, OFlags, ResolveFlags, openat2, statat};
 use rustix::io::Errno;
 
-use super::vm::{GuestFile, Layout, VolumeKind};
+use super::vm::{GuestFile, GuestVolume, Layout, VolumeKind};
 use super::volumes::Places;
 
 /// Most files of a volume, and their bytes: what a guest takes.
@@ -30,14 +30,14 @@ pub(super) struct Copied {
     pub(super) file: String,
 }
 
-/// What kind of volume an emptyDir of the host stands for.
-pub(super) fn empty_kind(path: &Path) -> io::Result<VolumeKind> {
-    let found = statfs(path)?;
-    if found.filesystem_type() != TMPFS_MAGIC {
-        return Ok(VolumeKind::Scratch);
-    }
-    let size = found.blocks() * u64::try_from(found.block_size()).unwrap_or(0);
-    Ok(VolumeKind::Memory(size))
+/// What volume an emptyDir of the host stands for: of its medium and size, for whom it was made.
+pub(super) fn empty_volume(path: &Path) -> io::Result<GuestVolume> {
+    let (found, around) = (fs::metadata(path)?, statfs(path)?);
+    let kind = match around.filesystem_type() {
+        TMPFS_MAGIC => VolumeKind::Memory(around.blocks() * u64::try_from(around.block_size()).unwrap_or(0)),
+        _ => VolumeKind::Scratch,
+    };
+    Ok(GuestVolume { kind, mode: found.mode() & 0o7777, gid: found.gid() })
 }
 
 /// [`read`] beneath the directory by which the path is shared.

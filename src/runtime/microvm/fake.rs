@@ -15,10 +15,12 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::image::{BlockImage, Blocks, ImageConfig};
-use super::vm::{GuestContainer, GuestFile, GuestState, GuestStats, Layout, LogBatch, Vm, Vms, VolumeKind};
+use super::vm::{
+    GuestContainer, GuestFile, GuestState, GuestStats, GuestVolume, Layout, LogBatch, Vm, Vms, VolumeKind,
+};
 use crate::runtime::fake::FakeRuntime;
 use crate::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
-use crate::runtime::stats::StatsScope;
+use crate::runtime::stats::{DiskUsage, StatsScope};
 use crate::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ImageId, LogOptions, PodRef, Resources, SandboxConfig, SandboxId,
 };
@@ -65,6 +67,7 @@ pub struct FakeVm {
     sandbox: SandboxId,
     containers: Mutex<BTreeMap<String, ContainerId>>,
     images: Mutex<BTreeMap<u8, ImageId>>,
+    volumes: Mutex<BTreeMap<String, GuestVolume>>,
     ended: watch::Sender<bool>,
     stuck: Arc<AtomicBool>,
     manners: Arc<Mutex<Manners>>,
@@ -92,6 +95,11 @@ impl FakeVms {
     /// What guests do from now on.
     pub fn behave(&self, manners: Manners) {
         *locked(&self.manners) = manners;
+    }
+
+    /// The volumes of all, by name.
+    pub fn volumes(&self) -> BTreeMap<String, GuestVolume> {
+        locked(&self.running).values().flat_map(|vm| locked(&vm.volumes).clone()).collect()
     }
 
     /// How many there are, running or not.
@@ -145,6 +153,7 @@ impl Vms for FakeVms {
             sandbox,
             containers: Mutex::default(),
             images: Mutex::default(),
+            volumes: Mutex::default(),
             ended: watch::Sender::new(false),
             stuck: Arc::clone(&self.stuck),
             manners: Arc::clone(&self.manners),
@@ -183,10 +192,8 @@ impl Vm for FakeVm {
     }
 
     async fn put_image(&self, slot: u8, image: &ImageId, _path: &Path) -> Result<()> {
-        match locked(&self.images).insert(slot, image.clone()) {
-            None => Ok(()),
-            Some(held) => Err(RuntimeError::new(Kind::Invalid, format!("slot {slot} holds image {held}"))),
-        }
+        locked(&self.images).insert(slot, image.clone());
+        Ok(())
     }
 
     async fn take_image(&self, slot: u8, _image: &ImageId) -> Result<()> {
@@ -194,7 +201,8 @@ impl Vm for FakeVm {
         Ok(())
     }
 
-    async fn make_volume(&self, _name: &str, _kind: VolumeKind) -> Result<()> {
+    async fn make_volume(&self, name: &str, volume: GuestVolume) -> Result<()> {
+        locked(&self.volumes).insert(name.to_owned(), volume);
         Ok(())
     }
 
@@ -308,7 +316,7 @@ impl Vm for FakeVm {
         let chunks = self.engine.logs(&self.container(id)?, &options).await?;
         let numbered = chunks.enumerate().map(|(at, chunk)| chunk.map(|chunk| (at as u64, chunk)));
         let wanted = numbered.try_filter(move |(at, _)| futures::future::ready(*at >= offset));
-        Ok(wanted.map_ok(|(at, chunk)| LogBatch { chunks: vec![chunk], next: at + 1 }).boxed())
+        Ok(wanted.map_ok(|(at, chunk)| LogBatch { chunks: vec![chunk], next: at + 1, lost: 0 }).boxed())
     }
 
     async fn changes(&self) -> Result<BoxStream<'static, ()>> {
@@ -323,7 +331,11 @@ impl Vm for FakeVm {
         let own = all.into_iter().find(|stats| stats.id == self.sandbox);
         let own = own.ok_or_else(|| RuntimeError::new(Kind::Unavailable, "the guest has ended"))?;
         let containers = own.containers.into_iter().map(|one| (one.name, one.usage, one.writable_layer));
-        Ok(GuestStats { usage: own.usage, network: own.network, containers: containers.collect() })
+        let volumes = locked(&self.volumes).clone().into_iter().filter(|(_, volume)| volume.kind != VolumeKind::Pushed);
+        // As an empty directory has.
+        let usage = DiskUsage { time: own.usage.time, bytes: 4096, inodes: 1 };
+        let volumes = volumes.filter(|_| scope == StatsScope::All).map(|(name, _)| (name, usage)).collect();
+        Ok(GuestStats { usage: own.usage, network: own.network, containers: containers.collect(), volumes })
     }
 
     async fn exec(&self, id: &str, request: &ExecRequest) -> Result<Session> {

@@ -139,6 +139,11 @@ impl LogBook {
         self.progress.send_modify(|progress| progress.whole = true);
     }
 
+    /// Whether somebody has said so.
+    pub(super) fn is_closed(&self) -> bool {
+        self.progress.borrow().whole
+    }
+
     /// Bytes of its files.
     pub(super) fn size(&self) -> io::Result<u64> {
         let segments = segments(&self.directory)?;

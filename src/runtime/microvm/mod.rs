@@ -7,7 +7,7 @@
 //!   |-- checkpoint   what is remembered of a sandbox; a new process finds its VMs again by it
 //!   |-- image        a reference becomes a read-only block image, one for all VMs; slots: where it lies in a VM
 //!   |-- vmms         which VMMs this host can run, and what is missing for the others
-//!   |-- logs         fetched from the guest by offset into bounded files of the host
+//!   |-- logs         fetched from the guest by offset (fetch) into bounded files of the host
 //!   '-- volumes      what becomes of a mount, since nothing is shared with a guest; copy: the files it gets
 //! ```
 //! The VM outlives this process, its containers' logs wait in it, and what the guest says is bounded before it gets here.
@@ -17,6 +17,7 @@ mod checkpoint;
 mod container;
 mod copy;
 pub mod fake;
+mod fetch;
 pub mod host;
 pub mod image;
 mod limits;

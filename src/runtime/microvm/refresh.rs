@@ -1,4 +1,5 @@
-//! Files that were copied into a guest follow those of the host: a configMap that changes does so in the guest.
+//! Files of the node that were copied into a guest follow those of the host: a configMap that changes does so in the guest.
+//! What an operator shares stays as it was at the start: nobody says when such a tree is whole.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -43,6 +44,9 @@ pub(super) async fn follow(sandbox: Weak<Sandbox>, vm: Arc<dyn Vm>, places: Plac
         drop(known);
         for (name, volume) in volumes {
             let Volume::Copied(path) = &volume else { continue };
+            if !places.renews(path) {
+                continue;
+            }
             if complaints.get(&name).is_some_and(|complaint| Instant::now() < complaint.again_at) {
                 continue;
             }

@@ -67,7 +67,10 @@ fn told(sandbox: &Sandbox, stats: GuestStats, scope: StatsScope) -> SandboxStats
             log,
         })
     });
+    let volumes = stats.volumes.into_iter();
+    let volumes = volumes.filter_map(|(name, usage)| Some((record.volumes.get(&name)?.path().to_owned(), usage)));
     SandboxStats {
+        volumes: volumes.collect(),
         id: sandbox.id.as_str().into(),
         pod: record.pod(),
         started_at: Some(record.created_at()),

@@ -1,6 +1,7 @@
 //! The driver on VMs in memory: what a restart, a death and a lost file leave.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::time::Duration;
 
 use futures::TryStreamExt;
@@ -9,7 +10,8 @@ use tokio::time::timeout;
 
 use super::fake::{FakeVms, Manners};
 use super::*;
-use crate::runtime::types::{EventKind, MachineFiles, NamespaceMode, PodRef, SandboxNetwork, SandboxState};
+use crate::runtime::stats::DiskUsage;
+use crate::runtime::types::{EventKind, MachineFiles, Mount, NamespaceMode, PodRef, SandboxNetwork, SandboxState};
 use crate::runtime::verb::Verb;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -18,11 +20,12 @@ const PATIENCE: Duration = Duration::from_secs(30);
 struct Host {
     vms: FakeVms,
     root: TempDir,
+    logs: LogLimits,
 }
 
 impl Host {
     fn new() -> Self {
-        Self { vms: FakeVms::new(), root: tempfile::tempdir().unwrap() }
+        Self { vms: FakeVms::new(), root: tempfile::tempdir().unwrap(), logs: LogLimits::default() }
     }
 
     async fn driver(&self) -> MicrovmRuntime {
@@ -33,8 +36,8 @@ impl Host {
         let options = MicrovmOptions {
             owner: "me".into(),
             root: self.root.path().into(),
-            places: Places::default(),
-            logs: LogLimits::default(),
+            places: Places { pods: self.root.path().join("pods"), ..Places::default() },
+            logs: self.logs,
         };
         let images = Arc::new(self.vms.engine.clone());
         MicrovmRuntime::open(options, Arc::new(self.vms.clone()), images)
@@ -386,4 +389,50 @@ async fn a_start_that_is_repeated_writes_no_line_twice() {
     driver.start_container(&id).await.unwrap();
     assert_eq!(exited(&driver, &id).await.exit_code, 0);
     assert_eq!(log(&driver, &id, true).await, "one\ntwo\n");
+}
+
+#[tokio::test]
+async fn a_log_that_the_host_refuses_for_a_while_is_there_in_the_end() {
+    let host = Host { logs: LogLimits { segment: 1, segments: 5 }, ..Host::new() };
+    let driver = host.driver().await;
+    let config = host.container("c", "i", &["print", "one", "exit", "0"]);
+    let sandbox = sandbox(&driver).await;
+    let id = driver.create_container(&sandbox, &config).await.unwrap();
+    let logs = host.root.path().join("sandboxes").join(sandbox.as_str()).join("logs");
+    let (place, aside) = (logs.join(id.as_str()), logs.join("aside"));
+    std::fs::rename(&place, &aside).unwrap();
+    driver.start_container(&id).await.unwrap();
+    let asked_again = async {
+        while host.vms.engine.calls(Verb::Logs) < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, asked_again).await.expect("what was refused is not held on to, but asked for again");
+    std::fs::rename(&aside, &place).unwrap();
+    assert_eq!(log(&driver, &id, true).await, "one\n");
+    assert_eq!(exited(&driver, &id).await.exit_code, 0);
+}
+
+#[tokio::test]
+async fn an_empty_dir_is_its_groups_in_the_guest_too_and_what_it_holds_is_told() {
+    let host = Host::new();
+    let driver = host.driver().await;
+    let host_path = host.root.path().join("pods/u/volumes/kubernetes.io~empty-dir/e");
+    std::fs::create_dir_all(&host_path).unwrap();
+    // Another group than one's own is for root to give.
+    let _ = std::os::unix::fs::chown(&host_path, None, Some(4321));
+    std::fs::set_permissions(&host_path, std::fs::Permissions::from_mode(0o2770)).unwrap();
+    let gid = std::fs::metadata(&host_path).unwrap().gid();
+    let mount = Mount { host_path: host_path.clone(), container_path: "/e".into(), ..Mount::default() };
+    let config = ContainerConfig { mounts: vec![mount], ..host.container("c", "i", &["idle"]) };
+    started(&driver, &config).await;
+    let made: Vec<_> = host.vms.volumes().into_values().map(|volume| (volume.mode, volume.gid)).collect();
+    assert_eq!(made, [(0o2770, gid)]);
+    let told = driver.list_pod_sandbox_stats(StatsScope::All).await.unwrap();
+    assert_eq!(told[0].volumes.iter().map(|(path, _)| path).collect::<Vec<_>>(), [&host_path]);
+    let around = DiskUsage { time: told[0].usage.time, bytes: 1000, inodes: 1 };
+    let with = around.with_sandboxes(&told, &host_path);
+    assert_eq!((with.bytes, with.inodes), (1000 + 4096, 2));
+    assert_eq!(around.with_sandboxes(&told, host.root.path()), around, "of others nothing is counted");
+    assert!(driver.list_pod_sandbox_stats(StatsScope::CpuAndMemory).await.unwrap()[0].volumes.is_empty());
 }

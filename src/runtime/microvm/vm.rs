@@ -51,14 +51,15 @@ pub trait Vm: Send + Sync + 'static {
     /// The VMM's process.
     fn pid(&self) -> i32;
 
-    /// Puts an image behind an empty slot and lets the guest mount it.
+    /// Puts an image behind a slot and lets the guest mount it. An image that an earlier process left there, and no
+    /// container uses, gives way.
     async fn put_image(&self, slot: u8, image: &ImageId, path: &Path) -> Result<()>;
 
     /// Takes an image, which no container uses any more, out of its slot.
     async fn take_image(&self, slot: u8, image: &ImageId) -> Result<()>;
 
     /// Makes a volume. One of that name is fine.
-    async fn make_volume(&self, name: &str, kind: VolumeKind) -> Result<()>;
+    async fn make_volume(&self, name: &str, volume: GuestVolume) -> Result<()>;
 
     /// Makes these the files of a volume made for that, all at once.
     async fn push_files(&self, name: &str, layout: Layout, files: Vec<GuestFile>) -> Result<()>;
@@ -125,6 +126,17 @@ pub trait Vm: Send + Sync + 'static {
 
     /// Returns once it has ended. Cancel-safe.
     async fn exited(&self);
+}
+
+/// A volume for a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestVolume {
+    /// Where it lives.
+    pub kind: VolumeKind,
+    /// Permission bits of its root; 0: anybody may do anything.
+    pub mode: u32,
+    /// Group of its root.
+    pub gid: u32,
 }
 
 /// Where a volume of a guest lives.
@@ -223,6 +235,8 @@ pub struct LogBatch {
     pub chunks: Vec<LogChunk>,
     /// Where the next batch begins.
     pub next: u64,
+    /// Bytes before these that the guest has dropped, since it keeps so much of a log and no more.
+    pub lost: u64,
 }
 
 /// What a guest uses.
@@ -234,4 +248,6 @@ pub struct GuestStats {
     pub network: Option<Vec<Interface>>,
     /// Its running containers, by id: what they use, and what they wrote.
     pub containers: Vec<(String, Usage, Option<DiskUsage>)>,
+    /// Its volumes on the scratch disk, by name, if they were asked for.
+    pub volumes: Vec<(String, DiskUsage)>,
 }

@@ -5,7 +5,7 @@
 //! | in the node's directory of files from the API (configMap, secret, projected, downwardAPI) | a copy, pushed anew when it changes |
 //! | in the node's directory of Pods, as an `emptyDir` | an empty directory of its own: on its scratch disk, or in its memory |
 //! | there, as a plain file (`/etc/hosts`, a termination log) | a copy; one that may be written is copied back when the container ends |
-//! | beneath a directory that the operator opted in | a copy, read-only |
+//! | beneath a directory that the operator opted in | a copy made once, read-only |
 //! | elsewhere | nothing: the container is refused |
 
 use std::path::{Component, Path, PathBuf};
@@ -33,7 +33,7 @@ pub struct Places {
 /// What a guest gets for a mount.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Volume {
-    /// Copies of the files below this directory, or of this file, and again when they change.
+    /// Copies of the files below this directory, or of this file; where the node made them, again when they change.
     Copied(PathBuf),
     /// A copy of this file, that is copied back once the container has ended.
     Returned(PathBuf),
@@ -42,6 +42,11 @@ pub(super) enum Volume {
 }
 
 impl Places {
+    /// Whether what lies there is the node's own, which changes it as the API does. What an operator shares is copied once.
+    pub(super) fn renews(&self, path: &Path) -> bool {
+        below(path, &self.files) || below(path, &self.pods)
+    }
+
     /// The directory that a path of [`of_mount`] lies in, out of which nothing is copied; `None` if it is shared no more.
     pub(super) fn base(&self, path: &Path) -> Option<&Path> {
         let all = [&self.files, &self.pods].into_iter().chain(&self.host_paths).map(PathBuf::as_path);
@@ -159,6 +164,10 @@ mod tests {
         assert_eq!(places().base(Path::new(log)), Some(Path::new("/r/pods")));
         assert_eq!(places().base(Path::new("/srv/database")), None);
         assert_eq!(Places::default().base(Path::new("/etc")), None);
+        for (path, renewed) in [(map, true), ("/r/pods/u/etc-hosts", true), ("/srv/data/x", false), ("/srv", false)] {
+            assert_eq!(places().renews(Path::new(path)), renewed, "{path}");
+        }
+        assert!(!Places::default().renews(Path::new("/etc")));
         // Nothing is opted in by an empty path.
         assert!(of_mount(&mount("/etc", true), &Places::default()).is_err());
     }

@@ -82,7 +82,7 @@ fn a_real_replica_runs_on_its_image_and_gives_all_of_it_back() {
             memory: 256 << 20,
         };
         let replicas = PooledReplicas::open(params).await.unwrap();
-        replicas.fill(1).await.unwrap();
+        replicas.inner.params.pool.fill(1).await.unwrap();
         let wish = ReplicaWish {
             kernel: guest.join("vmlinux"),
             initrd: guest.join("initramfs.cpio"),

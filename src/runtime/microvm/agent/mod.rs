@@ -175,12 +175,12 @@ impl Agent {
         ask!(self.mount_image(request), &tried).map(drop)
     }
 
-    /// Lets go of an image's slot. An image that is not mounted is fine.
+    /// Lets go of an image, and of whatever is mounted from a slot. What is not mounted is fine.
     ///
     /// # Errors
     /// [`Kind::AlreadyExists`] while a container uses it.
-    pub async fn unmount_image(&self, image: &str) -> Result<()> {
-        let request = v1::UnmountImageRequest { image: image.into() };
+    pub async fn unmount_image(&self, slot: &str, image: &str) -> Result<()> {
+        let request = v1::UnmountImageRequest { image: image.into(), slot: slot.into() };
         let tried = format!("failed to unmount image {image} in the guest");
         ask!(self.unmount_image(request), &tried).map(drop)
     }
@@ -295,7 +295,8 @@ impl Agent {
         ask!(self.update_container(request), &tried).map(drop)
     }
 
-    /// What everything uses; with `disk` also what the writable layers take, which costs a walk.
+    /// What everything uses; with `disk` also what the writable layers and the volumes on the scratch disk take, which
+    /// costs a walk.
     ///
     /// # Errors
     /// [`Kind::Unavailable`] if the guest does not answer.

@@ -1,18 +1,17 @@
 //! What a guest says, checked: nothing of it is kept before it went through here.
 //!
-//! The workload of a guest may have taken the agent over, so each answer may be anything that is a message at all. Counts
-//! and lengths have bounds, ids and names the letters they may have, text for people no control characters. What does not
+//! The workload of a guest may have taken the agent over, so each answer may be anything that is a message at all. How
+//! much repeats in it was counted before it was decoded (`lambdalet_proto::bounded`). Counts and lengths have bounds, ids and names the letters they may have, text for people no control characters. What does not
 //! fit in is an error of the whole answer, but for text, which is cut.
 
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use jiff::Timestamp;
-use lambdalet_proto::MAX_MESSAGE;
+pub use lambdalet_proto::MAX_CONTAINERS;
 use lambdalet_proto::agent::v1;
+use lambdalet_proto::{MAX_INTERFACES, MAX_MESSAGE, MAX_RECORDS, MAX_VOLUMES};
 
-/// Containers of one guest.
-pub const MAX_CONTAINERS: usize = 256;
 /// Bytes of an id or name.
 pub const MAX_NAME: usize = 128;
 /// Bytes of text for people.
@@ -20,10 +19,6 @@ pub const MAX_TEXT: usize = 1024;
 /// Annotations of a container, and bytes of each value.
 const MAX_ANNOTATIONS: usize = 64;
 const MAX_ANNOTATION: usize = 4096;
-/// Network interfaces of one guest.
-const MAX_INTERFACES: usize = 16;
-/// Records of one batch of log.
-const MAX_RECORDS: usize = 16 << 10;
 /// A clock beyond this (the year 2200) is no clock.
 const LAST_TIME: u64 = 7_258_118_400_000_000_000;
 
@@ -49,6 +44,8 @@ pub struct Hello {
     pub memory: u64,
     /// CPUs.
     pub cpus: u32,
+    /// The id by which it knows itself, for people; empty before it has an identity.
+    pub machine_id: String,
 }
 
 /// Where in its life a container is.
@@ -141,6 +138,8 @@ pub struct Stats {
     pub containers: Vec<v1::ContainerUsage>,
     /// Interfaces without loopback.
     pub interfaces: Vec<v1::InterfaceUsage>,
+    /// Volumes on the scratch disk, if they were measured.
+    pub volumes: Vec<v1::VolumeUsage>,
     /// The scratch disk.
     pub scratch: Option<v1::FsUsage>,
     /// Bytes of memory the guest has.
@@ -164,6 +163,7 @@ pub fn hello(reply: v1::HelloReply) -> Checked<Hello> {
         configured: reply.configured,
         memory: reply.memory_bytes,
         cpus: reply.cpus,
+        machine_id: text(&reply.machine_id),
     })
 }
 
@@ -253,10 +253,16 @@ pub fn log_batch(batch: v1::LogBatch, from: u64) -> Checked<LogBatch> {
 /// # Errors
 /// What is out of bounds.
 pub fn stats(reply: v1::StatsReply) -> Checked<Stats> {
-    if reply.containers.len() > MAX_CONTAINERS || reply.interfaces.len() > MAX_INTERFACES {
+    let most = [
+        (reply.containers.len(), MAX_CONTAINERS),
+        (reply.interfaces.len(), MAX_INTERFACES),
+        (reply.volumes.len(), MAX_VOLUMES),
+    ];
+    if most.iter().any(|(count, most)| count > most) {
         return Err(OutOfBounds("number of statistics"));
     }
     reply.containers.iter().try_for_each(|container| check_id(&container.id))?;
+    reply.volumes.iter().try_for_each(|volume| check_id(&volume.name))?;
     for interface in &reply.interfaces {
         let named = !interface.name.is_empty() && interface.name.len() < 16;
         let letters = interface.name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/');
@@ -269,6 +275,7 @@ pub fn stats(reply: v1::StatsReply) -> Checked<Stats> {
         pod: reply.pod.unwrap_or_default(),
         containers: reply.containers,
         interfaces: reply.interfaces,
+        volumes: reply.volumes,
         scratch: reply.scratch,
         memory_total: reply.memory_total,
         memory_available: reply.memory_available,

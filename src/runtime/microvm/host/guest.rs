@@ -14,10 +14,11 @@ use tokio::time::{Instant, timeout_at};
 
 use super::told;
 use crate::runtime::microvm::agent::spec::{ImageFacts, container_spec, resources};
-use crate::runtime::microvm::agent::{Agent, PushedContent, PushedFile};
+use crate::runtime::microvm::agent::{Agent, PushedContent, PushedFile, said};
 use crate::runtime::microvm::machine::{Machine, MachineError, slot_name};
 use crate::runtime::microvm::vm::{
-    GuestContainer, GuestFile, GuestMount, GuestState, GuestStats, Layout, LogBatch, MountSource, Vm, VolumeKind,
+    GuestContainer, GuestFile, GuestMount, GuestState, GuestStats, GuestVolume, Layout, LogBatch, MountSource, Vm,
+    VolumeKind,
 };
 use crate::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
 use crate::runtime::stats::StatsScope;
@@ -98,7 +99,8 @@ impl HostVm {
                 return Err(RuntimeError::new(Kind::Unavailable, text));
             }
         };
-        tracing::debug!(machine = %id, kernel = hello.kernel_release, agent = hello.agent_version, "a guest answers");
+        let said::Hello { kernel_release, agent_version, machine_id, .. } = hello;
+        tracing::debug!(machine = %id, kernel = kernel_release, agent = agent_version, machine_id, "a guest answers");
         Ok(agent)
     }
 
@@ -153,8 +155,9 @@ impl Vm for HostVm {
 
     async fn put_image(&self, slot: u8, image: &ImageId, path: &Path) -> Result<()> {
         let (agent, name) = (self.agent().await?, image_name(image));
-        // Mounted already if an earlier process got as far as here; the guest must not use the slot meanwhile.
-        agent.unmount_image(&name).await?;
+        // This image or another is mounted there if an earlier process got as far and no further; the guest must not use the
+        // slot meanwhile.
+        agent.unmount_image(&slot_name(slot), &name).await?;
         let failed = |error: MachineError| error.during(format!("failed to put image {image} into slot {slot}"));
         self.machine.put_image(slot, path).await.map_err(failed)?;
         let mounted = agent.mount_image(&slot_name(slot), &name, FILESYSTEM).await;
@@ -166,19 +169,19 @@ impl Vm for HostVm {
     }
 
     async fn take_image(&self, slot: u8, image: &ImageId) -> Result<()> {
-        self.agent().await?.unmount_image(&image_name(image)).await?;
+        self.agent().await?.unmount_image(&slot_name(slot), &image_name(image)).await?;
         let failed = |error: MachineError| error.during(format!("failed to take image {image} out of slot {slot}"));
         self.machine.take_image(slot).await.map_err(failed)
     }
 
-    async fn make_volume(&self, name: &str, kind: VolumeKind) -> Result<()> {
+    async fn make_volume(&self, name: &str, volume: GuestVolume) -> Result<()> {
+        let GuestVolume { kind, mode, gid } = volume;
         let kind = match kind {
             VolumeKind::Memory(bytes) => v1::volume::Kind::Memory(bytes),
             VolumeKind::Scratch => v1::volume::Kind::Scratch(v1::Empty {}),
             VolumeKind::Pushed => v1::volume::Kind::Pushed(v1::Empty {}),
         };
-        // Without a mode anybody may write, as in an emptyDir of a kubelet.
-        let volume = v1::Volume { name: name.to_owned(), kind: Some(kind), ..v1::Volume::default() };
+        let volume = v1::Volume { name: name.to_owned(), kind: Some(kind), mode, gid };
         self.agent().await?.make_volume(volume).await
     }
 

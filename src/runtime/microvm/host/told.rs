@@ -33,7 +33,7 @@ pub(super) fn log(batch: said::LogBatch) -> LogBatch {
         line_start: record.line_start,
         bytes: record.bytes,
     };
-    LogBatch { chunks: batch.records.into_iter().map(chunk).collect(), next: batch.next }
+    LogBatch { chunks: batch.records.into_iter().map(chunk).collect(), next: batch.next, lost: batch.lost }
 }
 
 pub(super) fn stats(stats: said::Stats, scope: StatsScope) -> GuestStats {
@@ -50,7 +50,10 @@ pub(super) fn stats(stats: said::Stats, scope: StatsScope) -> GuestStats {
         let layer = DiskUsage { time, bytes: one.layer_bytes, inodes: one.layer_inodes };
         (one.id, used(one.usage.unwrap_or_default()), everything.then_some(layer))
     };
+    let volume = |one: v1::VolumeUsage| (one.name, DiskUsage { time, bytes: one.bytes, inodes: one.inodes });
+    let volumes = stats.volumes.into_iter().filter(|_| everything);
     GuestStats {
+        volumes: volumes.map(volume).collect(),
         usage: used(stats.pod),
         network: everything.then(|| stats.interfaces.into_iter().map(interface).collect()),
         containers: stats.containers.into_iter().map(container).collect(),
@@ -127,6 +130,7 @@ mod tests {
             pod: usage,
             containers: vec![one],
             interfaces: vec![interface],
+            volumes: vec![v1::VolumeUsage { name: "v".into(), bytes: 9, inodes: 2 }],
             scratch: None,
             memory_total: 0,
             memory_available: 0,
@@ -134,9 +138,18 @@ mod tests {
         let all = stats(said.clone(), StatsScope::All);
         assert_eq!((all.usage.tasks, all.usage.memory.unwrap().working_set), (Some(3), 0));
         assert_eq!(all.containers[0].2.unwrap().bytes, 7);
+        let volume = DiskUsage { time: jiff::Timestamp::UNIX_EPOCH, bytes: 9, inodes: 2 };
+        assert_eq!(all.volumes, [("v".to_owned(), volume)]);
         let network = all.network.unwrap();
         assert_eq!((network[0].received.dropped, network[0].sent), (4, Traffic { bytes: 5, ..Traffic::default() }));
         let brief = stats(said, StatsScope::CpuAndMemory);
         assert_eq!((brief.network, brief.usage.tasks, brief.containers[0].2), (None, None, None));
+        assert!(brief.volumes.is_empty());
+    }
+
+    #[test]
+    fn what_a_guest_has_dropped_of_a_log_is_told() {
+        let said = said::LogBatch { records: Vec::new(), next: 30, lost: 20 };
+        assert_eq!(log(said), LogBatch { chunks: Vec::new(), next: 30, lost: 20 });
     }
 }

@@ -241,12 +241,12 @@ impl Store {
         }
         let absent = || RuntimeError::new(Kind::NotFound, format!("there is no image {id}"));
         let daemon = self.inner.daemon.as_ref().ok_or_else(absent)?;
-        let known = daemon.image(id.as_str()).await;
-        if known.is_none_or(|image| image.id != *id) {
-            return Err(absent());
-        }
+        let known = daemon.image(id.as_str()).await.filter(|image| image.id == *id).ok_or_else(absent)?;
+        // Under its digests, which mean this image for ever: so it is known that a registry has it.
+        let digests = known.digests.iter().filter_map(|digest| Some(name(&parse(digest).ok()?))).collect();
         let _turn = self.inner.turns.turn(id.as_str()).await;
         self.build(id, Source::Daemon(daemon)).await?;
+        self.name(id, digests).await?;
         self.pinned(id).ok_or_else(absent)
     }
 

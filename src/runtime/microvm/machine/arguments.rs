@@ -1,17 +1,19 @@
-//! What the environment of a function says about its machine, and the kernel arguments that follow from it.
+//! What the environment of a function says about its machine, and the kernel arguments that guests are given.
 //!
 //! The rules are those of the function server's first form (its table of variables and defaults); values only.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use super::VmId;
 use super::error::{MachineError, Result};
 
-const DEFAULT_NAME_SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(8, 8, 8, 8));
-/// The kernel's limit on its command line (x86: COMMAND_LINE_SIZE), in bytes.
-const LONGEST_LINE: usize = 2048;
+/// Of a function's kernel arguments, in bytes. The kernel's own limit (x86: COMMAND_LINE_SIZE, 2048) is shared with the
+/// node's arguments; what is above it the kernel would cut off without a word.
+pub const LONGEST_ARGUMENTS: usize = 1536;
+/// Longest part of bad arguments that an error repeats, in characters.
+const SHOWN: usize = 64;
 
 /// What the kernel is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -30,15 +32,15 @@ pub struct MachineWish {
     pub kernel: Option<PathBuf>,
     /// `INITRD_PATH`; without it the node's own.
     pub initrd: Option<PathBuf>,
-    /// `INET_DEV`: the host's interface that its traffic leaves by; empty: any.
-    pub inet_dev: String,
-    /// `IMAGE_STORAGE`: where images lie; empty: the node's own store.
-    pub image_storage: String,
-    /// `NAMESERVER`; 8.8.8.8.
-    pub name_server: IpAddr,
+    /// `INET_DEV`: the host's interface that its traffic is to leave by.
+    pub inet_dev: Option<String>,
+    /// `IMAGE_STORAGE`: where its images are to lie.
+    pub image_storage: Option<String>,
+    /// `NAMESERVER`: whom it is to ask for names.
+    pub name_server: Option<IpAddr>,
     /// `VM_TYPE`: linux or osv.
     pub vm_type: VmType,
-    /// `KERNEL_ARGS`, if it is there at all.
+    /// `KERNEL_ARGS`: one line of ASCII, at most [`LONGEST_ARGUMENTS`] bytes.
     pub kernel_args: Option<String>,
 }
 
@@ -48,64 +50,33 @@ impl MachineWish {
     /// # Errors
     /// [`MachineError::Invalid`] for a value that cannot be, and for `GPU_MEM`: no machine here has a GPU.
     pub fn read(environment: &BTreeMap<String, String>) -> Result<Self> {
-        let text = |name: &str| environment.get(name).map(String::as_str).unwrap_or_default().to_owned();
-        let path = |name: &str| match environment.get(name).map(String::as_str) {
-            None | Some("") => Ok(None),
+        let text = |name: &str| environment.get(name).filter(|value| !value.is_empty()).cloned();
+        let path = |name: &str| match text(name) {
+            None => Ok(None),
             Some(value) if value.starts_with('/') => Ok(Some(PathBuf::from(value))),
-            Some(value) => Err(invalid(name, value, "it must be an absolute path")),
+            Some(value) => Err(invalid(name, &value, "it must be an absolute path")),
         };
-        if let Some(value) = environment.get("GPU_MEM") {
-            return Err(invalid("GPU_MEM", value, "no machine of this node has a GPU"));
+        if let Some(value) = text("GPU_MEM") {
+            return Err(invalid("GPU_MEM", &value, "no machine of this node has a GPU"));
         }
-        let name_server = match text("NAMESERVER").as_str() {
-            "" => DEFAULT_NAME_SERVER,
-            value => value.parse().map_err(|_| invalid("NAMESERVER", value, "it must be an IP address"))?,
+        let address =
+            |value: String| value.parse().map_err(|_| invalid("NAMESERVER", &value, "it must be an IP address"));
+        let vm_type = match text("VM_TYPE").as_deref() {
+            None | Some("linux") => VmType::Linux,
+            Some("osv") => VmType::Osv,
+            Some(value) => return Err(invalid("VM_TYPE", value, "it must be linux or osv")),
         };
-        let vm_type = match text("VM_TYPE").as_str() {
-            "" | "linux" => VmType::Linux,
-            "osv" => VmType::Osv,
-            value => return Err(invalid("VM_TYPE", value, "it must be linux or osv")),
-        };
-        let kernel_args = environment.get("KERNEL_ARGS").cloned();
-        if let Some(value) = kernel_args.as_deref().filter(|value| value.contains(char::is_control)) {
-            return Err(invalid("KERNEL_ARGS", value, "it must be one line"));
-        }
+        let kernel_args = text("KERNEL_ARGS");
+        kernel_args.as_deref().map_or(Ok(()), check_arguments)?;
         Ok(Self {
             kernel: path("KERNEL_IMAGE_PATH")?,
             initrd: path("INITRD_PATH")?,
             inet_dev: text("INET_DEV"),
             image_storage: text("IMAGE_STORAGE"),
-            name_server,
+            name_server: text("NAMESERVER").map(address).transpose()?,
             vm_type,
             kernel_args,
         })
-    }
-
-    /// The function's part of the kernel's command line, with a space at each end. Without `KERNEL_ARGS` there is none of
-    /// the function's variables in it; otherwise Linux gets them behind it, and OSv before it.
-    ///
-    /// # Errors
-    /// [`MachineError::Invalid`] for a variable that would not arrive as it is: with white space or a quote in it.
-    pub fn kernel_line(&self, variables: &[(String, String)]) -> Result<String> {
-        let Some(arguments) = &self.kernel_args else {
-            return Ok(match self.vm_type {
-                VmType::Linux => "  ".to_owned(),
-                VmType::Osv => " --no-pci ".to_owned(),
-            });
-        };
-        let mut environment = String::new();
-        for (name, value) in variables {
-            environment += &format!(" {} ", variable(name, value)?);
-        }
-        let line = match self.vm_type {
-            VmType::Linux => format!(" {arguments}{environment} "),
-            VmType::Osv => format!(" {environment}{arguments} "),
-        };
-        if line.len() > LONGEST_LINE {
-            let reason = format!("with the function's variables it has more than {LONGEST_LINE} bytes");
-            return Err(invalid("KERNEL_ARGS", arguments, &reason));
-        }
-        Ok(line)
     }
 }
 
@@ -126,7 +97,7 @@ impl Services {
     /// Kernel arguments that tell a guest who it is and where they are; what is empty is left out.
     ///
     /// # Errors
-    /// [`MachineError::Invalid`] as in [`MachineWish::kernel_line`].
+    /// [`MachineError::Invalid`] for a value that would not arrive as it is: with white space or a quote in it.
     pub fn kernel_args(&self, id: &VmId) -> Result<Vec<String>> {
         let pairs = [
             ("RES_MNGR_ADDR", self.resource_manager.as_str()),
@@ -138,6 +109,20 @@ impl Services {
         ];
         pairs.into_iter().filter(|(_, value)| !value.is_empty()).map(|(name, value)| variable(name, value)).collect()
     }
+}
+
+fn check_arguments(text: &str) -> Result<()> {
+    let (bytes, shown) = (text.len(), text.chars().take(SHOWN).collect::<String>());
+    let reason = if bytes > LONGEST_ARGUMENTS {
+        format!("it has {bytes} bytes, and a kernel's command line has room for {LONGEST_ARGUMENTS}: shorten it")
+    } else if text.contains(char::is_control) {
+        "it must be one line".to_owned()
+    } else if !text.is_ascii() {
+        "a kernel's command line is ASCII".to_owned()
+    } else {
+        return Ok(());
+    };
+    Err(invalid("KERNEL_ARGS", &shown, &reason))
 }
 
 fn variable(name: &str, value: &str) -> Result<String> {
@@ -162,26 +147,12 @@ mod tests {
         MachineWish::read(&pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
     }
 
-    fn line(pairs: &[(&str, &str)]) -> String {
-        let variables = [("A", "1"), ("B", "x=y")].map(|(name, value)| (name.to_owned(), value.to_owned()));
-        wish(pairs).unwrap().kernel_line(&variables).unwrap()
-    }
-
     #[test]
     fn what_is_not_said_has_its_default() {
         let wish = wish(&[]).unwrap();
         assert_eq!((wish.kernel, wish.initrd, wish.kernel_args), (None, None, None));
-        assert_eq!((wish.inet_dev.as_str(), wish.image_storage.as_str(), wish.vm_type), ("", "", VmType::Linux));
-        assert_eq!(wish.name_server.to_string(), "8.8.8.8");
-    }
-
-    #[test]
-    fn the_kernel_line_follows_the_type_and_whether_there_are_arguments() {
-        assert_eq!(line(&[]), "  ");
-        assert_eq!(line(&[("VM_TYPE", "osv")]), " --no-pci ");
-        assert_eq!(line(&[("KERNEL_ARGS", "a b")]), " a b --env=A=1  --env=B=x=y  ");
-        assert_eq!(line(&[("KERNEL_ARGS", "a b"), ("VM_TYPE", "osv")]), "  --env=A=1  --env=B=x=y a b ");
-        assert_eq!(line(&[("KERNEL_ARGS", "")]), "  --env=A=1  --env=B=x=y  ");
+        assert_eq!((wish.inet_dev, wish.image_storage, wish.name_server), (None, None, None));
+        assert_eq!(wish.vm_type, VmType::Linux);
     }
 
     #[test]
@@ -192,15 +163,17 @@ mod tests {
             ("NAMESERVER", "dns.example"),
             ("KERNEL_IMAGE_PATH", "vmlinux"),
             ("KERNEL_ARGS", "a\nb"),
+            ("KERNEL_ARGS", "quiet ä"),
+            ("KERNEL_ARGS", &"x".repeat(LONGEST_ARGUMENTS + 1)),
         ] {
             let error = wish(&[(name, value)]).unwrap_err().to_string();
-            assert!(error.starts_with(name), "{error}");
+            assert!(error.starts_with(name) && error.len() < 250, "{error}");
         }
-        let all = wish(&[("KERNEL_ARGS", "a")]).unwrap();
+        let most = "x".repeat(LONGEST_ARGUMENTS);
+        assert_eq!(wish(&[("KERNEL_ARGS", &most)]).unwrap().kernel_args, Some(most));
         for (name, value) in [("A", "1 init=/bin/sh"), ("A", "\"x"), ("A B", "1"), ("", "1"), ("A=B", "1")] {
-            assert!(all.kernel_line(&[(name.to_owned(), value.to_owned())]).is_err(), "{name}={value}");
+            assert!(variable(name, value).is_err(), "{name}={value}");
         }
-        assert!(all.kernel_line(&[("A".to_owned(), "x".repeat(3000))]).is_err());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //!
 //! Both versions are served: v1 as one tree per controller below `/sys/fs/cgroup`, v2 as a single tree.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::VmId;
 use super::process::END_PATIENCE;
+use super::{MachineSpec, VmId};
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// The v1 trees that a VMM has its place in.
@@ -21,6 +21,15 @@ const TREES: [&str; 6] = ["cpu", "cpuacct", "memory", "pids", "blkio", "freezer"
 const MOST_TASKS: u64 = 256;
 /// What a VMM may take besides the guest's memory: its own, page tables, and the translated code of TCG.
 const OVERHEAD: u64 = 256 << 20;
+/// CPUs that a VMM may keep busy besides those of its guest: with the work of its devices, which is one thread's in QEMU and
+/// in Firecracker. What is less would slow a start down, of which nobody is to blame in the guest.
+const OVERHEAD_CPUS: u64 = 1;
+/// What a share of CPU time is counted in, in microseconds: the kernel's own default.
+const CPU_PERIOD: u64 = 100_000;
+/// What a shell whose standard output is a list of a cgroup's processes does first, to go on there with its errors as its
+/// output. Before Linux 5.16 the kernel asks who writes and not who has opened the list, so this may fail: whoever has
+/// started the shell moves it then.
+pub(super) const JOIN: &str = "{ echo 0 || :; } 2>/dev/null; exec >&2;";
 /// A process just killed keeps its cgroup busy for a moment, on a busy host for longer: how long to wait for all of its
 /// trees, and between two looks.
 const RMDIR_PATIENCE: Duration = Duration::from_secs(1);
@@ -39,6 +48,8 @@ pub(super) struct VmCgroup {
 pub(super) struct Limits {
     /// Of the guest, in bytes; the VMM's own memory is added.
     pub(super) guest_memory: u64,
+    /// Of the guest; those of the VMM itself are added.
+    pub(super) vcpus: u32,
     /// The host's CPUs it may run on; `None`: all.
     pub(super) cpus: Option<Vec<u32>>,
     /// The NUMA node its memory comes from; `None`: any.
@@ -46,8 +57,19 @@ pub(super) struct Limits {
 }
 
 impl Limits {
+    /// Those of a machine.
+    pub(super) fn of(spec: &MachineSpec) -> Self {
+        let MachineSpec { memory, vcpus, numa_node, .. } = *spec;
+        Self { guest_memory: memory, vcpus, cpus: spec.cpus.clone(), numa_node }
+    }
+
     fn memory(&self) -> u64 {
         self.guest_memory + OVERHEAD
+    }
+
+    /// Microseconds of CPU time in each [`CPU_PERIOD`].
+    fn cpu_time(&self) -> u64 {
+        (u64::from(self.vcpus) + OVERHEAD_CPUS) * CPU_PERIOD
     }
 
     fn is_pinned(&self) -> bool {
@@ -63,7 +85,7 @@ impl VmCgroup {
         Self::at(Path::new(ROOT), parent, id)
     }
 
-    fn at(root: &Path, parent: &str, id: &VmId) -> Self {
+    pub(super) fn at(root: &Path, parent: &str, id: &VmId) -> Self {
         // Nothing in it may lead out of the tree.
         let parts = parent.split('/').filter(|part| !matches!(*part, "" | "." | ".."));
         let mut relative: PathBuf = parts.collect();
@@ -87,7 +109,23 @@ impl VmCgroup {
                 fs::write(directory.join(file), value.to_string())?;
             }
         }
+        self.make_v1_quota(limits)?;
         if limits.is_pinned() { self.make_v1_cpuset(limits) } else { Ok(()) }
+    }
+
+    fn make_v1_quota(&self, limits: &Limits) -> io::Result<()> {
+        let directory = self.root.join("cpu").join(&self.relative);
+        // A kernel without CFS bandwidth control has no such file. It can hold nobody to a share of time; that is no reason not
+        // to run.
+        if !directory.join("cpu.cfs_quota_us").exists() {
+            return Ok(());
+        }
+        fs::write(directory.join("cpu.cfs_period_us"), CPU_PERIOD.to_string())?;
+        match fs::write(directory.join("cpu.cfs_quota_us"), limits.cpu_time().to_string()) {
+            // One above has less, and that holds for this one too.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+            done => done,
+        }
     }
 
     /// In v1 a set of CPUs is empty until it is written, that of each directory on the way too.
@@ -110,7 +148,8 @@ impl VmCgroup {
         let mut directory = self.root.clone();
         for part in &self.relative {
             for controller in ["+cpu", "+memory", "+pids", "+io", "+cpuset"] {
-                // One that this host does not delegate is refused; a limit of it then fails below, with the file's name.
+                // One that this host does not delegate is refused; a limit of it then fails below, with the file's name, but for
+                // that of CPU time.
                 let _ = fs::write(directory.join("cgroup.subtree_control"), controller);
             }
             directory.push(part);
@@ -118,6 +157,12 @@ impl VmCgroup {
         }
         fs::write(directory.join("memory.max"), limits.memory().to_string())?;
         fs::write(directory.join("pids.max"), MOST_TASKS.to_string())?;
+        // Where the controller is not delegated, or the kernel is without CFS bandwidth control, there is no such file: nobody
+        // is held to a share of time then, and that is no reason not to run.
+        let quota = directory.join("cpu.max");
+        if quota.exists() {
+            fs::write(quota, format!("{} {CPU_PERIOD}", limits.cpu_time()))?;
+        }
         self.pin(&directory, limits)
     }
 
@@ -151,13 +196,17 @@ impl VmCgroup {
         self.relative.parent().filter(|pod| pod.components().count() > 1)
     }
 
-    /// Moves this thread into it, and so what that starts from now on. Only in v1: v2 keeps the threads of a process
-    /// together, and there this does nothing.
+    /// Lets what this thread starts from now on begin in it, so that nobody's end leaves that elsewhere. In v1 this moves the
+    /// thread. v2 keeps the threads of a process together: there this is the list of its processes, which a shell that is
+    /// started with it [joins](JOIN) by itself.
     ///
     /// To move a whole process, as [`join`](Self::join) does, v1 waits for every processor to have passed a quiet state: some
     /// ten milliseconds.
-    pub(super) fn enter(&self) -> io::Result<()> {
-        if self.unified { Ok(()) } else { self.write_each("tasks", "0") }
+    pub(super) fn enter(&self) -> io::Result<Option<File>> {
+        if self.unified {
+            return File::options().write(true).open(self.root.join(&self.relative).join("cgroup.procs")).map(Some);
+        }
+        self.write_each("tasks", "0").map(|()| None)
     }
 
     /// Moves a process into it.
@@ -165,7 +214,7 @@ impl VmCgroup {
         self.write_each("cgroup.procs", &pid.to_string())
     }
 
-    /// Moves a process into it that was started by a thread which had [entered](Self::enter) it.
+    /// Moves a process into it that was started by a thread which had [entered](Self::enter) it; it may be there already.
     pub(super) fn join_entered(&self, pid: i32) -> io::Result<()> {
         if self.unified { self.join(pid) } else { Ok(()) }
     }
@@ -248,6 +297,9 @@ fn kill_all(directory: &Path) {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+    use std::process::Stdio;
+
     use super::*;
     use crate::runtime::kernel_v2;
 
@@ -268,7 +320,11 @@ mod tests {
         fs::write(root.path().join("cpuset/cpuset.cpus"), "0-3\n").unwrap();
         fs::write(root.path().join("cpuset/cpuset.mems"), "0-1\n").unwrap();
         let cgroup = VmCgroup::at(root.path(), "/l/../pod1", &id());
-        let limits = Limits { guest_memory: 1 << 20, cpus: Some(vec![1, 3]), numa_node: None };
+        let limits = Limits { guest_memory: 1 << 20, vcpus: 2, cpus: Some(vec![1, 3]), numa_node: None };
+        cgroup.make(&limits).unwrap();
+        let quota = root.path().join("cpu/l/pod1/vmm-one/cpu.cfs_quota_us");
+        assert!(!quota.exists(), "a kernel that has none refuses it");
+        fs::write(&quota, "-1").unwrap();
         cgroup.make(&limits).unwrap();
         cgroup.join(42).unwrap();
         cgroup.weigh(512).unwrap();
@@ -278,6 +334,8 @@ mod tests {
         let own = |tree: &str| root.path().join(tree).join("l/pod1/vmm-one");
         assert_eq!(read(own("memory").join("memory.limit_in_bytes")), (257 << 20).to_string());
         assert_eq!(read(own("pids").join("pids.max")), "256");
+        assert_eq!(read(own("cpu").join("cpu.cfs_period_us")), "100000");
+        assert_eq!(read(own("cpu").join("cpu.cfs_quota_us")), "300000", "two vCPUs and its own work");
         assert_eq!(read(own("cpuset").join("cpuset.cpus")), "1,3");
         assert_eq!(read(own("cpuset").join("cpuset.mems")), "0-1");
         assert_eq!(read(root.path().join("cpuset/l/cpuset.cpus")), "0-3");
@@ -294,7 +352,11 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("cgroup.controllers"), "cpu memory pids").unwrap();
         let cgroup = VmCgroup::at(root.path(), "l/pod1", &id());
-        let limits = Limits { guest_memory: 0, cpus: None, numa_node: Some(1) };
+        let limits = Limits { guest_memory: 0, vcpus: 1, cpus: None, numa_node: Some(1) };
+        cgroup.make(&limits).unwrap();
+        let quota = root.path().join("l/pod1/vmm-one/cpu.max");
+        assert!(!quota.exists(), "a kernel that has none refuses it");
+        fs::write(&quota, "max 100000").unwrap();
         cgroup.make(&limits).unwrap();
         cgroup.join(42).unwrap();
         cgroup.weigh(1024).unwrap();
@@ -302,6 +364,7 @@ mod tests {
         let own = root.path().join("l/pod1/vmm-one");
         assert_eq!(read(own.join("memory.max")), OVERHEAD.to_string());
         assert_eq!(read(own.join("pids.max")), "256");
+        assert_eq!(read(own.join("cpu.max")), "200000 100000");
         assert_eq!(read(own.join("cpuset.mems")), "1");
         assert_eq!(read(own.join("cgroup.procs")), "42");
         cgroup.enter().unwrap();
@@ -314,13 +377,18 @@ mod tests {
     fn version_2_of_a_kernel_holds_a_vmm_to_its_limits() {
         let Some(name) = kernel_v2::own_name() else { return };
         let cgroup = VmCgroup::of_host(&format!("{name}/pod"), &id());
-        cgroup.make(&Limits { guest_memory: 64 << 20, cpus: Some(vec![0]), numa_node: None }).unwrap();
-        cgroup.enter().unwrap();
+        cgroup.make(&Limits { guest_memory: 64 << 20, vcpus: 2, cpus: Some(vec![0]), numa_node: None }).unwrap();
+        let list = cgroup.enter().unwrap().unwrap();
         let pod = format!("{name}/pod");
         let own = format!("{pod}/vmm-one");
-        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
-        cgroup.join_entered(child.id().try_into().unwrap()).unwrap();
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", &format!("{JOIN} echo there; exec sleep 1000")]).stdout(list).stderr(Stdio::piped());
+        let mut child = shell.spawn().unwrap();
+        let mut there = [0; 6];
+        child.stderr.as_mut().unwrap().read_exact(&mut there).unwrap();
         assert_eq!(kernel_v2::read(&own, "cgroup.procs"), child.id().to_string());
+        cgroup.join_entered(child.id().try_into().unwrap()).unwrap();
+        assert_eq!(kernel_v2::read(&own, "cpu.max"), "300000 100000");
         cgroup.weigh(512).unwrap();
         assert_eq!(kernel_v2::read(&pod, "cpu.weight"), "20");
         assert_eq!(kernel_v2::read(&own, "memory.max"), ((64 << 20) + OVERHEAD).to_string());

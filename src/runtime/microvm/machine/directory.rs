@@ -22,6 +22,9 @@ use crate::telemetry::chain;
 
 /// containerd's limit on identifiers.
 const LONGEST: usize = 76;
+/// Names of Firecracker's pipes, in the machine's directory and in its jail.
+pub(super) const LOG_FIFO: &str = "fc-logs.fifo";
+pub(super) const METRICS_FIFO: &str = "fc-metrics.fifo";
 /// Where machines are unless said otherwise.
 pub const DEFAULT_NAMESPACE: &str = "default";
 /// Bytes of the console that are kept.
@@ -203,12 +206,12 @@ impl VmDir {
 
     /// Where Firecracker's log goes.
     pub fn log_fifo(&self) -> PathBuf {
-        self.path.join("fc-logs.fifo")
+        self.path.join(LOG_FIFO)
     }
 
     /// Where Firecracker's metrics go.
     pub fn metrics_fifo(&self) -> PathBuf {
-        self.path.join("fc-metrics.fifo")
+        self.path.join(METRICS_FIFO)
     }
 
     /// What the VMM writes and the guest's console: a regular file, for all its name.

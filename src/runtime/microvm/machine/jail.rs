@@ -24,7 +24,7 @@ use nix::sys::stat::{Mode, SFlag, mknod};
 use rustix::fs::OFlags;
 use tokio::sync::oneshot;
 
-use super::cgroup::VmCgroup;
+use super::cgroup::{JOIN, VmCgroup};
 
 /// No device, no set-user-ID program and nothing to execute.
 const HARMLESS: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
@@ -100,7 +100,7 @@ pub(super) struct Jail {
     pub(super) input: Option<Arc<OwnedFd>>,
     /// Where its standard output and errors go.
     pub(super) console: File,
-    /// It begins there, where the host's version of cgroups can have it so (see [`VmCgroup::enter`]).
+    /// It begins there (see [`VmCgroup::enter`]).
     pub(super) cgroup: Option<VmCgroup>,
 }
 
@@ -132,7 +132,7 @@ impl Jail {
             | CloneFlags::CLONE_NEWUTS
             | CloneFlags::CLONE_NEWNET;
         // While the host's cgroups are to be seen.
-        self.cgroup.as_ref().map_or(Ok(()), VmCgroup::enter).map_err(failed("enter the cgroup"))?;
+        let list = self.cgroup.as_ref().map_or(Ok(None), VmCgroup::enter).map_err(failed("enter the cgroup"))?;
         unshare(apart).map_err(failed("make namespaces"))?;
         self.build().map_err(|(step, source)| Failed { step, source })?;
         nix::sys::prctl::set_no_new_privs().map_err(failed("forbid new privileges"))?;
@@ -140,17 +140,23 @@ impl Jail {
             pin(cpus).map_err(failed(format!("pin to CPUs {cpus:?}")))?;
         }
         fs::metadata(&self.program)
-            .and_then(|_| self.spawn())
+            .and_then(|_| self.spawn(list))
             .map_err(failed(format!("run {}", self.program.display())))
     }
 
-    fn spawn(&self) -> io::Result<i32> {
+    /// With the list of its cgroup's processes it joins that by itself.
+    fn spawn(&self, list: Option<File>) -> io::Result<i32> {
         let input = match &self.input {
             Some(device) => Stdio::from(device.try_clone()?),
             None => Stdio::from(File::open("/dev/null")?),
         };
         let largest = self.largest_file.div_ceil(FILE_UNIT);
-        let limited = format!("ulimit -c 0 && ulimit -n {MOST_FILES} && ulimit -f {largest} && exec \"$0\" \"$@\"");
+        let (join, output) = match list {
+            Some(list) => (JOIN, Stdio::from(list)),
+            None => ("", Stdio::from(self.console.try_clone()?)),
+        };
+        let limited =
+            format!("{join} ulimit -c 0 && ulimit -n {MOST_FILES} && ulimit -f {largest} && exec \"$0\" \"$@\"");
         let child = Command::new(SHELL)
             .args(["-c", &limited])
             .arg(&self.program)
@@ -158,7 +164,7 @@ impl Jail {
             .env_clear()
             .current_dir(&self.directory)
             .stdin(input)
-            .stdout(self.console.try_clone()?)
+            .stdout(output)
             .stderr(self.console.try_clone()?)
             .gid(self.user.gid)
             .uid(self.user.uid)

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! fill(n) --build, in parallel--> idle (oldest first) --get--> occupied --give_back--> made anew --> idle (at its end)
-//!                                   '- none: get builds one, without holding anybody up
+//!    ^                              |- none: get builds one, without holding anybody up
+//!    '------- keep_filled ----------'
 //! ```
 //! A setup is made anew before it is idle again, when it is given back and not when it is needed: nothing of the machine
 //! before is there for the next, not even its name, by which an address may rest and a late release may come. What cannot
@@ -14,12 +15,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use futures::future::join_all;
-use tokio::sync::Mutex as AsyncMutex;
+use tokio::sync::{Mutex as AsyncMutex, Notify};
+use tokio::time::sleep;
 
 use super::jail::VmmUser;
 use super::{MachineError, Result, TapLink, TapUse, VmDir, VmDirs, VmId};
 use crate::network::NetworkError;
 use crate::network::tap::{Taps, mac_of};
+use crate::retry::Retry;
+use crate::telemetry::chain;
 
 /// What a machine is started in.
 #[derive(Clone, Debug)]
@@ -61,10 +65,14 @@ pub struct SetupPool<S> {
     state: Mutex<State>,
     /// Held while setups are made ahead of time, so that none is made behind the back of who removes them.
     filling: AsyncMutex<()>,
+    /// One that was idle is not any more.
+    taken: Notify,
 }
 
 #[derive(Default)]
 struct State {
+    /// No more are kept.
+    closed: bool,
     idle: VecDeque<Setup>,
     occupied: HashMap<VmId, Setup>,
 }
@@ -131,7 +139,7 @@ fn tap_error(action: &str, dir: &VmDir, error: NetworkError) -> MachineError {
 impl<S: Setups> SetupPool<S> {
     /// An empty pool that keeps at most `most_idle` setups ready; what is given back above that is destroyed.
     pub fn new(setups: S, most_idle: usize) -> Self {
-        Self { setups, most_idle, state: Mutex::default(), filling: AsyncMutex::default() }
+        Self { setups, most_idle, state: Mutex::default(), filling: AsyncMutex::default(), taken: Notify::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -145,23 +153,48 @@ impl<S: Setups> SetupPool<S> {
         (state.idle.len(), state.occupied.len())
     }
 
+    /// How many more it would keep.
+    fn room(&self) -> usize {
+        let state = self.state();
+        if state.closed { 0 } else { self.most_idle.saturating_sub(state.idle.len()) }
+    }
+
     /// Makes `count` more, all at once. Those above the pool's bound are not made.
     ///
     /// # Errors
     /// The first one; the others stay in the pool.
     pub async fn fill(&self, count: usize) -> Result<()> {
         let _turn = self.filling.lock().await;
-        let room = self.most_idle.saturating_sub(self.count().0);
+        let room = self.room();
         let made = join_all((0..count.min(room)).map(|_| self.setups.build())).await;
         let mut first = Ok(());
         for setup in made {
-            match setup {
-                Ok(setup) => self.state().idle.push_back(setup),
-                Err(error) if first.is_ok() => first = Err(error),
-                Err(_) => {}
-            }
+            let kept = match setup.map(|setup| self.keep(setup)) {
+                Ok(None) => Ok(()),
+                // Others were given back meanwhile.
+                Ok(Some(surplus)) => self.setups.destroy(&surplus).await,
+                Err(error) => Err(error),
+            };
+            first = first.and(kept);
         }
         first
+    }
+
+    /// Keeps as many ready as there is room for, in the background of those who take them; it does not end.
+    ///
+    /// Dropped, it leaves what it was making to the next process.
+    pub async fn keep_filled(&self) {
+        let mut retry = Retry::new("make VM setups ahead of time");
+        loop {
+            match self.fill(self.room()).await {
+                Ok(()) => {
+                    retry.succeeded();
+                    self.taken.notified().await;
+                }
+                // Meanwhile whoever needs one makes it, and is told why he cannot.
+                Err(error) => sleep(retry.failed(chain(&error))).await,
+            }
+        }
     }
 
     /// The setup that is idle for longest, or a new one; it is occupied until it is given back.
@@ -181,6 +214,7 @@ impl<S: Setups> SetupPool<S> {
         let mut state = self.state();
         let setup = state.idle.pop_front()?;
         state.occupied.insert(setup.dir.id().clone(), setup.clone());
+        self.taken.notify_one();
         Some(setup)
     }
 
@@ -198,7 +232,7 @@ impl<S: Setups> SetupPool<S> {
         // Dropped while it is cleaned, it is occupied again.
         let mut returning = Returning { pool: self, setup: Some(setup) };
         let Some(setup) = &returning.setup else { return Ok(()) };
-        let cleaned = match self.count().0 < self.most_idle {
+        let cleaned = match self.room() > 0 {
             true => self.setups.clean(setup).await.map(Some),
             false => self.setups.destroy(setup).await.map(|()| None),
         };
@@ -217,20 +251,24 @@ impl<S: Setups> SetupPool<S> {
     /// Keeps a setup idle, or returns what there is no room for.
     fn keep(&self, setup: Setup) -> Option<Setup> {
         let mut state = self.state();
-        if state.idle.len() >= self.most_idle {
+        if state.closed || state.idle.len() >= self.most_idle {
             return Some(setup);
         }
         state.idle.push_back(setup);
         None
     }
 
-    /// Destroys all that is idle, before the end of the process. What is being made is waited for.
+    /// Destroys all that is idle, before the end of the process, and keeps no more. What is being made is waited for.
     ///
     /// # Errors
     /// The first one; all are tried.
     pub async fn drain(&self) -> Result<()> {
         let _turn = self.filling.lock().await;
-        let idle: Vec<Setup> = self.state().idle.drain(..).collect();
+        let idle = {
+            let mut state = self.state();
+            state.closed = true;
+            std::mem::take(&mut state.idle)
+        };
         let destroyed = join_all(idle.iter().map(|setup| self.setups.destroy(setup))).await;
         destroyed.into_iter().collect()
     }

@@ -21,6 +21,20 @@ const LONGEST_ANSWER: usize = 64 << 10;
 /// How long a request may take. Only making and loading a snapshot takes more than a moment.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// `PUT /logger`, before anything else.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Logger {
+    pub(super) log_path: String,
+    pub(super) level: LogLevel,
+    pub(super) show_level: bool,
+}
+
+/// From here on it is written down.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(super) enum LogLevel {
+    Info,
+}
+
 /// `PUT /boot-source`, before the start.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct BootSource {
@@ -168,6 +182,19 @@ impl Api {
     pub(super) async fn instance(&self) -> Result<InstanceInfo> {
         let answer = self.ask(Method::GET, "/".to_owned(), Bytes::new()).await?;
         serde_json::from_slice(&answer).map_err(|error| self.broken("understand", io::Error::other(error)))
+    }
+
+    pub(super) async fn logger(&self, logger: &Logger) -> Result<()> {
+        self.put("/logger", logger).await
+    }
+
+    /// Where its metrics go, once a minute; once, before anything else but the logger.
+    pub(super) async fn metrics(&self, metrics_path: &str) -> Result<()> {
+        #[derive(Serialize)]
+        struct Body<'a> {
+            metrics_path: &'a str,
+        }
+        self.put("/metrics", &Body { metrics_path }).await
     }
 
     pub(super) async fn boot_source(&self, source: &BootSource) -> Result<()> {

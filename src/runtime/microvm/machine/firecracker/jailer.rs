@@ -8,8 +8,11 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use nix::sys::stat::Mode;
+
 use super::API_SOCKET;
 use crate::file;
+use crate::runtime::microvm::machine::directory::{LOG_FIFO, METRICS_FIFO};
 use crate::runtime::microvm::machine::jail::VmmUser;
 use crate::runtime::microvm::machine::{Asset, MachineError, Result, VmDir};
 
@@ -56,6 +59,23 @@ pub(super) fn prepare(root: &Path, user: VmmUser) -> Result<()> {
 /// Shows an open file in the jail under this name, in the place of what is there.
 pub(super) fn show(asset: &Asset, root: &Path, name: &str) -> Result<()> {
     show_file(asset.file(), root, name).map_err(MachineError::file("show to the VMM", asset.path()))
+}
+
+/// Makes Firecracker's pipes, and shows them in the jail: there and in the machine's directory, which is not the VMM's, they
+/// are the same.
+pub(super) fn make_fifos(dir: &VmDir, root: &Path, user: VmmUser) -> Result<()> {
+    for (path, name) in [(dir.log_fifo(), LOG_FIFO), (dir.metrics_fifo(), METRICS_FIFO)] {
+        let make = || -> io::Result<()> {
+            let shown = root.join(name);
+            file::remove(&path)?;
+            file::remove(&shown)?;
+            nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR)?;
+            std::os::unix::fs::chown(&path, Some(user.uid), Some(user.gid))?;
+            fs::hard_link(&path, &shown)
+        };
+        make().map_err(MachineError::file("make", &path))?;
+    }
+    Ok(())
 }
 
 /// Makes a file of zeroes in the jail, in the place of what is there.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 
 use async_trait::async_trait;
+use tokio::task::JoinSet;
 
 use super::api::{Api, DriveUpdate, InstanceState, SnapshotCreate, SnapshotType, VmState};
 use super::{AGENT_VSOCK_PORT, MEMORY, SNAPSHOT, VSOCK_SOCKET, blank, jailer, vsock};
@@ -28,6 +29,8 @@ pub(super) struct FirecrackerMachine {
     pub(super) image_slots: u8,
     /// What it is to become, if it was booted for that.
     pub(super) template: Option<(Template, TemplateKind)>,
+    /// Who reads what it says.
+    pub(super) _listeners: JoinSet<()>,
 }
 
 impl FirecrackerMachine {

@@ -1,8 +1,9 @@
 //! Machines of Firecracker, in its jailer, driven by its API.
 //!
 //! ```text
-//! boot    jail prepared -> jailer -> PUT machine-config, boot-source, drives, network-interfaces, vsock -> InstanceStart
-//! restore jail prepared -> jailer -> PUT snapshot/load (File or Uffd), resumed
+//! boot    jail prepared -> jailer -> PUT logger, metrics -> machine-config, boot-source, drives, network-interfaces, vsock
+//!         -> InstanceStart
+//! restore jail prepared -> jailer -> PUT logger, metrics -> snapshot/load (File or Uffd), resumed
 //! ```
 //! Firecracker gives disks no serial of our choice: the guest tells them by their order, which the kernel argument
 //! `lambdalet.disks=scratch,image0,...` names: the first is `/dev/vda`. The agent is reached by vsock at
@@ -11,6 +12,7 @@
 mod api;
 mod jailer;
 mod machine;
+mod said;
 #[cfg(test)]
 mod tests;
 mod vsock;
@@ -26,14 +28,14 @@ use tokio::sync::{OnceCell, oneshot};
 
 pub use api::BackendType;
 use api::{
-    Action, Api, BootSource, Drive, MachineConfig, MemoryBackend, NetworkInterface, NetworkOverride, SnapshotLoad,
-    Vsock,
+    Action, Api, BootSource, Drive, LogLevel, Logger, MachineConfig, MemoryBackend, NetworkInterface, NetworkOverride,
+    SnapshotLoad, Vsock,
 };
 use machine::FirecrackerMachine;
 
-use super::cgroup::{Limits, VmCgroup};
-use super::directory::Checkpoint;
-use super::jail::VmmUser;
+use super::cgroup::{JOIN, Limits, VmCgroup};
+use super::directory::{Checkpoint, LOG_FIFO, METRICS_FIFO};
+use super::jail::{SHELL, VmmUser};
 use super::process::{Process, start_time};
 use super::template::TemplateKind;
 use super::{
@@ -96,8 +98,9 @@ impl Firecracker {
         spec.validate()?;
         let step = |action| MachineError::start(action, spec.dir.id());
         let (root, largest_file) = self.prepare(spec)?;
+        let listeners = said::listen(&spec.dir)?;
         let cgroup = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
-        let limits = Limits { guest_memory: spec.memory, cpus: spec.cpus.clone(), numa_node: spec.numa_node };
+        let limits = Limits::of(spec);
         let begun = Checkpoint::of_start(NAME, spec)?;
         spec.dir.write_checkpoint(&begun)?;
         let started = match cgroup.make(&limits) {
@@ -120,10 +123,14 @@ impl Firecracker {
             cgroup,
             image_slots: spec.image_slots,
             template: None,
+            _listeners: listeners,
         };
         let finished = async {
             machine.cgroup.join_entered(machine.pid()).map_err(step("enter the cgroup"))?;
-            answers(&machine).await
+            answers(&machine).await?;
+            let logger = Logger { log_path: LOG_FIFO.to_owned(), level: LogLevel::Info, show_level: true };
+            machine.api.logger(&logger).await?;
+            machine.api.metrics(METRICS_FIFO).await
         };
         match finished.await {
             Ok(()) => Ok(machine),
@@ -141,6 +148,7 @@ impl Firecracker {
         spec.dir.create(uid, gid)?;
         let root = jailer::root(&spec.dir, &self.program);
         jailer::prepare(&root, self.user)?;
+        jailer::make_fifos(&spec.dir, &root, self.user)?;
         jailer::show(&spec.kernel, &root, KERNEL)?;
         jailer::show(&spec.initramfs, &root, INITRAMFS)?;
         let scratch = spec.dir.give_inside(spec.scratch_name(), uid, gid)?;
@@ -162,14 +170,20 @@ impl Firecracker {
         (root, largest_file): (&Path, u64),
     ) -> Result<Process> {
         let console = spec.dir.open_console(self.user.uid, self.user.gid)?;
-        let mut command = Command::new(&self.jailer);
-        command.args(jailer::arguments(&spec.dir, &self.program, self.user, largest_file)?);
+        let arguments = jailer::arguments(&spec.dir, &self.program, self.user, largest_file)?;
         let (dir, root, program, cgroup) = (spec.dir.clone(), root.to_owned(), self.program.clone(), cgroup.clone());
+        let jailer = self.jailer.clone();
         let run = move || {
             let step = |action| MachineError::start(action, dir.id());
-            cgroup.enter().map_err(step("enter the cgroup"))?;
+            let list = cgroup.enter().map_err(step("enter the cgroup"))?;
             let errors = console.try_clone().map_err(step("open the console"))?;
-            command.env_clear().process_group(0).stdin(Stdio::null()).stdout(console).stderr(errors);
+            let (join, output) = match list {
+                Some(list) => (JOIN, Stdio::from(list)),
+                None => ("", Stdio::from(console)),
+            };
+            let mut command = Command::new(SHELL);
+            command.args(["-c", &format!("{join} exec \"$0\" \"$@\"")]).arg(jailer).args(arguments);
+            command.env_clear().process_group(0).stdin(Stdio::null()).stdout(output).stderr(errors);
             let status = command.status().map_err(step("run the jailer"))?;
             let Some(pid) = jailer::pid(&root, &program).filter(|_| status.success()) else {
                 return Err(ended(&dir, status.code().map_or(VmExit::Unknown, VmExit::Code)));
@@ -309,6 +323,7 @@ impl MachineManager for Firecracker {
             cgroup,
             image_slots: checkpoint.image_slots,
             template: None,
+            _listeners: said::listen(dir)?,
         })))
     }
 }

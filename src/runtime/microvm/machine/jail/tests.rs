@@ -5,7 +5,8 @@ use std::net::TcpListener;
 
 use super::*;
 use crate::runtime::microvm::machine::cgroup::Limits;
-use crate::runtime::microvm::machine::process::Process;
+use crate::runtime::microvm::machine::directory::Checkpoint;
+use crate::runtime::microvm::machine::process::{Process, boot_id};
 use crate::runtime::microvm::machine::{VmExit, VmId};
 
 const BUSYBOX: &str = "/bin/busybox";
@@ -128,6 +129,59 @@ async fn whoever_takes_over_a_vmm_has_its_directory_and_nothing_else() {
     }
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     assert!(!mounts.contains(place.path().to_str().unwrap()), "{mounts}");
+}
+
+/// In a namespace of mounts of its own, that of version 2 of cgroups among them: also on a host whose controllers are all of
+/// version 1.
+#[test]
+fn one_that_nobody_wrote_down_is_in_its_cgroup_of_version_2_and_ends_with_it() {
+    if !nix::unistd::geteuid().is_root() || !Path::new(BUSYBOX).exists() {
+        println!("skipped: needs root and {BUSYBOX} (busybox-static)");
+        return;
+    }
+    let place = tempfile::tempdir().unwrap();
+    let (tree, parent) = (place.path().join("cgroup2"), format!("lambdalet-test-{}", VmId::random()));
+    fs::create_dir(&tree).unwrap();
+    let work = || {
+        let none = None::<&str>;
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        if let Err(errno) = mount(none, &tree, Some("cgroup2"), MsFlags::empty(), none) {
+            println!("skipped: this kernel has no version 2 of cgroups: {errno}");
+            return;
+        }
+        let cgroup = VmCgroup::at(&tree, &parent, &VmId::new("one").unwrap());
+        let own = tree.join(&parent).join("vmm-one");
+        fs::create_dir_all(&own).unwrap();
+        let started = async {
+            let arguments = ["sh", "-c", "echo there; exec /bin/busybox sleep 1000"].map(str::to_owned).to_vec();
+            let jail = Jail { cgroup: Some(cgroup.clone()), arguments, ..jail(place.path(), &[]) };
+            let pid = jail.start().await.unwrap();
+            let process = Process::open(pid).unwrap();
+            while fs::read_to_string(place.path().join("console")).unwrap() != "there\n" {
+                assert_eq!(process.try_ended(), None);
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+            // Nobody has moved it.
+            assert_eq!(fs::read_to_string(own.join("cgroup.procs")).unwrap(), format!("{pid}\n"));
+            assert!(fs::read_link(format!("/proc/{pid}/fd/1")).unwrap().ends_with("console"), "its list is not kept");
+            let checkpoint = Checkpoint {
+                manager: "qemu".to_owned(),
+                pid: 0,
+                start_time: 0,
+                boot_id: boot_id().unwrap(),
+                image_slots: 0,
+                cgroup_parent: parent.clone(),
+            };
+            let (taken, exit) = tokio::join!(Process::take_over(&checkpoint, &cgroup), process.ended());
+            assert!(taken.unwrap().is_none());
+            assert_eq!(exit, VmExit::Signal(9));
+        };
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(started);
+        assert!(!own.exists());
+        fs::remove_dir(tree.join(&parent)).unwrap();
+    };
+    thread::scope(|scope| scope.spawn(work).join().unwrap());
 }
 
 #[tokio::test]

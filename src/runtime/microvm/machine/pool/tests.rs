@@ -158,6 +158,37 @@ async fn of_those_given_back_at_once_no_more_are_kept_than_there_is_room_for() {
     assert_eq!((pool.count(), setups.destroyed.load(Ordering::SeqCst)), ((1, 0), 2));
 }
 
+#[tokio::test]
+async fn what_is_taken_is_replaced_meanwhile_and_a_failure_is_no_end() {
+    let setups = Remembered { bad_build: Some(2), ..Remembered::default() };
+    let pool = SetupPool::new(&setups, 2);
+    let filled = async || {
+        while pool.count().0 < 2 {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let used = async {
+        filled().await;
+        let first = name(&pool).await;
+        filled().await;
+        assert_eq!((first.as_str(), setups.made.load(Ordering::SeqCst)), ("vm0", 4), "one more try after the bad one");
+        let second = pool.get().await.unwrap();
+        filled().await;
+        pool.give_back(second.dir.id()).await.unwrap();
+        assert_eq!((pool.count(), setups.destroyed.load(Ordering::SeqCst)), ((2, 1), 1), "its place is taken");
+        pool.drain().await.unwrap();
+        pool.fill(2).await.unwrap();
+        pool.give_back(&VmId::new(first).unwrap()).await.unwrap();
+        assert_eq!(pool.count(), (0, 0), "nothing is kept any more");
+    };
+    tokio::select! {
+        // It is asked nothing more.
+        () = pool.keep_filled() => panic!("it goes on"),
+        // The other is over with it.
+        done = timeout(Duration::from_secs(3600), used) => done.expect("it is refilled"),
+    }
+}
+
 /// Taps that are only remembered; the one of this number cannot be made.
 #[derive(Default)]
 struct Wires {

@@ -126,7 +126,7 @@ impl Qemu {
         let accel = self.accel()?;
         let cgroup = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
         let jail = Jail { cgroup: Some(cgroup.clone()), ..self.jail(spec, accel, memory, template)? };
-        let limits = Limits { guest_memory: spec.memory, cpus: spec.cpus.clone(), numa_node: spec.numa_node };
+        let limits = Limits::of(spec);
         let begun = Checkpoint::of_start(NAME, spec)?;
         spec.dir.write_checkpoint(&begun)?;
         if let Err(error) = cgroup.make(&limits) {

@@ -3,6 +3,7 @@
 mod stand_in;
 
 use std::fs;
+use std::io::Write;
 use std::pin::Pin;
 
 use stand_in::StandIn;
@@ -105,6 +106,16 @@ async fn said_back(stream: Pin<Box<dyn Duplex>>) -> String {
     line
 }
 
+/// Waits until the console says that.
+async fn said(dir: &VmDir, text: &str) {
+    let waited = async {
+        while dir.console_tail(SHOWN) != text {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(START_PATIENCE, waited).await.unwrap_or_else(|_| panic!("{}", dir.console_tail(SHOWN)));
+}
+
 #[tokio::test]
 async fn a_machine_is_configured_in_an_order_that_firecracker_takes() {
     let Some(bench) = Bench::new(BackendType::File) else { return };
@@ -115,12 +126,15 @@ async fn a_machine_is_configured_in_an_order_that_firecracker_takes() {
     println!("{asked:#?}");
     assert!(asked.iter().all(|line| line.ends_with("-> 204") || line.starts_with("GET / -> 200")), "{asked:?}");
     assert_eq!(asked.last().unwrap(), "PUT /actions -> 204");
+    let puts: Vec<_> = asked.iter().filter(|line| line.starts_with("PUT")).collect();
+    assert_eq!(puts[..2], ["PUT /logger -> 204", "PUT /metrics -> 204"]);
+    said(&spec.dir, "logs begin\n").await;
     assert_eq!(asked.iter().filter(|line| line.starts_with("PUT /drives/")).count(), 9);
     assert_eq!(said_back(machine.agent().await.unwrap()).await, "hello\n");
 
     let root = jailer::root(&spec.dir, &bench.manager.program);
-    let images =
-        || fs::read_dir(&root).unwrap().flatten().filter(|e| e.file_name().to_str().unwrap().contains('-')).count();
+    let is_image = |entry: &fs::DirEntry| entry.file_name().to_str().unwrap().starts_with("image");
+    let images = || fs::read_dir(&root).unwrap().flatten().filter(is_image).count();
     let image = bench.place.path().join("image");
     fs::write(&image, vec![1; 4096]).unwrap();
     machine.put_image(0, &image).await.unwrap();
@@ -143,6 +157,9 @@ async fn a_machine_is_configured_in_an_order_that_firecracker_takes() {
     drop(machine);
     let machine = bench.manager.adopt(&spec.dir).await.unwrap().expect("it runs");
     assert_eq!(machine.pid(), pid);
+    let mut log = fs::File::options().write(true).open(root.join(LOG_FIFO)).expect("it is in the jail");
+    log.write_all(b"logs go on\n").unwrap();
+    said(&spec.dir, "logs begin\nlogs go on\n").await;
     machine.kill().await.unwrap();
     machine.exited().await;
     assert!(bench.manager.adopt(&spec.dir).await.unwrap().is_none());
@@ -180,6 +197,7 @@ async fn a_snapshot_is_saved_and_loaded_from_either_backend() {
     let server = bench.stand_in(&clone);
     let machine = bench.manager.restore(&clone, &template).await.unwrap();
     assert_eq!(server.asked().last().unwrap(), "PUT /snapshot/load -> 204");
+    assert!(server.asked().contains(&"PUT /metrics -> 204".to_owned()), "a snapshot has neither: {:?}", server.asked());
     assert_eq!(said_back(machine.agent().await.unwrap()).await, "hello\n");
     machine.kill().await.unwrap();
 
@@ -243,15 +261,22 @@ async fn the_stand_in_refuses_what_firecracker_refuses() {
     assert_eq!(put("/actions", r#"{"action_type":"instance_start"}"#).await, 400);
     assert_eq!(put("/nowhere", r#"{}"#).await, 400);
     assert_eq!(put("/snapshot/load", r#"{"snapshot_path":"k"}"#).await, 400);
+    assert_eq!(put("/logger", r#"{"log_path":"nowhere"}"#).await, 400);
+    assert_eq!(put("/logger", r#"{"log_path":"k","level":"Loud"}"#).await, 400);
+    assert_eq!(put("/metrics", r#"{}"#).await, 400);
     // Too early.
     assert_eq!(put("/actions", r#"{"action_type":"InstanceStart"}"#).await, 400);
     assert_eq!(patch("/vm", r#"{"state":"Paused"}"#).await, 400);
     assert_eq!(patch("/drives/a", r#"{"drive_id":"a","path_on_host":"k"}"#).await, 400);
     // Right.
+    assert_eq!(put("/logger", r#"{"log_path":"k","level":"Info","show_level":true}"#).await, 204);
+    assert_eq!(put("/metrics", r#"{"metrics_path":"k"}"#).await, 204);
+    assert_eq!(put("/metrics", r#"{"metrics_path":"k"}"#).await, 400, "once");
     assert_eq!(put("/boot-source", r#"{"kernel_image_path":"k"}"#).await, 204);
     assert_eq!(put("/snapshot/load", r#"{"snapshot_path":"k","mem_file_path":"k"}"#).await, 400, "configured");
     assert_eq!(put("/actions", r#"{"action_type":"InstanceStart"}"#).await, 204);
     // Too late, or not in this state.
+    assert_eq!(put("/logger", r#"{"log_path":"k"}"#).await, 400);
     assert_eq!(put("/actions", r#"{"action_type":"InstanceStart"}"#).await, 400);
     assert_eq!(put("/boot-source", r#"{"kernel_image_path":"k"}"#).await, 400);
     assert_eq!(put("/snapshot/create", r#"{"snapshot_path":"s","mem_file_path":"m"}"#).await, 400);

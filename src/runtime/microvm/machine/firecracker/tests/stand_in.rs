@@ -6,7 +6,9 @@
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::fs;
+use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -44,6 +46,14 @@ const BUCKET: Kind = Object(&[
     ("one_time_burst", false, Number(0, u64::MAX)),
 ]);
 const LIMITER: Kind = Object(&[("bandwidth", false, BUCKET), ("ops", false, BUCKET)]);
+const LOGGER: &[Field] = &[
+    ("log_path", false, Text),
+    ("level", false, OneOf(&["Error", "Warning", "Info", "Debug", "Trace", "Off"])),
+    ("show_level", false, Flag),
+    ("show_log_origin", false, Flag),
+    ("module", false, Text),
+];
+const METRICS: &[Field] = &[("metrics_path", true, Text)];
 const BOOT_SOURCE: &[Field] =
     &[("kernel_image_path", true, Text), ("initrd_path", false, Text), ("boot_args", false, Text)];
 const MACHINE_CONFIG: &[Field] = &[
@@ -111,6 +121,7 @@ struct Vm {
     root_drive: bool,
     initrd: bool,
     vsock: Option<String>,
+    metrics: bool,
     /// Each request with its answer.
     asked: Vec<String>,
 }
@@ -138,6 +149,7 @@ impl StandIn {
             root_drive: false,
             initrd: false,
             vsock: None,
+            metrics: false,
             asked: Vec::new(),
         };
         let server = Self { root, vm: Arc::new(Mutex::new(vm)), tasks: Arc::default() };
@@ -191,6 +203,8 @@ impl StandIn {
             return Ok(Some(json!({"app_name": "Firecracker", "id": "x", "state": state, "vmm_version": "1.16.1"})));
         }
         let (fields, id) = match (method.as_str(), &parts[..]) {
+            ("PUT", ["logger"]) => (LOGGER, None),
+            ("PUT", ["metrics"]) => (METRICS, None),
             ("PUT", ["boot-source"]) => (BOOT_SOURCE, None),
             ("PUT", ["machine-config"]) => (MACHINE_CONFIG, None),
             ("PUT", ["drives", id]) => (DRIVE, Some(("drive_id", *id))),
@@ -228,6 +242,13 @@ impl StandIn {
             return Err("The requested operation is not supported before starting the microVM.".to_owned());
         }
         match (method.as_str(), parts) {
+            ("PUT", ["logger"]) => return text("log_path").map_or(Ok(()), |path| self.write(&path, "logs begin\n")),
+            ("PUT", ["metrics"]) => {
+                if std::mem::replace(&mut vm.metrics, true) {
+                    return Err("Reinitialization of metrics not allowed.".to_owned());
+                }
+                return self.write(&text("metrics_path").unwrap_or_default(), "{}\n");
+            }
             ("PUT", ["boot-source"]) => {
                 self.exists(&text("kernel_image_path"))?;
                 vm.initrd = body.contains_key("initrd_path");
@@ -261,15 +282,21 @@ impl StandIn {
                 }
                 self.run(vm);
             }
-            ("PATCH", ["vm"]) => {
-                vm.phase = if body["state"] == "Paused" { Phase::Paused } else { Phase::Running };
-            }
+            ("PATCH", ["vm"]) if body["state"] == "Paused" => vm.phase = Phase::Paused,
+            ("PATCH", ["vm"]) => vm.phase = Phase::Running,
             ("PUT", ["snapshot", "create"]) => self.create(vm, body)?,
             ("PUT", ["snapshot", "load"]) => self.load(vm, body)?,
             _ => {}
         }
         vm.configured = true;
         Ok(())
+    }
+
+    /// To a file or a pipe that is there, without waiting for a reader.
+    fn write(&self, path: &str, text: &str) -> Result<(), Refusal> {
+        let flags = nix::fcntl::OFlag::O_NONBLOCK.bits();
+        let file = fs::File::options().read(true).write(true).custom_flags(flags).open(self.root.join(path));
+        file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(|error| error.to_string())
     }
 
     fn create(&self, vm: &Vm, body: &Map<String, Value>) -> Result<(), Refusal> {
