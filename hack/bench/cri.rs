@@ -151,6 +151,9 @@ impl Bench {
         let config = v1::PodSandboxConfig {
             metadata: Some(metadata),
             labels: labels.clone(),
+            // Of a documentation range: what a containerd that is set up for a node's driver wants to see. Nothing is
+            // plugged in then.
+            annotations: HashMap::from([("lambdalet.dev/address".to_owned(), "192.0.2.1".to_owned())]),
             log_directory: self.logs.display().to_string(),
             ..Default::default()
         };

@@ -23,7 +23,7 @@ fn state(pod: &Pod, name: &str) -> ContainerState {
 }
 
 /// `kubectl debug` of the Pod `p` with a container of that name.
-fn debug<'a>(name: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+pub(crate) fn debug<'a>(name: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     const IMAGE: [&str; 4] = ["--image", BUSYBOX, "--image-pull-policy=IfNotPresent", "--profile=general"];
     [&["debug", "p", "-c", name][..], &IMAGE, more].concat()
 }

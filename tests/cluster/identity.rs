@@ -121,6 +121,17 @@ fn a_node_with_a_bootstrap_token_becomes_a_node_and_stays_one() {
         node.adopted(client).await;
         assert!(Certificate::of_pair(&file).unwrap().not_after > Timestamp::now());
         assert_eq!(requests(client, &node, "kube-apiserver-client-kubelet").await.len(), 3);
+
+        // Expired while it runs, as after a long outage: the same, without a restart.
+        let pid = node.pid();
+        certificate::write(&file, expired.as_bytes(), 0o600).unwrap();
+        poll("asked for by the token", SOON, async || match Certificate::of_pair(&file) {
+            Ok(found) if found.not_after > Timestamp::now() => Ok(()),
+            found => Err(format!("{found:?}\n{}", tail(&node.log(), 20))),
+        })
+        .await;
+        assert_eq!(requests(client, &node, "kube-apiserver-client-kubelet").await.len(), 4);
+        assert_eq!(node.pid(), pid);
     });
 }
 

@@ -17,6 +17,7 @@ mod queries;
 
 mod admission;
 mod bad_input;
+mod certificates;
 mod cni;
 mod containerd;
 mod debug;

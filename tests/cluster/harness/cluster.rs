@@ -73,6 +73,12 @@ impl Cluster {
         self.hack(&["bootstrap-kubeconfig"]).trim().into()
     }
 
+    /// The address of an API server that translates what clients send over WebSocket to SPDY for nodes, as those before
+    /// 1.36 do. Whoever asks first starts it.
+    pub(crate) fn older_apiserver(&self) -> String {
+        self.hack(&["older-apiserver", "up"]).trim().to_owned()
+    }
+
     pub(crate) fn hack(&self, args: &[&str]) -> String {
         hack(&self.dir, args)
     }

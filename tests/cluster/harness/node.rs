@@ -138,7 +138,9 @@ impl Node {
             command.args(["--pod-cidr", &range.cidr()]);
         }
         command.args(["--cluster-dns", self.cluster.fact("DNS_IP")]);
-        command.arg("--client-ca-file").arg(self.cluster.dir.join("ca.crt"));
+        if !self.flags.iter().any(|flag| flag.starts_with("--client-ca-file")) {
+            command.arg("--client-ca-file").arg(self.cluster.dir.join("ca.crt"));
+        }
         command
     }
 
