@@ -143,15 +143,18 @@ impl Guest {
         Place { guest: Arc::clone(self), id: id.to_owned(), exec }
     }
 
-    /// Waits for the end of a command. Dropped before, it ends the command.
+    /// Waits for the end of a command, which is now if it is to `end`. Dropped before, it ends the command.
     ///
     /// # Errors
     /// An unknown command.
-    pub(crate) async fn exec_exit(&self, id: &str) -> Result<i32> {
+    pub(crate) async fn exec_exit(&self, id: &str, end: bool) -> Result<i32> {
         let exec = self.execs.lock().get(id).cloned();
         let exec = exec.ok_or_else(|| Error::not_found(format!("there is no command {id}")))?;
         exec.waited.store(true, Ordering::Relaxed);
         let _ends = EndsWith { guest: self, exec: &exec };
+        if end {
+            self.end_exec(&exec);
+        }
         let mut exit = exec.exit.clone();
         let code = exit.wait_for(Option::is_some).await.ok().and_then(|code| *code);
         self.execs.lock().remove(id);
@@ -319,6 +322,22 @@ mod tests {
         drop(place);
         assert!(guest.execs.lock().is_empty());
         assert_eq!(child.wait().unwrap().signal(), Some(9));
+    }
+
+    #[tokio::test]
+    async fn a_command_that_nobody_wants_any_more_is_ended() {
+        let guest = guest();
+        let mut child = Command::new("sleep").arg("1000").process_group(0).spawn().unwrap();
+        let pid = child.id().cast_signed();
+        guest.reaper.adopt(pid);
+        let (told, exit) = watch::channel(None);
+        let _place = guest.place("one", pid, exit);
+        let ends = async {
+            let signal = tokio::task::spawn_blocking(move || child.wait()).await.unwrap().unwrap().signal();
+            told.send_replace(signal.map(|signal| 128 + signal));
+        };
+        let (code, ()) = tokio::join!(guest.exec_exit("one", true), ends);
+        assert_eq!(code.unwrap(), 137);
     }
 
     #[tokio::test(start_paused = true)]

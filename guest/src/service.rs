@@ -230,7 +230,8 @@ impl Agent for Service {
     }
 
     async fn exec_exit(&self, request: Request<ExecExitRequest>) -> Answer<ExecExitReply> {
-        let code = self.0.exec_exit(&request.into_inner().exec_id).await?;
+        let ExecExitRequest { exec_id, end } = request.into_inner();
+        let code = self.0.exec_exit(&exec_id, end).await?;
         Ok(Response::new(ExecExitReply { code }))
     }
 

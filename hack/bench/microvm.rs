@@ -1,8 +1,15 @@
 //! Measures how microVMs start and what they take: from a template and from their kernel, beside the same guest under a
-//! bare QEMU, with the network of a node, yet without Docker and without a cluster.
+//! bare QEMU, with the network of a node, yet without Docker and without a cluster. What a container in one adds is in
+//! `guests`.
 //!
 //! `hack/bench/microvm` makes the guest and runs this as root, in a network namespace of its own.
 #![allow(clippy::disallowed_methods, reason = "a benchmark's tasks end with it")]
+
+#[path = "guests.rs"]
+mod guests;
+#[path = "../../tests/runtime_contract/registry.rs"]
+#[allow(dead_code, clippy::unwrap_used, reason = "a test's, of which this needs a part")]
+mod registry;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,8 +28,10 @@ use lambdalet::runtime::microvm::agent::Agent;
 use lambdalet::runtime::microvm::host::{HostOptions, HostVms};
 use lambdalet::runtime::microvm::image;
 use lambdalet::runtime::microvm::logs::LogLimits;
-use lambdalet::runtime::microvm::machine::VmmUser;
+use lambdalet::runtime::microvm::machine::directory::DEFAULT_NAMESPACE;
+use lambdalet::runtime::microvm::machine::pool::{HostSetups, SetupPool};
 use lambdalet::runtime::microvm::machine::qemu::{AccelChoice, Qemu};
+use lambdalet::runtime::microvm::machine::{TapUse, VmDirs, VmmUser};
 use lambdalet::runtime::microvm::volumes::Places;
 use lambdalet::runtime::microvm::{MicrovmOptions, MicrovmRuntime};
 use lambdalet::runtime::stats::StatsScope;
@@ -30,8 +39,13 @@ use lambdalet::runtime::types::{
     MachineFiles, NamespaceMode, PodRef, Resources, SandboxConfig, SandboxId, SandboxNetwork,
 };
 use lambdalet::runtime::{SandboxRuntime as _, remove_cgroup_root};
+use registry::Registry;
 use rustix::fs::inotify;
 use tokio::net::UnixStream;
+
+/// As the node has it.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 const GATEWAY: [u8; 4] = [10, 99, 0, 1];
@@ -42,6 +56,9 @@ struct Args {
     /// Directory of a guest bundle (hack/guest)
     #[arg(long)]
     guest: PathBuf,
+    /// Program that becomes an image: a function that answers HTTP on port 8080 (hack/bench/function.c)
+    #[arg(long)]
+    function: PathBuf,
     /// Sandboxes restored, one after the other
     #[arg(long, default_value_t = 20)]
     restored: u8,
@@ -54,10 +71,15 @@ struct Args {
     /// MiB of memory of each guest
     #[arg(long, default_value_t = 128)]
     memory: u64,
+    /// Calls of the function, directly and through its front in turn
+    #[arg(long, default_value_t = 2000)]
+    calls: usize,
 }
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
+    // For the client of the registry; an error only says that there is one already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     // Silent, unless RUST_LOG wants to know where the time goes: lambdalet=debug.
     let filter = tracing_subscriber::EnvFilter::from_default_env();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
@@ -70,12 +92,18 @@ fn main() -> anyhow::Result<()> {
 async fn measure(args: &Args) -> anyhow::Result<()> {
     let place = tempfile::tempdir()?;
     let bridge = Bridge::ensure("lbbench", GATEWAY.into(), "10.99.0.0/24".parse()?).await?;
-    let bench = Bench { args, place: place.path(), bridge, owner: format!("bench-microvm-{}", std::process::id()) };
+    let function = fs::read(&args.function).with_context(|| format!("no function {}", args.function.display()))?;
+    let registry = Registry::of_file("function", (0o755, &function), None).await;
+    let owner = format!("bench-microvm-{}", std::process::id());
+    let bench = Bench { args, place: place.path(), bridge, owner, registry };
     println!("{:<58}{:>10}{:>10}{:>12}", "", "p50", "max", "budget p50");
+    bench.setups().await?;
+    bench.woken().await?;
     bench.boots().await?;
-    let restores = bench.driver("restores", 1).await?;
+    let restores = bench.driver("restores", (1, 0)).await?;
     bench.restores(&restores).await?;
     bench.many(&restores).await?;
+    bench.pods(restores).await?;
     Ok(remove_cgroup_root(&bench.owner)?)
 }
 
@@ -84,27 +112,31 @@ struct Bench<'a> {
     place: &'a Path,
     bridge: Bridge,
     owner: String,
+    registry: Registry,
 }
 
 impl Bench<'_> {
-    /// A driver that keeps so many templates; with some the first is there when this returns.
-    async fn driver(&self, name: &str, most_templates: usize) -> anyhow::Result<MicrovmRuntime> {
+    /// A driver that keeps so many templates, and has so many guests wait; with templates the first is there when this
+    /// returns.
+    async fn driver(&self, name: &str, (most_templates, warm): (usize, usize)) -> anyhow::Result<MicrovmRuntime> {
         let root = self.place.join(name);
         let options = HostOptions {
             memory: self.args.memory << 20,
             most_templates,
+            warm,
             cgroup: self.owner.clone(),
             taps: Some(Arc::new(self.bridge.clone())),
             ..HostOptions::new(root.clone(), self.args.guest.clone())
         };
-        let qemu = Qemu::new(QEMU.into(), VmmUser::default(), AccelChoice::Auto);
-        let vms = HostVms::open(options, Arc::new(qemu)).await?;
+        let vms = HostVms::open(options, Arc::new(qemu())).await?;
         if most_templates > 0 {
             let begun = Instant::now();
             vms.prepare(&Resources::default()).await?;
             row("a template made", &[begun.elapsed()], None);
         }
-        let images = image::Store::open(&root.join("images"), image::Options::default()).await?;
+        let images =
+            image::Options { insecure_registries: vec![self.registry.host.clone()], ..image::Options::default() };
+        let images = image::Store::open(&root.join("images"), images).await?;
         let (owner, places) = (self.owner.clone(), Places::default());
         let options = MicrovmOptions { owner, root, places, logs: LogLimits::default() };
         Ok(MicrovmRuntime::open(options, Arc::new(vms), Arc::new(images)).await?)
@@ -117,7 +149,7 @@ impl Bench<'_> {
             handler: None,
             attempt: 0,
             hostname: name.clone(),
-            network: SandboxNetwork::Pod { address: [10, 99, 0, 10 + number].into() },
+            network: SandboxNetwork::Pod { address: address(number).into() },
             ipc: NamespaceMode::Pod,
             pid: NamespaceMode::Container,
             sysctls: BTreeMap::new(),
@@ -127,9 +159,34 @@ impl Bench<'_> {
         }
     }
 
+    /// What a machine is started in, made ahead of time: its directory and its tap.
+    async fn setups(&self) -> anyhow::Result<()> {
+        let dirs = VmDirs::new(&self.place.join("setups"), DEFAULT_NAMESPACE)?;
+        let setups = HostSetups::new(dirs, Arc::new(self.bridge.clone()), VmmUser::default(), TapUse::Handed);
+        let number = usize::from(self.args.many);
+        let pool = SetupPool::new(setups, number);
+        let begun = Instant::now();
+        pool.fill(number).await?;
+        row(&format!("{number} setups made ahead of time, all"), &[begun.elapsed()], None);
+        let (mut ids, mut times) = (Vec::new(), Vec::new());
+        for _ in 0..number {
+            let begun = Instant::now();
+            let setup = pool.get().await?;
+            times.push(begun.elapsed());
+            ids.push(setup.dir.id().clone());
+        }
+        row("a setup taken from the pool", &times, Some(Duration::from_millis(1)));
+        // From here on it keeps none.
+        pool.drain().await?;
+        for id in &ids {
+            pool.give_back(id).await?;
+        }
+        Ok(())
+    }
+
     /// Ours and bare ones in turn, so that both meet the same host.
     async fn boots(&self) -> anyhow::Result<()> {
-        let driver = self.driver("boots", 0).await?;
+        let driver = self.driver("boots", (0, 0)).await?;
         let (mut ours, mut before, mut bare) = (Vec::new(), Vec::new(), Vec::new());
         // The first makes files and asks QEMU for its version.
         for round in 0..=self.args.booted {
@@ -217,8 +274,33 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// A guest that waits, one after the other.
+    async fn woken(&self) -> anyhow::Result<()> {
+        let driver = self.driver("woken", (1, 1)).await?;
+        let machines = self.place.join("woken/vms/default");
+        let (begun, mut times) = (Instant::now(), Vec::new());
+        while times.len() < usize::from(self.args.restored) {
+            ensure!(begun.elapsed() < PATIENCE, "no guest waits");
+            let before: Vec<_> = fs::read_dir(&machines).into_iter().flatten().flatten().collect();
+            let run = Instant::now();
+            let id = driver.run_pod_sandbox(&self.config(0)).await?;
+            let took = run.elapsed();
+            // One that was there before has waited.
+            if before.iter().any(|entry| entry.file_name() == id.as_str()) {
+                times.push(took);
+            }
+            driver.remove_pod_sandbox(&id).await?;
+            // The next one is restored meanwhile, and may take the host for itself.
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        driver.close().await;
+        row("RunPodSandbox of a guest that waits (--microvm-warm)", &times, None);
+        Ok(())
+    }
+
     async fn many(&self, driver: &MicrovmRuntime) -> anyhow::Result<()> {
         let number = usize::from(self.args.many);
+        let alone = own_kib(std::process::id().try_into()?)?;
         let begun = Instant::now();
         let one = |number: u8| async move {
             let id = driver.run_pod_sandbox(&self.config(number)).await?;
@@ -236,12 +318,9 @@ impl Bench<'_> {
             let pid = driver.pod_sandbox_status(id).await?.pid.context("its VMM runs")?;
             sizes.push(own_kib(pid)?);
         }
-        sizes.sort_unstable();
-        let (half, most) = (sizes[sizes.len() / 2] as f64 / 1024.0, sizes[sizes.len() - 1] as f64 / 1024.0);
-        println!(
-            "{:<58}{half:>7.1} MB{most:>7.1} MB{:>9.0} MB",
-            "  memory of one above the template, its VMM included", 70.0
-        );
+        size_row("  memory of one above the template, its VMM included", &mut sizes, Some(70));
+        let grown = own_kib(std::process::id().try_into()?)?.saturating_sub(alone);
+        size_row("  memory of this process for one", &mut [grown / u64::from(self.args.many)], Some(1));
         let begun = Instant::now();
         try_join_all(started.iter().map(|(id, _)| driver.remove_pod_sandbox(id))).await?;
         row(&format!("{number} at once removed"), &[begun.elapsed()], None);
@@ -253,11 +332,32 @@ impl Bench<'_> {
 
 /// Prints a row and returns its median.
 fn row(name: &str, times: &[Duration], budget: Option<Duration>) -> Duration {
-    let milliseconds = |time: Duration| format!("{:.1} ms", time.as_secs_f64() * 1e3);
+    let milliseconds = |time: Duration| {
+        let decimals = if time < Duration::from_millis(10) { 2 } else { 1 };
+        format!("{:.decimals$} ms", time.as_secs_f64() * 1e3)
+    };
     let most = times.iter().max().copied().unwrap_or_default();
     let budget = budget.map_or_else(String::new, milliseconds);
     println!("{name:<58}{:>10}{:>10}{budget:>12}", milliseconds(median(times)), milliseconds(most));
     median(times)
+}
+
+/// The same for sizes in KiB, and a budget in MB.
+fn size_row(name: &str, sizes: &mut [u64], budget: Option<u64>) {
+    sizes.sort_unstable();
+    let megabytes = |kib: u64| format!("{:.1} MB", kib as f64 / 1024.0);
+    let (half, most) = (megabytes(sizes[sizes.len() / 2]), megabytes(sizes[sizes.len() - 1]));
+    let budget = budget.map_or_else(String::new, |budget| format!("{budget} MB"));
+    println!("{name:<58}{half:>10}{most:>10}{budget:>12}");
+}
+
+fn qemu() -> Qemu {
+    Qemu::new(QEMU.into(), VmmUser::default(), AccelChoice::Auto)
+}
+
+/// Where the guest of that number is reached.
+fn address(number: u8) -> [u8; 4] {
+    [10, 99, 0, 10 + number]
 }
 
 fn median(times: &[Duration]) -> Duration {

@@ -19,6 +19,8 @@ pub struct MicrovmSettings {
     pub vmm: VmmChoice,
     /// Whether each is held to CPUs of its own, as far as there are enough, and to the memory of their NUMA node.
     pub pin_cpus: bool,
+    /// How many booted guests of each VMM in use wait, paused, for Pods to come.
+    pub warm: usize,
     /// Host paths beneath these may be copied into guests, for reading.
     pub host_paths: Vec<PathBuf>,
     /// Below this are files that were made for sandboxes and that guests get copies of; `None` is the node's own place.
@@ -37,6 +39,7 @@ impl Default for MicrovmSettings {
             accel: MicrovmAccel::default(),
             vmm: VmmChoice::default(),
             pin_cpus: false,
+            warm: 0,
             host_paths: Vec::new(),
             files: None,
             pods: None,

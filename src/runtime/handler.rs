@@ -188,6 +188,12 @@ impl SandboxRuntime for Handlers {
         self.own.runtime.ready().await
     }
 
+    async fn close(&self) {
+        for driver in self.others.iter().chain([&self.own]) {
+            driver.runtime.close().await;
+        }
+    }
+
     async fn run_pod_sandbox(&self, config: &SandboxConfig) -> Result<SandboxId> {
         let via = self.handling(config.handler.as_deref())?;
         let id = via.runtime.run_pod_sandbox(config).await?;

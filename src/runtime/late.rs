@@ -69,6 +69,13 @@ impl SandboxRuntime for Late {
         self.get().await?.ready().await
     }
 
+    /// What was never connected to has made nothing.
+    async fn close(&self) {
+        if let Some(runtime) = self.runtime.get() {
+            runtime.close().await;
+        }
+    }
+
     async fn run_pod_sandbox(&self, config: &SandboxConfig) -> Result<SandboxId> {
         self.get().await?.run_pod_sandbox(config).await
     }

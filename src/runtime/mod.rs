@@ -85,6 +85,9 @@ pub trait SandboxRuntime: Send + Sync + 'static {
         Ok(CgroupDriver::Cgroupfs)
     }
 
+    /// Ends what was made ahead of time for sandboxes to come, and makes no more: the process is about to end. Sandboxes go on.
+    async fn close(&self) {}
+
     /// Makes and starts a sandbox, its network up. A sandbox of the same Pod and attempt that is already ready is
     /// returned as it is; a half-made one is removed first.
     ///

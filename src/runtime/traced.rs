@@ -197,6 +197,10 @@ impl<R: SandboxRuntime> SandboxRuntime for Traced<R> {
         self.observe(Verb::Ready, "", self.inner.ready()).await
     }
 
+    async fn close(&self) {
+        self.inner.close().await;
+    }
+
     async fn run_pod_sandbox(&self, config: &SandboxConfig) -> Result<SandboxId> {
         self.observe(Verb::RunPodSandbox, &config.pod, self.inner.run_pod_sandbox(config)).await
     }
@@ -325,6 +329,10 @@ impl<R: SandboxRuntime + ?Sized> SandboxRuntime for Arc<R> {
 
     async fn ready(&self) -> Result<()> {
         (**self).ready().await
+    }
+
+    async fn close(&self) {
+        (**self).close().await;
     }
 
     async fn run_pod_sandbox(&self, config: &SandboxConfig) -> Result<SandboxId> {

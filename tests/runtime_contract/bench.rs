@@ -76,6 +76,8 @@ pub(crate) struct Bench {
 struct Machines {
     bundle: PathBuf,
     templates: PathBuf,
+    /// How many guests wait for Pods.
+    warm: usize,
     bridge: Bridge,
 }
 
@@ -84,6 +86,8 @@ struct Machines {
 pub(crate) enum Templates {
     /// Those of all benches, in which there is one.
     Shared,
+    /// The same, and two guests that were restored from it wait.
+    Waiting,
     /// Its own, of which there is none.
     Own,
 }
@@ -241,11 +245,12 @@ impl Bench {
         let bundle = std::env::var_os("LAMBDALET_TEST_GUEST").map(PathBuf::from)?;
         let docker = Self::docker().await?;
         let bridge = Bridge::ensure(BRIDGE, GATEWAY.into(), RANGE.parse().unwrap()).await.unwrap();
+        let warm = if templates == Templates::Waiting { 2 } else { 0 };
         let templates = match templates {
-            Templates::Shared => Path::new(env!("CARGO_TARGET_TMPDIR")).join("microvm-templates"),
+            Templates::Shared | Templates::Waiting => Path::new(env!("CARGO_TARGET_TMPDIR")).join("microvm-templates"),
             Templates::Own => docker.folder.path().join("templates"),
         };
-        let machines = Some(Machines { bundle, templates, bridge });
+        let machines = Some(Machines { bundle, templates, warm, bridge });
         let mut bench = Self { machines, handler: Some("microvm".to_owned()), has_host_network: false, ..docker };
         bench.restart().await;
         Some(bench)
@@ -265,12 +270,14 @@ impl Bench {
     /// Ends the drivers, and starts others.
     pub(crate) async fn restart(&mut self) {
         self.hang_up();
-        let Some(Machines { bundle, templates, bridge }) = &self.machines else { panic!("this bench has no machines") };
+        let machines = self.machines.as_ref().expect("this bench has machines");
+        let Machines { bundle, templates, warm, bridge } = machines;
         let root = self.root();
         let images = image::Options { docker: Some("/var/run/docker.sock".into()), ..image::Options::default() };
         let images = image::Store::open(&root.join("images"), images).await.unwrap();
         let options = HostOptions {
             templates: templates.clone(),
+            warm: *warm,
             cgroup: self.owner.clone(),
             scratch: SCRATCH,
             upkeep: Duration::from_millis(100),
@@ -333,7 +340,7 @@ impl Bench {
     }
 
     /// Removes everything; what would not go is returned.
-    async fn clean_up(&self) -> Vec<String> {
+    async fn clean_up(&mut self) -> Vec<String> {
         let mut left = Vec::new();
         for runtime in [&self.runtime, &self.stranger] {
             for sandbox in runtime.list_pod_sandboxes(None).await.unwrap() {
@@ -346,6 +353,11 @@ impl Bench {
             left.extend(runtime.list_containers(None).await.unwrap().into_iter().map(|left| format!("{left:?}")));
         }
         let _ = self.runtime.remove_image(&self.image).await;
+        if let Some(machines) = self.machines.as_mut().filter(|machines| machines.warm > 0) {
+            // Guests that wait are nobody's to the next driver.
+            machines.warm = 0;
+            self.restart().await;
+        }
         let begun = Instant::now();
         // A template may still be in the making.
         while !self.of_machines().is_empty() && begun.elapsed() < PATIENCE {

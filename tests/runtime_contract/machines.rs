@@ -381,7 +381,9 @@ async fn machine_ids(bench: &mut Bench) -> Vec<String> {
     // A machine has room for one session.
     bench.hang_up();
     let mut ids = Vec::new();
-    for dir in VmDirs::new(&bench.root().join("vms"), DEFAULT_NAMESPACE).unwrap().list().unwrap() {
+    let dirs = VmDirs::new(&bench.root().join("vms"), DEFAULT_NAMESPACE).unwrap().list().unwrap();
+    // Those that wait are no sandbox's.
+    for dir in dirs.into_iter().filter(|dir| bench.root().join("sandboxes").join(dir.id().as_str()).exists()) {
         let machine = Bench::qemu().adopt(&dir).await.unwrap().expect("it runs");
         let (agent, hello) = Agent::connect(machine.agent().await.unwrap(), PATIENCE).await.unwrap();
         ids.push(hello.machine_id);
@@ -392,9 +394,17 @@ async fn machine_ids(bench: &mut Bench) -> Vec<String> {
 }
 
 pub(crate) async fn clones_of_one_template_are_strangers(bench: &mut Bench) {
+    are_strangers(bench, async |bench, pod| bench.sandbox(pod).await).await;
+}
+
+pub(crate) async fn guests_that_have_waited_are_strangers(bench: &mut Bench) {
+    are_strangers(bench, woken).await;
+}
+
+async fn are_strangers(bench: &mut Bench, start: impl AsyncFn(&Bench, &str) -> SandboxId) {
     let mut said: Vec<Vec<String>> = Vec::new();
     for pod in ["p", "q", "r"] {
-        let sandbox = bench.sandbox(pod).await;
+        let sandbox = start(bench, pod).await;
         let command = fs::read(format!("/proc/{}/cmdline", vmm(bench, &sandbox).await)).unwrap();
         assert!(command.split(|byte| *byte == 0).any(|word| word == b"-incoming"), "{pod} is no clone");
         let config = bench.container_config(pod, "who", bench.script(WHO));
@@ -421,6 +431,82 @@ pub(crate) async fn clones_of_one_template_are_strangers(bench: &mut Bench) {
     let ids = machine_ids(bench).await;
     let distinct: BTreeSet<&String> = ids.iter().filter(|id| id.len() == 32).collect();
     assert_eq!(distinct.len(), 3, "{ids:?}");
+}
+
+// === Waiting ===
+
+/// The ids of machines, those that wait among them.
+fn machines(bench: &Bench) -> BTreeSet<String> {
+    let entries = fs::read_dir(bench.root().join("vms/default")).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().into_string().unwrap()).collect()
+}
+
+/// What the driver itself calls a sandbox, and its machine: beside others its ids begin with its name.
+fn own_id(sandbox: &SandboxId) -> &str {
+    sandbox.as_str().split_once('.').map_or(sandbox.as_str(), |(_, id)| id)
+}
+
+/// A sandbox whose guest has waited: it was there before.
+async fn woken(bench: &Bench, pod: &str) -> SandboxId {
+    let begun = Instant::now();
+    loop {
+        let before = machines(bench);
+        let sandbox = bench.sandbox(pod).await;
+        if before.contains(own_id(&sandbox)) {
+            return sandbox;
+        }
+        bench.runtime.remove_pod_sandbox(&sandbox).await.unwrap();
+        assert!(begun.elapsed() < PATIENCE, "none waits");
+    }
+}
+
+pub(crate) async fn a_guest_that_has_waited_is_its_pods(bench: &mut Bench) {
+    let sandbox = woken(bench, "p").await;
+    let cgroups = fs::read_to_string(format!("/proc/{}/cgroup", vmm(bench, &sandbox).await)).unwrap();
+    let own = format!("/pod-p/vmm-{}", own_id(&sandbox));
+    let elsewhere: Vec<&str> = cgroups.lines().filter(|line| line.contains("/vmm-") && !line.ends_with(&own)).collect();
+    assert!(cgroups.contains(&own) && elsewhere.is_empty(), "{cgroups}");
+    // It is reached at its address, reaches others, and survives its driver.
+    let id = bench.started("echo", bench.script("exec busybox nc -ll -p 7000 -e cat")).await;
+    while bench.runtime.port_forward(&sandbox, 7000).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let own = bench.address("p");
+    assert_eq!(tokio::task::spawn_blocking(move || echoed(own, 7000, "hello")).await.unwrap(), "hello");
+    let [a, b, c, d] = GATEWAY;
+    let ping = format!("busybox ping -c 1 -W 3 {a}.{b}.{c}.{d} >/dev/null");
+    assert_eq!(sh(bench, &id, &ping).await, (String::new(), 0));
+    bench.restart().await;
+    assert_eq!(bench.sandbox("p").await, sandbox);
+    assert_eq!(sh(bench, &id, &ping).await, (String::new(), 0));
+}
+
+pub(crate) async fn guests_that_wait_end_with_their_driver_or_by_the_next(bench: &mut Bench) {
+    for crashed in [true, false] {
+        let sandbox = woken(bench, "p").await;
+        bench.runtime.remove_pod_sandbox(&sandbox).await.unwrap();
+        assert!(!machines(bench).is_empty());
+        // One that crashes ends nothing any more.
+        let before = crashed.then(|| bench.runtime.clone());
+        bench.hang_up();
+        let begun = Instant::now();
+        let run = |bench: &Bench| bench.of_machines().iter().any(|left| left.starts_with("/proc/"));
+        while !crashed && run(bench) {
+            assert!(begun.elapsed() < PATIENCE, "{:?}", bench.of_machines());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        bench.restart().await;
+        while !bench.of_machines().is_empty() {
+            assert!(begun.elapsed() < PATIENCE, "{:?}", bench.of_machines());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        drop(before);
+    }
+    // One that is told of its end leaves nothing for the next.
+    let sandbox = woken(bench, "p").await;
+    bench.runtime.remove_pod_sandbox(&sandbox).await.unwrap();
+    bench.runtime.close().await;
+    assert_eq!(bench.of_machines(), Vec::<String>::new());
 }
 
 // === Coming and going ===

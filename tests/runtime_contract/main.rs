@@ -224,6 +224,9 @@ on_machines! {
         Shared a_guest_cannot_speak_as_another
         Shared a_guests_clock_is_set_right
         Shared clones_of_one_template_are_strangers
+        Waiting guests_that_have_waited_are_strangers
+        Waiting a_guest_that_has_waited_is_its_pods
+        Waiting guests_that_wait_end_with_their_driver_or_by_the_next
         Shared a_part_of_a_volume_and_an_image_are_shown
         Shared machines_that_come_and_go_leave_nothing;
     isolation:

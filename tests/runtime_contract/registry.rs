@@ -39,15 +39,20 @@ fn digest(bytes: &[u8]) -> String {
 impl Registry {
     /// Serves `team/app:1`, whose only file is `note`; to this user only, if one is given.
     pub(crate) async fn start(note: &str, user: Option<(&str, &str)>) -> Self {
+        Self::of_file("note", (0o644, note.as_bytes()), user).await
+    }
+
+    /// The same with another file, of that mode.
+    pub(crate) async fn of_file(name: &str, (mode, bytes): (u32, &[u8]), user: Option<(&str, &str)>) -> Self {
         let mut layer = tar::Builder::new(Vec::new());
         let mut header = tar::Header::new_gnu();
-        header.set_size(note.len() as u64);
-        header.set_mode(0o644);
-        layer.append_data(&mut header, "note", note.as_bytes()).unwrap();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(mode);
+        layer.append_data(&mut header, name, bytes).unwrap();
         let layer = layer.into_inner().unwrap();
         let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
         let config = serde_json::json!({ "architecture": architecture, "os": "linux",
-            "config": { "Cmd": ["/note"], "User": "1000" },
+            "config": { "Cmd": [format!("/{name}")], "User": "1000" },
             "rootfs": { "type": "layers", "diff_ids": [digest(&layer)] } })
         .to_string()
         .into_bytes();

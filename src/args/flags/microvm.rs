@@ -33,6 +33,10 @@ pub(in crate::args) struct MicrovmArgs {
     /// of one microVM are of one node [default: the host's scheduler decides]
     #[arg(long)]
     microvm_pin_cpus: bool,
+    /// Booted guests that wait, paused, for Pods to come, of the sizes that are started; each takes some 60 MiB of memory
+    /// [default: 0]
+    #[arg(long, value_name = "N")]
+    microvm_warm: Option<usize>,
     /// Directories of the host of which guests may get copies, read-only, through hostPath and claims [default: none]
     #[arg(long, value_name = "DIR", value_delimiter = ',')]
     microvm_host_paths: Vec<PathBuf>,
@@ -40,8 +44,16 @@ pub(in crate::args) struct MicrovmArgs {
 
 impl MicrovmArgs {
     pub(in crate::args) fn apply(self, settings: &mut Settings) -> anyhow::Result<()> {
-        let Self { guest_image, kernel_image, vm_asset_dirs, microvm_accel, vmm, microvm_pin_cpus, microvm_host_paths } =
-            self;
+        let Self {
+            guest_image,
+            kernel_image,
+            vm_asset_dirs,
+            microvm_accel,
+            vmm,
+            microvm_pin_cpus,
+            microvm_warm,
+            microvm_host_paths,
+        } = self;
         for (flag, dirs) in [("vm-asset-dirs", &vm_asset_dirs), ("microvm-host-paths", &microvm_host_paths)] {
             for dir in dirs {
                 let plain = dir.is_absolute() && !dir.components().any(|part| part == Component::ParentDir);
@@ -56,6 +68,7 @@ impl MicrovmArgs {
         super::set(&mut target.accel, microvm_accel);
         super::set(&mut target.vmm, vmm);
         target.pin_cpus = microvm_pin_cpus;
+        super::set(&mut target.warm, microvm_warm);
         target.host_paths = microvm_host_paths;
         Ok(())
     }

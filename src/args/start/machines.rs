@@ -96,6 +96,7 @@ fn driver(maker: &Maker<'_>, vmm: Vmm, (images, pins): (&Arc<Images>, &Pins)) ->
         cgroup: owner::cgroup_root(maker.owner),
         taps: Some(maker.uplink.clone()),
         pins: pins.clone(),
+        warm: microvm.warm,
         ..HostOptions::new(root.clone(), microvm.guest_image.clone())
     };
     let options = MicrovmOptions {

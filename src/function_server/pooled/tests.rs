@@ -147,6 +147,14 @@ impl Machine for Actor {
         Ok(())
     }
 
+    async fn move_to(&mut self, _: &MachineSpec) -> Made<()> {
+        Ok(())
+    }
+
+    fn kill_unwaited(&self) {
+        self.ended.cancel();
+    }
+
     async fn kill(&self) -> Made<()> {
         if self.stage.0.stuck.load(Ordering::SeqCst) {
             return Err(fault());

@@ -100,11 +100,12 @@ impl MicrovmRuntime {
     pub async fn open(options: MicrovmOptions, vms: Arc<dyn Vms>, images: Arc<dyn Blocks>) -> Result<Self> {
         let (root, owner) = (options.root.join("sandboxes"), options.owner.clone());
         let tried = format!("failed to read the sandboxes in {}", root.display());
-        let records = blocking(tried, move || {
+        let (records, names) = blocking(tried, move || {
             std::fs::create_dir_all(&root)?;
-            let mut records = Vec::new();
+            let (mut records, mut names) = (Vec::new(), Vec::new());
             for entry in std::fs::read_dir(&root)? {
                 let directory = entry?.path();
+                names.extend(directory.file_name().map(|name| name.to_string_lossy().into_owned()));
                 match SandboxRecord::load(&directory, &owner) {
                     Ok(record) => records.extend(record.map(|record| (directory, record))),
                     Err(error) => {
@@ -112,9 +113,11 @@ impl MicrovmRuntime {
                     }
                 }
             }
-            Ok(records)
+            Ok((records, names))
         })
         .await?;
+        // A checkpoint that is lost still has its VM.
+        vms.end_others(&names);
         let events = broadcast::Sender::new(EVENTS_BEHIND);
         let (sandboxes, turns) = (Mutex::default(), Turns::default());
         let runtime = Self { inner: Arc::new(Inner { options, vms, images, sandboxes, turns, events }) };
@@ -201,6 +204,10 @@ impl SandboxRuntime for MicrovmRuntime {
 
     async fn ready(&self) -> Result<()> {
         self.inner.vms.check().await.map(drop)
+    }
+
+    async fn close(&self) {
+        self.inner.vms.close().await;
     }
 
     async fn run_pod_sandbox(&self, config: &SandboxConfig) -> Result<SandboxId> {

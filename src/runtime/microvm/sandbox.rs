@@ -22,7 +22,8 @@ use super::logs::LogBook;
 use super::vm::{GuestState, Vm};
 use super::{Inner, MicrovmRuntime, refresh};
 use crate::runtime::types::{
-    ContainerState, EventKind, ImageId, RuntimeEvent, SandboxConfig, SandboxId, SandboxState, SandboxStatus,
+    ContainerState, EventKind, ImageId, NamespaceMode, RuntimeEvent, SandboxConfig, SandboxId, SandboxState,
+    SandboxStatus,
 };
 use crate::runtime::{Kind, Result, RuntimeError, blocking, locked};
 use crate::telemetry::chain;
@@ -185,6 +186,10 @@ impl MicrovmRuntime {
                 format!("{}: a microVM has no part in the host's network, nor in one that CNI plugins make", tried());
             return Err(RuntimeError::new(Kind::Unsupported, text));
         }
+        if [config.ipc, config.pid].contains(&NamespaceMode::Node) {
+            let text = format!("{}: a microVM has no part in the host's processes or their IPC", tried());
+            return Err(RuntimeError::new(Kind::Unsupported, text));
+        }
         let sandbox = self.begin(config).await?;
         match self.inner.vms.launch(&sandbox.id, config).await {
             Ok(vm) => self.inner.attend(&sandbox, vm),
@@ -200,7 +205,8 @@ impl MicrovmRuntime {
 
     /// A sandbox of which nothing is there yet but its record.
     async fn begin(&self, config: &SandboxConfig) -> Result<Arc<Sandbox>> {
-        let id = format!("{:032x}", rand::random::<u128>());
+        // Nothing is waited for until it is listed.
+        let id = self.inner.vms.name(config);
         let record = SandboxRecord::new(id.clone(), &self.inner.options.owner, config, self.inner.vms.slots());
         let directory = self.inner.directory(&id);
         let (saved, place) = (record.clone(), directory.clone());
@@ -212,6 +218,8 @@ impl MicrovmRuntime {
             saved.save(&place)
         });
         if let Err(error) = written.await {
+            // Of one that waited.
+            self.inner.vms.destroy(&id).await?;
             locked(&self.inner.sandboxes).remove(&id);
             return Err(error);
         }

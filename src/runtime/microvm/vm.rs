@@ -17,6 +17,11 @@ use crate::runtime::session::{AttachRequest, Duplex, ExecRequest, Session};
 use crate::runtime::stats::{DiskUsage, Interface, StatsScope, Usage};
 use crate::runtime::types::{ContainerConfig, ContainerState, ImageId, LogChunk, Resources, SandboxConfig};
 
+/// An id that no VM has.
+pub(super) fn fresh_name() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
 /// Starts microVMs, and finds those that an earlier process left.
 #[async_trait]
 pub trait Vms: Send + Sync + 'static {
@@ -28,6 +33,19 @@ pub trait Vms: Send + Sync + 'static {
 
     /// How many images one VM can have at a time.
     fn slots(&self) -> u8;
+
+    /// By which id the VM of such a sandbox is to be launched: that of one that waits for it, or a fresh one. Whoever was told
+    /// it launches by it, or destroys it.
+    fn name(&self, _config: &SandboxConfig) -> String {
+        fresh_name()
+    }
+
+    /// Ends, behind the caller, the VMs that an earlier process had made for nobody: all but these. To be called before any is
+    /// launched.
+    fn end_others(&self, _ids: &[String]) {}
+
+    /// Ends those that this process has made for nobody, and makes no more.
+    async fn close(&self) {}
 
     /// Starts a VM of this id, its agent configured and its network up.
     ///

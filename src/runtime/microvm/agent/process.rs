@@ -94,15 +94,19 @@ impl Agent {
         let (mut told, ended) = oneshot::channel();
         let mut client = self.client.clone();
         self.spawn(async move {
-            let asked = client.exec_exit(ExecExitRequest { exec_id });
-            // Cancel-safe: a call that is dropped is how the guest learns that nobody waits.
+            let asked = client.exec_exit(ExecExitRequest { exec_id: exec_id.clone(), end: false });
+            // Cancel-safe: a call that is dropped is followed by the one that ends the command.
             tokio::select! {
                 reply = asked => {
                     // Whoever has gone needs no answer.
                     let _ = told.send(reply);
+                    return;
                 }
                 () = told.closed() => {}
             }
+            // A call that is dropped before it has come to the guest's notice tells it nothing. A command that is not
+            // there any more has ended.
+            let _ = client.exec_exit(ExecExitRequest { exec_id, end: true }).await;
         });
         let agent = self.clone();
         async move {

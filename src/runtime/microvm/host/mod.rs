@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! launch   directory, scratch disk, tap -> restore from a template, or boot -> session -> configure -> lead the address
+//!          one that waits (waiting) -> the Pod's cgroup -> it goes on -----------^
 //! find     the machine that an earlier process left
 //! destroy  kill, tap, directory
 //! ```
@@ -15,6 +16,7 @@ mod scratch;
 mod size;
 mod told;
 mod upkeep;
+mod waiting;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -28,13 +30,14 @@ use tokio::task::JoinSet;
 
 use self::guest::HostVm;
 use self::size::Size;
+use self::waiting::Waiting;
 use super::machine::pin::Pins;
 use super::machine::template::Templates;
 use super::machine::{
     Asset, AssetDirs, MAX_IMAGE_SLOTS, Machine, MachineError, MachineManager, MachineSpec, TapLink, TapUse, Template,
     VmDir, VmDirs, VmId, VmmUser, Why,
 };
-use super::vm::{Vm, Vms};
+use super::vm::{Vm, Vms, fresh_name};
 use crate::network::NetworkError;
 use crate::network::tap::{Taps, mac_of};
 use crate::runtime::types::{MachineFiles, Resources, SandboxConfig};
@@ -62,6 +65,8 @@ pub struct HostOptions {
     pub templates: PathBuf,
     /// How many of them are kept, each of some 70 MiB and more on the disk; 0: every guest is booted.
     pub most_templates: usize,
+    /// How many booted guests wait, paused, for Pods to come; each takes the memory that it has touched. 0: none.
+    pub warm: usize,
     /// Directory of a guest bundle (`hack/guest`): `vmlinux`, `initramfs.cpio`.
     pub bundle: PathBuf,
     /// Another kernel than the bundle's.
@@ -101,6 +106,7 @@ struct Inner {
     template_turn: AsyncMutex<()>,
     blank: OnceCell<PathBuf>,
     running: Mutex<HashMap<String, Arc<HostVm>>>,
+    waiting: Waiting,
     /// Whoever starts or ends a VM has its turn.
     turns: Turns<String>,
 }
@@ -113,6 +119,7 @@ impl HostOptions {
         Self {
             templates: root.join("templates"),
             most_templates: 16,
+            warm: 0,
             root,
             bundle,
             kernel: None,
@@ -145,6 +152,7 @@ impl HostVms {
             template_turn: AsyncMutex::default(),
             blank: OnceCell::new(),
             running: Mutex::default(),
+            waiting: Waiting::new(options.warm),
             turns: Turns::default(),
             options,
             manager,
@@ -193,6 +201,18 @@ impl Vms for HostVms {
         MAX_IMAGE_SLOTS
     }
 
+    fn name(&self, config: &SandboxConfig) -> String {
+        self.inner.promise(config).unwrap_or_else(fresh_name)
+    }
+
+    fn end_others(&self, ids: &[String]) {
+        self.end_all_but(ids);
+    }
+
+    async fn close(&self) {
+        self.inner.end_waiting().await;
+    }
+
     async fn launch(&self, id: &str, config: &SandboxConfig) -> Result<Arc<dyn Vm>> {
         let turn = self.inner.turns.turn(id).await;
         let (inner, id, config) = (Arc::clone(&self.inner), id.to_owned(), config.clone());
@@ -201,11 +221,14 @@ impl Vms for HostVms {
         self.spawn(async move {
             let outcome = inner.launch(&id, &config).await;
             drop(turn);
-            let booted = matches!(outcome, Ok((_, Started::Booted)));
+            let (launched, booted) = (outcome.is_ok(), matches!(outcome, Ok((_, Started::Booted))));
             // Whoever waited may be gone: what was started is found by its id.
             let _ = told.send(outcome);
             if booted {
                 inner.want_template(Size::of(&config.resources, inner.options.memory)).await;
+            }
+            if launched {
+                inner.keep_waiting(&config).await;
             }
         });
         let ending = |_| RuntimeError::new(Kind::Unavailable, format!("{tried}: the node is ending"));
@@ -231,6 +254,7 @@ impl Vms for HostVms {
         let failed = |error: MachineError| error.during(format!("failed to remove microVM {id}"));
         let dir = self.inner.dirs.of(&VmId::new(id).map_err(failed)?);
         let known = self.inner.running().get(id).cloned();
+        self.inner.waiting.give_up(id).await.map_err(failed)?;
         self.inner.end(&dir, known.as_deref()).await.map_err(failed)?;
         self.inner.running().remove(id);
         Ok(())
@@ -242,6 +266,8 @@ impl Vms for HostVms {
 enum Started {
     Booted,
     Restored(Template),
+    /// It has waited.
+    Woken,
 }
 
 // === impl Inner ===
@@ -276,19 +302,23 @@ impl Inner {
         };
         let begun = Instant::now();
         let dir = self.dirs.of(&VmId::new(id).map_err(failed)?);
-        let size = Size::of(&config.resources, self.options.memory);
-        let spec = self.spec(dir, size, Some(address), &config.cgroup_parent).await?;
-        let spec = self.with_files(spec, &config.machine).map_err(failed)?;
-        let prepared = begun.elapsed();
-        let (machine, started) = self.start(&spec).await.map_err(failed)?;
-        // A tap that was handed over is to end with its VMM.
-        drop(spec);
+        let woken = self.wake(&dir, &config.cgroup_parent).await.map_err(failed)?;
+        let (machine, started) = match woken {
+            Some(machine) => (machine, Started::Woken),
+            None => {
+                let size = Size::of(&config.resources, self.options.memory);
+                let spec = self.spec(dir, size, Some(address), &config.cgroup_parent).await?;
+                let spec = self.with_files(spec, &config.machine).map_err(failed)?;
+                // A tap that was handed over is to end with its VMM, and so not to be kept.
+                self.start(&spec).await.map_err(failed)?
+            }
+        };
         let vm = Arc::new(HostVm::new(machine));
         self.running().insert(id.to_owned(), Arc::clone(&vm));
         vm.weigh(&config.resources)?;
         let runs = begun.elapsed();
         self.introduce(&vm, &started, address, config).await?;
-        tracing::debug!(machine = id, ?prepared, ?runs, ready = ?begun.elapsed(), "a microVM is there");
+        tracing::debug!(machine = id, ?started, ?runs, ready = ?begun.elapsed(), "a microVM is there");
         Ok((vm, started))
     }
 
@@ -298,6 +328,7 @@ impl Inner {
         let configured = async {
             let agent = match started {
                 Started::Booted => vm.agent_within(BOOT_PATIENCE).await?,
+                Started::Woken => vm.agent_within(RESTORE_PATIENCE).await?,
                 // Whoever tries again boots, and makes a new one.
                 Started::Restored(template) => {
                     vm.agent_within(RESTORE_PATIENCE).await.inspect_err(|_| self.templates.discard(template))?

@@ -1,5 +1,6 @@
 //! Pure: how large a guest is. Sizes come in steps, so that few templates serve all Pods.
 
+use crate::runtime::microvm::machine::TemplateKind;
 use crate::runtime::types::Resources;
 
 /// What the guest's own kernel and agent need besides its Pod, in bytes.
@@ -30,6 +31,11 @@ impl Size {
             _ => 1,
         };
         Self { memory: step(memory), vcpus: cpus.clamp(1, MOST_CPUS).next_power_of_two() }
+    }
+
+    /// Whether guests of this kind have it.
+    pub(super) fn is_of(self, kind: &TemplateKind) -> bool {
+        (self.memory, self.vcpus) == (kind.memory, kind.vcpus)
     }
 }
 

@@ -1,5 +1,7 @@
 //! Guests that mean harm, in machines that are none: what they say comes from the test.
 
+mod waiting;
+
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::result::Result;
@@ -150,6 +152,14 @@ impl Machine for HostileMachine {
 
     fn weigh(&self, _: u64) -> Result<(), MachineError> {
         Ok(())
+    }
+
+    async fn move_to(&mut self, _: &MachineSpec) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn kill_unwaited(&self) {
+        self.ended.notify_one();
     }
 
     async fn kill(&self) -> Result<(), MachineError> {

@@ -254,6 +254,16 @@ pub trait Machine: Send + Sync + fmt::Debug {
     /// [`MachineError::Start`] if the host's kernel refuses.
     fn weigh(&self, shares: u64) -> Result<()>;
 
+    /// Has the VMM run in the cgroup that `spec` names, of which the machine is otherwise, with the same limits; its own is
+    /// removed. Memory that it has taken stays with the cgroup above that.
+    ///
+    /// # Errors
+    /// [`MachineError::Start`] if the host's kernel refuses. Then it may be in either, and has to be ended.
+    async fn move_to(&mut self, spec: &MachineSpec) -> Result<()>;
+
+    /// Has the VMM end, and waits for nothing: for whoever cannot. What there is of it on the host stays.
+    fn kill_unwaited(&self);
+
     /// Ends the VMM at once, and returns when it has ended and its cgroup is gone. Killing an ended one is Ok.
     ///
     /// # Errors

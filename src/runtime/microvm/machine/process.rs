@@ -16,9 +16,9 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 
-use super::cgroup::VmCgroup;
+use super::cgroup::{Limits, VmCgroup};
 use super::directory::Checkpoint;
-use super::{MachineError, Result, VmExit, VmId};
+use super::{MachineError, MachineSpec, Result, VmExit, VmId};
 
 /// How long a killed VMM may take to be gone: it may be writing to a slow disk, and has its guest's memory to give back.
 pub(super) const END_PATIENCE: Duration = Duration::from_secs(20);
@@ -30,6 +30,24 @@ pub(super) struct Process {
     handle: AsyncFd<OwnedFd>,
     /// How it ended; the kernel tells that only once.
     exit: Mutex<Option<VmExit>>,
+}
+
+/// A process that is still being started: dropped before it [has](Self::done), the process is killed, for nobody would wait
+/// for it any more.
+pub(super) struct Starting<'a>(Option<&'a Process>);
+
+impl Starting<'_> {
+    pub(super) fn done(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        if let Some(process) = self.0 {
+            process.kill();
+        }
+    }
 }
 
 // === impl Process ===
@@ -81,6 +99,30 @@ impl Process {
 
     pub(super) fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// Has it run in the cgroup of `spec`, which is made, and no more in `from`, which is removed. That it is to be looked for
+    /// there is written down first: what is left of `from` if this process ends meanwhile is empty.
+    pub(super) async fn move_to(&self, from: &VmCgroup, spec: &MachineSpec) -> Result<VmCgroup> {
+        let step = |action| MachineError::start(action, spec.dir.id());
+        let unknown = || io::Error::other("there is no checkpoint");
+        let checkpoint = spec.dir.read_checkpoint().ok_or_else(unknown).map_err(step("leave the cgroup"))?;
+        if checkpoint.cgroup_parent == spec.cgroup_parent {
+            return Ok(from.clone());
+        }
+        let to = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
+        spec.dir.write_checkpoint(&Checkpoint { cgroup_parent: spec.cgroup_parent.clone(), ..checkpoint })?;
+        let (made, limits, pid) = (to.clone(), Limits::of(spec), self.pid);
+        // The kernel may take its time.
+        let joined = tokio::task::spawn_blocking(move || made.make(&limits).and_then(|()| made.join(pid))).await;
+        joined.map_err(io::Error::other).and_then(|joined| joined).map_err(step("enter the cgroup of its Pod"))?;
+        from.remove().await.map_err(step("remove the cgroup"))?;
+        Ok(to)
+    }
+
+    /// Until more is done to it than to start it.
+    pub(super) fn starting(&self) -> Starting<'_> {
+        Starting(Some(self))
     }
 
     /// Sends SIGKILL, if it still runs.
@@ -171,7 +213,7 @@ mod tests {
     use std::process::Command;
 
     use super::*;
-    use crate::runtime::microvm::machine::cgroup::Limits;
+    use crate::runtime::microvm::machine::VmDirs;
 
     fn checkpoint(pid: i32) -> Checkpoint {
         Checkpoint {
@@ -276,6 +318,42 @@ mod tests {
         for tree in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
             let _ = fs::remove_dir(tree.path().join(&name));
         }
+    }
+
+    #[tokio::test]
+    async fn one_that_is_moved_is_found_and_ended_where_it_is() {
+        let name = format!("lambdalet-test-{}", VmId::random());
+        let pids = Path::new("/sys/fs/cgroup/pids");
+        if !pids.join("cgroup.procs").exists() || !nix::unistd::geteuid().is_root() {
+            println!("skipped: needs root and cgroup v1");
+            return;
+        }
+        let base = tempfile::tempdir().unwrap();
+        let spec = spec_in(base.path(), &format!("{name}/pod"));
+        spec.dir.create(0, 0).unwrap();
+        let (id, process) = (spec.dir.id(), Process::open(sleeper()).unwrap());
+        let from = VmCgroup::of_host(&name, id);
+        from.make(&Limits::of(&spec)).unwrap();
+        from.join(process.pid()).unwrap();
+        spec.dir.write_checkpoint(&Checkpoint { cgroup_parent: name.clone(), ..checkpoint(process.pid()) }).unwrap();
+        let (before, after) = (pids.join(&name).join("vmm-one"), pids.join(&name).join("pod/vmm-one"));
+        let to = process.move_to(&from, &spec).await.unwrap();
+        assert_eq!(fs::read_to_string(after.join("cgroup.procs")).unwrap().trim(), process.pid().to_string());
+        assert_eq!(fs::read_to_string(after.join("pids.max")).unwrap().trim(), "256");
+        assert!(!before.exists());
+        let known = spec.dir.read_checkpoint().unwrap();
+        assert_eq!(known.cgroup_parent, spec.cgroup_parent);
+        assert!(process.move_to(&to, &spec).await.is_ok() && after.exists(), "it is there already");
+        process.end(&to, id, END_PATIENCE).await.unwrap();
+        assert!(!after.exists());
+        for tree in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+            let _ = fs::remove_dir(tree.path().join(&name));
+        }
+    }
+
+    fn spec_in(base: &Path, cgroup_parent: &str) -> MachineSpec {
+        let dir = VmDirs::new(base, "default").unwrap().of(&VmId::new("one").unwrap());
+        MachineSpec { dir, cgroup_parent: cgroup_parent.to_owned(), ..crate::runtime::microvm::machine::tests::spec() }
     }
 
     #[test]

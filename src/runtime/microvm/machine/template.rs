@@ -250,13 +250,13 @@ impl Templates {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(in crate::runtime::microvm) mod tests {
     use std::io::Write;
 
     use super::*;
 
     /// A kind that differs from others by the guest's memory.
-    pub(in super::super) fn kind(memory: u64) -> TemplateKind {
+    pub(in crate::runtime::microvm) fn kind(memory: u64) -> TemplateKind {
         TemplateKind {
             vmm: "qemu 7.2 tcg".to_owned(),
             kernel: "k".to_owned(),
@@ -270,7 +270,12 @@ pub(super) mod tests {
     }
 
     fn made(templates: &Templates, kind: &TemplateKind) -> Template {
-        let template = Template { path: templates.begin().unwrap() };
+        written(templates.begin().unwrap(), kind)
+    }
+
+    /// A template in that directory, of nothing.
+    pub(in crate::runtime::microvm) fn written(path: PathBuf, kind: &TemplateKind) -> Template {
+        let template = Template { path };
         fs::write(template.memory(), "memory").unwrap();
         fs::write(template.state(), "state").unwrap();
         template.describe(kind.clone()).unwrap();

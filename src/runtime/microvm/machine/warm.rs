@@ -1,86 +1,140 @@
 //! Booted guests that wait, paused, for a Pod: the second level of the pool, by what they are of.
 //!
 //! A paused guest costs no time and the memory it has touched. The host's word on how many there may be is final: what
-//! does not fit is handed back, for whoever made it to end.
+//! does not fit is handed back. Nothing keeps what nobody has claimed: its VMM ends with the value that stands for it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use futures::FutureExt;
 
-use super::pool::Setup;
 use super::template::TemplateKind;
-use super::{Machine, Result};
+use super::{Machine, MachineSpec, Result, VmId};
 
-/// A machine and what it was started in.
+/// A machine that nobody has yet. Its VMM is killed when this is dropped; whoever waits for its end calls
+/// [`Machine::kill`] before.
 #[derive(Debug)]
 pub struct Warm {
-    /// The machine; its guest was told nothing yet.
-    pub machine: Box<dyn Machine>,
-    /// Its setup, occupied in its pool.
-    pub setup: Setup,
+    machine: Option<Box<dyn Machine>>,
+    /// What its guest is of.
+    pub kind: TemplateKind,
+    spec: MachineSpec,
 }
 
-/// Paused machines.
+/// Paused machines, the one that waits for longest first.
 #[derive(Debug)]
 pub struct WarmPool {
     most: usize,
-    waiting: Mutex<HashMap<TemplateKind, VecDeque<Warm>>>,
+    state: Mutex<State>,
 }
+
+#[derive(Debug, Default)]
+struct State {
+    /// No more are kept.
+    closed: bool,
+    waiting: VecDeque<Warm>,
+}
+
+// === impl Warm ===
+
+impl Warm {
+    /// A machine that was made of this; its guest was told nothing yet.
+    pub fn new(machine: Box<dyn Machine>, kind: TemplateKind, spec: MachineSpec) -> Self {
+        // A tap that was handed over is to end with its VMM.
+        Self { machine: Some(machine), kind, spec: MachineSpec { tap: None, ..spec } }
+    }
+
+    /// Its name.
+    pub fn id(&self) -> &VmId {
+        self.spec.dir.id()
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &dyn Machine {
+        self.machine.as_deref().expect("a claim is the last that is done with it")
+    }
+
+    /// Lets it run, in a cgroup that is made in this one; from then on it is the caller's.
+    ///
+    /// # Errors
+    /// It is still nobody's.
+    pub async fn claim(&mut self, cgroup_parent: &str) -> Result<Box<dyn Machine>> {
+        let spec = MachineSpec { cgroup_parent: cgroup_parent.to_owned(), ..self.spec.clone() };
+        let machine = self.machine.as_mut().expect("it is claimed once");
+        machine.move_to(&spec).await?;
+        machine.resume().await?;
+        Ok(self.machine.take().expect("it was there just now"))
+    }
+}
+
+impl Drop for Warm {
+    fn drop(&mut self) {
+        if let Some(machine) = &self.machine {
+            machine.kill_unwaited();
+        }
+    }
+}
+
+// === impl WarmPool ===
 
 impl WarmPool {
     /// An empty pool of at most `most` machines in all.
     pub fn new(most: usize) -> Self {
-        Self { most, waiting: Mutex::default() }
+        Self { most, state: Mutex::default() }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, HashMap<TemplateKind, VecDeque<Warm>>> {
+    fn state(&self) -> MutexGuard<'_, State> {
         // It is never half changed, so a panic elsewhere does not spoil it.
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many of that kind wait.
-    pub fn count(&self, kind: &TemplateKind) -> usize {
-        self.waiting().get(kind).map_or(0, VecDeque::len)
+    /// How many more it would keep.
+    pub fn room(&self) -> usize {
+        let state = self.state();
+        if state.closed { 0 } else { self.most.saturating_sub(state.waiting.len()) }
     }
 
-    /// Pauses a machine and keeps it; `Some` if there is no room for it.
-    ///
-    /// # Errors
-    /// It cannot be paused. It is dropped then, and goes on: whoever has its directory ends it.
-    pub async fn put(&self, kind: TemplateKind, warm: Warm) -> Result<Option<Warm>> {
-        warm.machine.pause().await?;
-        let mut waiting = self.waiting();
-        if waiting.values().map(VecDeque::len).sum::<usize>() >= self.most {
-            return Ok(Some(warm));
+    /// How many of these kinds wait.
+    pub fn count(&self, of: impl Fn(&TemplateKind) -> bool) -> usize {
+        self.state().waiting.iter().filter(|warm| of(&warm.kind)).count()
+    }
+
+    /// Keeps a machine that was paused; `Some` if there is no room for it.
+    pub fn put(&self, warm: Warm) -> Option<Warm> {
+        let mut state = self.state();
+        if state.closed || state.waiting.len() >= self.most {
+            return Some(warm);
         }
-        waiting.entry(kind).or_default().push_back(warm);
-        Ok(None)
+        state.waiting.push_back(warm);
+        None
     }
 
-    /// The one of that kind that waits for longest, running again; and those that ended meanwhile, to be given back.
-    ///
-    /// # Errors
-    /// It cannot be resumed.
-    pub async fn take(&self, kind: &TemplateKind) -> Result<(Option<Warm>, Vec<Warm>)> {
-        let (mut found, mut ended) = (None, Vec::new());
-        while found.is_none() {
-            let Some(warm) = self.waiting().get_mut(kind).and_then(VecDeque::pop_front) else { break };
-            match warm.machine.exited().now_or_never() {
-                Some(_) => ended.push(warm),
-                None => found = Some(warm),
-            }
-        }
-        if let Some(warm) = &found {
-            warm.machine.resume().await?;
-        }
-        Ok((found, ended))
+    /// The one of these kinds that waits for longest and has not ended; it is still paused.
+    pub fn take(&self, of: impl Fn(&TemplateKind) -> bool) -> Option<Warm> {
+        let waiting = &mut self.state().waiting;
+        let at = waiting.iter().position(|warm| of(&warm.kind) && !has_ended(warm))?;
+        waiting.remove(at)
     }
 
-    /// All of them, to be ended.
-    pub fn drain(&self) -> Vec<Warm> {
-        std::mem::take(&mut *self.waiting()).into_values().flatten().collect()
+    /// Those that have ended, and those that are not of these kinds.
+    pub fn take_others(&self, of: impl Fn(&TemplateKind) -> bool) -> Vec<Warm> {
+        let waiting = &mut self.state().waiting;
+        let all = std::mem::take(waiting);
+        let (left, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|warm| of(&warm.kind) && !has_ended(warm));
+        waiting.extend(left);
+        others
     }
+
+    /// All of them; no more are kept.
+    pub fn close(&self) -> Vec<Warm> {
+        let mut state = self.state();
+        state.closed = true;
+        std::mem::take(&mut state.waiting).into()
+    }
+}
+
+fn has_ended(warm: &Warm) -> bool {
+    warm.machine().exited().now_or_never().is_some()
 }
 
 #[cfg(test)]
@@ -93,15 +147,18 @@ mod tests {
 
     use super::*;
     use crate::runtime::microvm::machine::template::tests::kind;
-    use crate::runtime::microvm::machine::{TapLink, Template, VmDir, VmDirs, VmExit, VmId};
+    use crate::runtime::microvm::machine::tests::spec;
+    use crate::runtime::microvm::machine::{MachineError, Template, VmDir, VmDirs, VmExit};
     use crate::runtime::session::Duplex;
 
     /// A machine that remembers what it was told.
     #[derive(Debug)]
     struct Told {
         dir: VmDir,
-        told: Arc<Mutex<Vec<&'static str>>>,
+        told: Arc<Mutex<Vec<String>>>,
         ended: bool,
+        /// It cannot go on.
+        stuck: bool,
     }
 
     #[async_trait]
@@ -122,12 +179,11 @@ mod tests {
             Ok(())
         }
         async fn pause(&self) -> Result<()> {
-            self.told.lock().unwrap().push("pause");
             Ok(())
         }
         async fn resume(&self) -> Result<()> {
-            self.told.lock().unwrap().push("resume");
-            Ok(())
+            self.told.lock().unwrap().push("resume".to_owned());
+            if self.stuck { Err(MachineError::NotAssigned) } else { Ok(()) }
         }
         async fn save(&self) -> Result<Template> {
             Ok(Template { path: "/".into() })
@@ -135,7 +191,13 @@ mod tests {
         fn weigh(&self, _: u64) -> Result<()> {
             Ok(())
         }
-
+        async fn move_to(&mut self, spec: &MachineSpec) -> Result<()> {
+            self.told.lock().unwrap().push(format!("to {}", spec.cgroup_parent));
+            Ok(())
+        }
+        fn kill_unwaited(&self) {
+            self.told.lock().unwrap().push("killed".to_owned());
+        }
         async fn kill(&self) -> Result<()> {
             Ok(())
         }
@@ -144,29 +206,54 @@ mod tests {
         }
     }
 
-    fn warm(name: &str, ended: bool) -> (Warm, Arc<Mutex<Vec<&'static str>>>) {
+    type Heard = Arc<Mutex<Vec<String>>>;
+
+    fn warm(name: &str, of: u64, (ended, stuck): (bool, bool)) -> (Warm, Heard) {
         let dir = VmDirs::new(Path::new("/run/vms"), "default").unwrap().of(&VmId::new(name).unwrap());
-        let told = Arc::new(Mutex::new(Vec::new()));
-        let machine = Box::new(Told { dir: dir.clone(), told: Arc::clone(&told), ended });
-        let tap = TapLink { name: "lt0".to_owned(), mac: [2; 6], device: None };
-        (Warm { machine, setup: Setup { dir, tap } }, told)
+        let told = Heard::default();
+        let machine = Box::new(Told { dir: dir.clone(), told: Arc::clone(&told), ended, stuck });
+        (Warm::new(machine, kind(of), MachineSpec { dir, ..spec() }), told)
+    }
+
+    fn heard(told: &Heard) -> Vec<String> {
+        told.lock().unwrap().clone()
     }
 
     #[tokio::test]
-    async fn the_oldest_of_a_kind_that_still_lives_is_resumed() {
+    async fn the_oldest_of_a_kind_that_still_lives_is_claimed() {
         let pool = WarmPool::new(3);
-        let ((dead, _), (first, told), (second, _)) = (warm("dead", true), warm("first", false), warm("second", false));
+        let ((dead, gone), (first, told)) = (warm("dead", 1, (true, false)), warm("first", 1, (false, false)));
+        let (second, _second) = warm("second", 1, (false, false));
         for warm in [dead, first, second] {
-            assert!(pool.put(kind(1), warm).await.unwrap().is_none());
+            assert!(pool.put(warm).is_none());
         }
-        assert!(pool.put(kind(2), warm("more", false).0).await.unwrap().is_some(), "there is no room");
-        assert!(pool.take(&kind(2)).await.unwrap().0.is_none());
-        let (found, ended) = pool.take(&kind(1)).await.unwrap();
-        assert_eq!(found.unwrap().setup.dir.id().as_str(), "first");
-        assert_eq!(*told.lock().unwrap(), ["pause", "resume"]);
-        assert_eq!(ended.len(), 1);
-        assert_eq!(pool.count(&kind(1)), 1);
-        assert_eq!(pool.drain().len(), 1);
-        assert_eq!(pool.count(&kind(1)), 0);
+        let (more, surplus) = warm("more", 2, (false, false));
+        drop(pool.put(more).expect("there is no room"));
+        assert_eq!(heard(&surplus), ["killed"]);
+        assert!(pool.take(|of| *of == kind(2)).is_none());
+        let mut found = pool.take(|of| *of == kind(1)).unwrap();
+        assert_eq!((found.id().as_str(), pool.room()), ("first", 1));
+        drop(found.claim("l/pod").await.unwrap());
+        drop(found);
+        assert_eq!(heard(&told), ["to l/pod", "resume"], "it is somebody's: nobody ends it");
+        assert_eq!(pool.take_others(|of| *of == kind(1)).len(), 1);
+        assert_eq!(heard(&gone), ["killed"]);
+        assert_eq!((pool.count(|of| *of == kind(1)), pool.close().len(), pool.room()), (1, 1, 0));
+        assert!(pool.put(warm("late", 1, (false, false)).0).is_some(), "nothing is kept any more");
+    }
+
+    #[tokio::test]
+    async fn what_nobody_claimed_ends_with_the_pool() {
+        let pool = WarmPool::new(2);
+        let ((first, told), (second, other)) = (warm("first", 1, (false, false)), warm("second", 1, (false, true)));
+        assert!(pool.put(second).is_none() && pool.put(first).is_none());
+        let mut left = pool.take(|_| true).unwrap();
+        left.claim("l/pod").await.unwrap_err();
+        assert_eq!(heard(&other), ["to l/pod", "resume"]);
+        drop(left);
+        assert_eq!(heard(&other).last().unwrap(), "killed");
+        assert!(heard(&told).is_empty());
+        drop(pool);
+        assert_eq!(heard(&told), ["killed"]);
     }
 }

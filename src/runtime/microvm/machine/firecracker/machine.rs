@@ -14,7 +14,9 @@ use super::{AGENT_VSOCK_PORT, MEMORY, SNAPSHOT, VSOCK_SOCKET, blank, jailer, vso
 use crate::runtime::microvm::machine::cgroup::VmCgroup;
 use crate::runtime::microvm::machine::process::{END_PATIENCE, Process};
 use crate::runtime::microvm::machine::template::TemplateKind;
-use crate::runtime::microvm::machine::{Asset, Machine, MachineError, Result, Template, VmDir, VmExit, slot_name};
+use crate::runtime::microvm::machine::{
+    Asset, Machine, MachineError, MachineSpec, Result, Template, VmDir, VmExit, slot_name,
+};
 use crate::runtime::session::Duplex;
 
 /// A Firecracker of ours.
@@ -140,6 +142,15 @@ impl Machine for FirecrackerMachine {
 
     fn weigh(&self, shares: u64) -> Result<()> {
         self.cgroup.weigh(shares).map_err(MachineError::start("weigh the CPU time", self.dir.id()))
+    }
+
+    async fn move_to(&mut self, spec: &MachineSpec) -> Result<()> {
+        self.cgroup = self.process.move_to(&self.cgroup, spec).await?;
+        Ok(())
+    }
+
+    fn kill_unwaited(&self) {
+        self.process.kill();
     }
 
     async fn kill(&self) -> Result<()> {

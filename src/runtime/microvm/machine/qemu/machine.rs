@@ -16,7 +16,7 @@ use super::{MIGRATION_PATIENCE, slots};
 use crate::runtime::microvm::machine::cgroup::VmCgroup;
 use crate::runtime::microvm::machine::process::{END_PATIENCE, Process};
 use crate::runtime::microvm::machine::template::TemplateKind;
-use crate::runtime::microvm::machine::{Asset, Machine, MachineError, Result, Template, VmDir, VmExit};
+use crate::runtime::microvm::machine::{Asset, Machine, MachineError, MachineSpec, Result, Template, VmDir, VmExit};
 use crate::runtime::session::Duplex;
 
 /// A QEMU of ours.
@@ -125,6 +125,15 @@ impl Machine for QemuMachine {
 
     fn weigh(&self, shares: u64) -> Result<()> {
         self.cgroup.weigh(shares).map_err(MachineError::start("weigh the CPU time", self.dir.id()))
+    }
+
+    async fn move_to(&mut self, spec: &MachineSpec) -> Result<()> {
+        self.cgroup = self.process.move_to(&self.cgroup, spec).await?;
+        Ok(())
+    }
+
+    fn kill_unwaited(&self) {
+        self.process.kill();
     }
 
     async fn kill(&self) -> Result<()> {

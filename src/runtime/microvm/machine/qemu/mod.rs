@@ -148,8 +148,12 @@ impl Qemu {
         };
         // From here on its end is that of the machine; nothing is waited for before its checkpoint is written.
         let machine = QemuMachine::new(spec.dir.clone(), process, cgroup, spec.image_slots);
+        let starting = machine.process.starting();
         match self.finish_start(&machine, (spec, begun), (untold(spec, accel, memory), state)).await {
-            Ok(()) => Ok(machine),
+            Ok(()) => {
+                starting.done();
+                Ok(machine)
+            }
             Err(error) => {
                 // That it goes on is found by its checkpoint.
                 let _ = machine.kill().await;
