@@ -197,6 +197,8 @@ pub struct ServingSettings {
     /// After this long in which nothing but pings came or went exec, attach and port-forward end
     /// (`streamingConnectionIdleTimeout`).
     pub stream_idle: Duration,
+    /// Socket at which CRI v1 is served beside the Pods; `None` serves none.
+    pub cri_listen: Option<PathBuf>,
 }
 
 impl Default for ServingSettings {
@@ -216,6 +218,7 @@ impl Default for ServingSettings {
             authorized_ttl: Duration::from_secs(5 * 60),
             unauthorized_ttl: Duration::from_secs(30),
             stream_idle: Duration::from_secs(4 * 60 * 60),
+            cri_listen: None,
         }
     }
 }

@@ -15,7 +15,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair,
 use tempfile::TempDir;
 
 /// Flags that scripts written for a kubelet rely on, and our own.
-const RUN_FLAGS: [&str; 51] = [
+const RUN_FLAGS: [&str; 53] = [
     "kubeconfig",
     "bootstrap-kubeconfig",
     "cert-dir",
@@ -40,6 +40,7 @@ const RUN_FLAGS: [&str; 51] = [
     "client-ca-file",
     "tls-cert-file",
     "tls-private-key-file",
+    "cri-listen",
     "root-dir",
     "cluster-dns",
     "cluster-domain",
@@ -57,6 +58,7 @@ const RUN_FLAGS: [&str; 51] = [
     "microvm-accel",
     "vmm",
     "microvm-pin-cpus",
+    "microvm-warm",
     "microvm-host-paths",
     "function-server-addr",
     "function-server-tls-cert-file",
@@ -211,6 +213,7 @@ fn values_of_flags_are_refused_by_name() {
         ("--node-status-update-frequency", "10", "10s"),
         ("--tls-cert-file", "/c", "--tls-private-key-file"),
         ("--port", "70000", "70000"),
+        ("--cri-listen", "cri.sock", "unix:// and an absolute path"),
         ("--function-server-addr", "localhost", "[IPv6]:PORT"),
         ("--function-server-addr", "0.0.0.0:50051", "--function-server-client-ca-file"),
         ("--function-server-tls-cert-file", "/c", "belong together"),

@@ -8,15 +8,25 @@ import re
 import sys
 
 TITLES = {"docker": "lambdalet, Docker", "microvm": "lambdalet, microVMs", "containerd": "containerd 2.2"}
+COPIES = (
+    "a guest gets copies of the host's files, of those directories that --microvm-host-paths names, and writes to none of them"
+)
 # What cannot be had of a runtime, and why.
 REFUSED = {
     "microvm": {
         "sandboxes::a_sandbox_on_the_hosts_network_has_no_address": "a microVM has a kernel of its own, and so a network",
-        "containers::a_directory_of_the_host_is_mounted_and_made_if_it_is_not_there": "a guest gets copies of the "
-        "host's files, of those directories that --microvm-host-paths names, and writes to none of them",
+        "namespaces::a_pod_may_have_the_hosts_ipc_and_processes": "a microVM has a kernel of its own",
+        "security::a_filter_of_the_host_holds_system_calls": "a microVM has a kernel of its own",
+        "containers::a_directory_of_the_host_is_mounted_and_made_if_it_is_not_there": COPIES,
+        "mounts::a_file_of_the_host_is_mounted_as_a_file": COPIES,
+        "mounts::a_read_only_mount_is_read_and_not_written_to": COPIES,
+        "mounts::what_a_container_mounts_is_seen_by_the_host_where_that_is_wanted": COPIES,
+        "mounts::what_the_host_mounts_later_is_seen_where_that_is_wanted": COPIES,
     }
 }
-SECTIONS = ("sandboxes", "containers", "logs", "streams", "events", "images", "runtime")
+SECTIONS = (
+    "sandboxes", "containers", "processes", "security", "namespaces", "mounts", "logs", "streams", "events", "images", "runtime",
+)
 
 
 def outcome(path):

@@ -1,17 +1,14 @@
 //! `lambdalet cri`: its flags.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
 use ipnet::IpNet;
 
 use super::flags::{LoggingArgs, MicrovmArgs, RuntimeArgs};
-use super::start::cri::{self, Plan};
+use super::start::cri::{self, DEFAULT_KUBELET_ROOT, DEFAULT_RANGE, DEFAULT_STREAM_ADDRESS, Plan};
 use crate::config::Settings;
-
-/// What is not this host's, another's, or a node's of ours by default.
-const DEFAULT_RANGE: &str = "10.188.0.0/16";
 
 /// Every flag of `cri`.
 #[derive(Debug, Args)]
@@ -27,13 +24,13 @@ pub(super) struct CriArgs {
     #[arg(long, value_name = "WORD", value_parser = owner)]
     owner: Option<String>,
     /// Where exec, attach and port-forward are served to whoever was given a URL; a loopback address
-    #[arg(long, value_name = "IP:PORT", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), value_parser = loopback)]
+    #[arg(long, value_name = "IP:PORT", default_value_t = DEFAULT_STREAM_ADDRESS, value_parser = loopback)]
     stream_address: SocketAddr,
     /// Range of the sandboxes' addresses [default: what the client says, else 10.188.0.0/16]
     #[arg(long, value_name = "CIDR")]
     pod_cidr: Option<IpNet>,
     /// The kubelet's own root directory: containers in microVMs get copies of what it makes there for their Pods
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/kubelet")]
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_KUBELET_ROOT)]
     kubelet_root_dir: PathBuf,
     #[command(flatten)]
     runtime: RuntimeArgs,
@@ -57,7 +54,7 @@ impl CriArgs {
     }
 }
 
-fn socket(text: &str) -> Result<PathBuf, String> {
+pub(super) fn socket(text: &str) -> Result<PathBuf, String> {
     match text.strip_prefix("unix://").unwrap_or(text) {
         path if path.starts_with('/') => Ok(path.into()),
         _ => Err("a socket is unix:// and an absolute path".to_owned()),

@@ -9,6 +9,7 @@ use anyhow::Context;
 use clap::Args;
 use ipnet::IpNet;
 
+use super::cri::socket;
 use super::function_server::FunctionServerArgs;
 use crate::config::file::ConfigFile;
 use crate::config::sysctls::SysctlPattern;
@@ -242,6 +243,9 @@ struct ServingArgs {
     /// Cipher suites for TLS 1.2, by Go's names [default: all with forward secrecy and AEAD]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     tls_cipher_suites: Vec<CipherSuite>,
+    /// Socket at which CRI v1 is served besides, to crictl or another kubelet, beside the Pods [default: none]
+    #[arg(long, value_name = "URL", value_parser = socket)]
+    cri_listen: Option<PathBuf>,
 }
 
 impl ServingArgs {
@@ -255,6 +259,7 @@ impl ServingArgs {
             rotate_server_certificates,
             tls_min_version,
             tls_cipher_suites,
+            cri_listen,
         } = self;
         set(&mut settings.identity.server_tls_bootstrap, rotate_server_certificates);
         let serving = &mut settings.serving;
@@ -264,6 +269,7 @@ impl ServingArgs {
         set(&mut serving.tls_cert_file, tls_cert_file.map(Some));
         set(&mut serving.tls_private_key_file, tls_private_key_file.map(Some));
         set(&mut serving.tls_min_version, tls_min_version);
+        set(&mut serving.cri_listen, cri_listen.map(Some));
         if !tls_cipher_suites.is_empty() {
             serving.tls_cipher_suites = tls_cipher_suites;
         }
@@ -453,6 +459,13 @@ mod tests {
         std::fs::write(file.path(), format!("{head}{fields}")).unwrap();
         let told = ["run", "--node-name", "a", "--config", file.path().to_str().unwrap()];
         Run::try_parse_from(told.iter().chain(flags)).unwrap().args.resolve()
+    }
+
+    #[test]
+    fn a_node_serves_cri_where_it_is_told_to_and_else_nowhere() {
+        assert_eq!(resolved("", &[]).unwrap().settings.serving.cri_listen, None);
+        let told = resolved("", &["--cri-listen", "unix:///run/lambdalet/cri.sock"]).unwrap();
+        assert_eq!(told.settings.serving.cri_listen, Some(PathBuf::from("/run/lambdalet/cri.sock")));
     }
 
     #[test]

@@ -206,6 +206,7 @@ fn remember_node(witness: Witness, node: &NodeHandle, tasks: &Tasks) {
 async fn serve(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Result<()> {
     serve_api(&parts).await?;
     function_server::serve(&parts).await?;
+    cri::beside(&parts).await?;
     let tasks = parts.tasks.clone();
     stay_small(&tasks);
     tasks.spawn("pods", pods(parts, bridge));
@@ -305,6 +306,7 @@ async fn pods(parts: Parts, bridge: watch::Sender<Option<Bridge>>) -> anyhow::Re
     let pods = PodLoop::new(Arc::clone(&shared), api.client.clone(), drain).with_static_pods(statics, work);
     let pods = if parts.is_standalone() { pods.without_api_server() } else { pods };
     pods.run(draining, settings.node.drain_on_exit).await;
+    parts.runtime.close().await;
     if settings.node.drain_on_exit {
         if let Some(replicas) = replicas {
             replicas.end().await;

@@ -73,6 +73,7 @@ impl Core {
             image: image.id,
             image_user: image.user,
             files: files::mounts(&self.sandboxes.place(sandbox)),
+            selinux: self.about.selinux,
         };
         let made = translate::container(config, around)?;
         let target = made.pid_target.as_ref().map(|id| self.container_id(id.as_str()));

@@ -31,6 +31,8 @@ pub struct About {
     pub cgroup_root: String,
     /// The host's name.
     pub hostname: String,
+    /// Whether the host has SELinux.
+    pub selinux: bool,
 }
 
 /// See the module.

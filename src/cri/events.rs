@@ -196,6 +196,7 @@ impl Watch {
         };
         if uid.is_none() {
             self.owed = None;
+            self.core.are_all(&sandboxes);
         }
         let mut now = HashMap::new();
         for sandbox in &sandboxes {

@@ -16,7 +16,7 @@ const LONGEST_MESSAGE: usize = 4 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum CriError {
     /// Another process serves it.
-    #[error("{0} is in use: another process listens there")]
+    #[error("{0} is in use: another process listens there; end it, or pass another socket")]
     InUse(PathBuf),
     /// The root directory is another process's.
     #[error("{0} is in use: another `lambdalet cri` has it; pass another --root-dir")]

@@ -1,6 +1,6 @@
 //! The verbs of sandboxes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tonic::{Code, Status};
 use tracing::warn;
 
-use super::core::Core;
+use super::core::{About, Core};
 use super::failure::status;
 use super::shelf::Key;
 use super::translate::{self, Place, invalid};
@@ -45,7 +45,7 @@ impl Core {
             self.sandboxes.named(id, key);
             self.happened(&pod.uid);
         } else if let Err(error) = self.settle(&key).await {
-            // What is left of it is found at the next start.
+            // What is left of it is found by the next look at all.
             warn!(pod = %pod, error = error.message(), "failed to look what is left of a sandbox that could not be made");
         }
         made
@@ -61,7 +61,8 @@ impl Core {
         let config = request.config.clone().unwrap_or_default();
         let ports = translate::host_ports(&config)?;
         let cgroup_root = self.cgroup_root().await?;
-        let place = Place { handler, address, cgroup_root, hostname: &self.about.hostname };
+        let About { hostname, selinux, .. } = &self.about;
+        let place = Place { handler, address, cgroup_root, hostname, selinux: *selinux };
         let asked = translate::sandbox(&config, place)?;
         self.sandboxes.keep(key, request)?;
         files::write(&self.sandboxes.place(key), &config, (&asked.hostname, address))?;
@@ -100,14 +101,27 @@ impl Core {
 
     /// The sandbox of this id is not there any more. If no client removed it, what is kept of it goes all the same.
     pub(super) fn vanished(self: &Arc<Self>, id: &str) {
-        let Some(key) = self.sandboxes.key_of(id) else { return };
-        let (core, id) = (Arc::clone(self), id.to_owned());
-        self.tasks.spawn_finite("CRI sandbox that vanished", async move {
+        if let Some(key) = self.sandboxes.key_of(id) {
+            self.settle_soon(key);
+        }
+    }
+
+    /// These sandboxes are all there are. What is kept of another goes: it could not be made, while the runtime did not tell
+    /// what was left of it.
+    pub(super) fn are_all(self: &Arc<Self>, there: &[v1::PodSandboxStatus]) {
+        let of =
+            |metadata: &v1::PodSandboxMetadata| Key { attempt: metadata.attempt, ..Key::of_sandboxes(&metadata.uid) };
+        let there: HashSet<Key> = there.iter().filter_map(|sandbox| sandbox.metadata.as_ref().map(of)).collect();
+        self.sandboxes.keys().into_iter().filter(|key| !there.contains(key)).for_each(|key| self.settle_soon(key));
+    }
+
+    /// In its turn: one that is just being made is then there.
+    fn settle_soon(self: &Arc<Self>, key: Key) {
+        let core = Arc::clone(self);
+        self.tasks.spawn_finite("CRI sandbox that is not there", async move {
             let _turn = core.turns.turn(&Key::of_sandboxes(&key.uid)).await;
-            if core.sandboxes.key_of(&id).is_some_and(|now| now == key)
-                && let Err(error) = core.settle(&key).await
-            {
-                warn!(sandbox = id, error = error.message(), "failed to look what is left of a sandbox that vanished");
+            if let Err(error) = core.settle(&key).await {
+                warn!(pod = key.uid, error = error.message(), "failed to look what is left of a sandbox");
             }
             Ok(())
         });
@@ -225,7 +239,7 @@ impl Core {
         request: v1::UpdatePodSandboxResourcesRequest,
     ) -> Result<(), Status> {
         self.adopted().await?;
-        let limits = request.resources.as_ref().map(translate::resources).transpose()?.unwrap_or_default();
+        let limits = translate::whole(request.resources.as_ref(), request.overhead.as_ref())?;
         let id = self.sandbox_id(&request.pod_sandbox_id);
         Ok(self.runtime.update_pod_sandbox_resources(&id, &limits).await?)
     }

@@ -53,6 +53,8 @@ pub(super) struct Place<'a> {
     pub(super) cgroup_root: (&'a str, CgroupDriver),
     /// The host's name.
     pub(super) hostname: &'a str,
+    /// Whether the host has SELinux; see [`Surroundings::selinux`].
+    pub(super) selinux: bool,
 }
 
 /// Whether the sandbox is on the host's network.
@@ -73,7 +75,8 @@ pub(super) fn sandbox(config: &v1::PodSandboxConfig, place: Place<'_>) -> Result
     let linux = config.linux.clone().unwrap_or_default();
     let options = namespaces(sandbox_security(config).and_then(|context| context.namespace_options.as_ref()));
     check_users(&options)?;
-    check_selinux(sandbox_security(config).and_then(|context| context.selinux_options.as_ref()))?;
+    let labels = sandbox_security(config).and_then(|context| context.selinux_options.as_ref());
+    check_selinux(labels, place.selinux)?;
     Ok(SandboxConfig {
         hostname: hostname(config, &pod, &place),
         handler: place.handler,
@@ -83,7 +86,7 @@ pub(super) fn sandbox(config: &v1::PodSandboxConfig, place: Place<'_>) -> Result
         pid: pid(options.pid())?,
         sysctls: linux.sysctls.clone().into_iter().collect(),
         cgroup_parent: cgroup(config, &pod.uid, place.cgroup_root)?,
-        resources: linux.resources.as_ref().map(resources).transpose()?.unwrap_or_default(),
+        resources: whole(linux.resources.as_ref(), linux.overhead.as_ref())?,
         // CRI has no words for it.
         machine: MachineFiles::default(),
         pod,
@@ -105,11 +108,10 @@ fn check_users(options: &v1::NamespaceOption) -> Result<(), Status> {
     }
 }
 
-fn check_selinux(options: Option<&v1::SeLinuxOption>) -> Result<(), Status> {
+fn check_selinux(options: Option<&v1::SeLinuxOption>, selinux: bool) -> Result<(), Status> {
     match options {
-        None => Ok(()),
-        Some(options) if *options == v1::SeLinuxOption::default() => Ok(()),
-        Some(_) => Err(unsupported("SELinux options")),
+        Some(options) if selinux && *options != v1::SeLinuxOption::default() => Err(unsupported("SELinux options")),
+        _ => Ok(()),
     }
 }
 
@@ -204,6 +206,8 @@ pub(super) struct Surroundings {
     pub(super) image_user: String,
     /// Files that it sees unless its config has others there.
     pub(super) files: Vec<(PathBuf, &'static str)>,
+    /// Whether the host has SELinux. Without it labels mean nothing, and are left out as by every runtime.
+    pub(super) selinux: bool,
 }
 
 /// What the container is made from.
@@ -217,7 +221,7 @@ pub(super) fn container(config: &v1::ContainerConfig, around: Surroundings) -> R
     let context = linux.security_context.unwrap_or_default();
     let options = namespaces(context.namespace_options.as_ref());
     check_users(&options)?;
-    check_selinux(context.selinux_options.as_ref())?;
+    check_selinux(context.selinux_options.as_ref(), around.selinux)?;
     let target = options.pid() == v1::NamespaceMode::Target;
     let mut mounts = config.mounts.iter().map(mount).collect::<Result<Vec<_>, _>>()?;
     add_files(&mut mounts, around.files);
@@ -311,6 +315,31 @@ pub(super) fn resources(limits: &v1::LinuxContainerResources) -> Result<Resource
         memory_limit: set(limits.memory_limit_in_bytes),
         oom_score_adj: Some(limits.oom_score_adj),
         pids_limit: None,
+    })
+}
+
+/// Limits of a sandbox: those of its containers together, and what it needs besides added to those there are. A kubelet has
+/// given its cgroup the same.
+pub(super) fn whole(
+    containers: Option<&v1::LinuxContainerResources>,
+    overhead: Option<&v1::LinuxContainerResources>,
+) -> Result<Resources, Status> {
+    let limits = containers.map(resources).transpose()?.unwrap_or_default();
+    let Some(overhead) = overhead else { return Ok(limits) };
+    let with = |limit: Option<i64>, more: i64| match limit {
+        Some(limit) if limit > 0 => Some(limit.saturating_add(more.max(0))),
+        other => other,
+    };
+    // In the period of the other.
+    let quota = match limits.cpu_period {
+        Some(period) if overhead.cpu_period > 0 => overhead.cpu_quota.saturating_mul(period) / overhead.cpu_period,
+        _ => overhead.cpu_quota,
+    };
+    Ok(Resources {
+        cpu_shares: with(limits.cpu_shares, overhead.cpu_shares),
+        cpu_quota: with(limits.cpu_quota, quota),
+        memory_limit: with(limits.memory_limit, overhead.memory_limit_in_bytes),
+        ..limits
     })
 }
 

@@ -1,11 +1,14 @@
 //! What our server promises of sandboxes besides, and what only a runtime that can be told to fail shows.
 
+use std::time::Duration;
+
 use lambdalet::runtime::verb::Verb;
 use lambdalet::runtime::{Kind, RuntimeError};
 use lambdalet_proto::cri::v1;
+use tokio::time::timeout;
 use tonic::Code;
 
-use crate::support::{World, refused};
+use crate::support::{PATIENCE, World, refused};
 
 fn records(world: &World) -> usize {
     std::fs::read_dir(world.root().join("root/sandboxes")).unwrap().count()
@@ -69,6 +72,30 @@ async fn a_failed_start_leaves_nothing() {
     let id = world.sandbox("a").await;
     assert!(world.ip(&id).await.starts_with("10.99.0."));
     assert_eq!(refused(change_range(&mut world, "10.98.0.0/24").await), Code::FailedPrecondition);
+}
+
+#[tokio::test]
+async fn an_engine_that_is_away_when_a_start_fails_keeps_no_address_once_it_is_back() {
+    let mut world = World::inside().await;
+    let before = world.sandbox("a").await;
+    world.remove_sandbox(&before).await.unwrap();
+    let away = || RuntimeError::new(Kind::Unavailable, "no engine");
+    world.fake().fail_next(Verb::RunPodSandbox, away());
+    // More than one: a look at what was before may be under way.
+    for _ in 0..3 {
+        world.fake().fail_next(Verb::ListPodSandboxes, away());
+    }
+    let config = world.config("a");
+    assert_eq!(refused(world.run(config).await), Code::Unavailable);
+    assert_eq!(records(&world), 1, "nobody knows what is left of it");
+    world.fake().end_events();
+    let settled = async {
+        while change_range(&mut world, "10.99.0.0/24").await.is_err() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(PATIENCE, settled).await.expect("nobody holds an address");
+    assert_eq!(records(&world), 0);
 }
 
 async fn change_range(world: &mut World, range: &str) -> Result<(), tonic::Status> {

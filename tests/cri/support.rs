@@ -133,6 +133,7 @@ impl World {
                 handlers: vec!["fake".into()],
                 cgroup_root: "lambdalet-test".into(),
                 hostname: "host".into(),
+                selinux: false,
             },
             range: (None, "10.188.0.0/16".parse().unwrap()),
             plug: None,
@@ -265,10 +266,20 @@ impl World {
             log_directory: self.logs().display().to_string(),
             ..Default::default()
         };
+        self.create_in(sandbox, sandbox_config, config).await
+    }
+
+    /// Makes a container in the sandbox that was made from this config.
+    pub(crate) async fn create_in(
+        &mut self,
+        sandbox: &str,
+        of_sandbox: v1::PodSandboxConfig,
+        config: v1::ContainerConfig,
+    ) -> Result<String, Status> {
         let request = v1::CreateContainerRequest {
             pod_sandbox_id: sandbox.into(),
             config: Some(config),
-            sandbox_config: Some(sandbox_config),
+            sandbox_config: Some(of_sandbox),
         };
         Ok(self.runtime.create_container(request).await?.into_inner().container_id)
     }

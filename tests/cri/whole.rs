@@ -1,4 +1,5 @@
-//! `lambdalet cri` as it is started: its socket, its end, and real containers where there is Docker.
+//! `lambdalet cri` as it is started, and a node that serves CRI too: the socket, the end, and real containers where there
+//! is Docker.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -20,15 +21,30 @@ struct Process {
 }
 
 impl Process {
-    fn command(root: &Path, more: &[&str]) -> Command {
+    /// `lambdalet cri` with these flags besides.
+    fn server(root: &Path, more: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lambdalet"));
-        command.arg("cri").arg("--listen").arg(format!("unix://{}", root.join("cri.sock").display()));
-        command.arg("--root-dir").arg(root.join("root")).args(more).stdout(Stdio::null()).env_remove("RUST_LOG");
+        command.arg("cri").arg("--listen").arg(format!("unix://{}", root.join("cri.sock").display())).args(more);
+        if !more.contains(&"--root-dir") {
+            command.arg("--root-dir").arg(root.join("root"));
+        }
+        command.stdout(Stdio::null()).env_remove("RUST_LOG");
         command
     }
 
-    async fn start(root: &Path, more: &[&str]) -> (Self, Channel) {
-        let (child, socket) = (Self::command(root, more).spawn().unwrap(), root.join("cri.sock"));
+    /// A node without a cluster that serves CRI too, its API at this port.
+    fn node(root: &Path, port: u16, more: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lambdalet"));
+        command.args(["run", "--node-name", "alone", "--node-ip", "192.0.2.1", "--address", "127.0.0.1"]);
+        command.arg("--cri-listen").arg(format!("unix://{}", root.join("cri.sock").display()));
+        command.arg("--root-dir").arg(root.join("root")).arg("--pod-manifest-path").arg(root.join("pods"));
+        command.arg("--port").arg(port.to_string()).args(more).stdout(Stdio::null());
+        command.env_remove("RUST_LOG").env_remove("KUBECONFIG");
+        command
+    }
+
+    async fn start(mut command: Command, root: &Path) -> (Self, Channel) {
+        let (child, socket) = (command.spawn().unwrap(), root.join("cri.sock"));
         let process = Self { child, socket: socket.clone() };
         let began = Instant::now();
         while UnixStream::connect(&socket).await.is_err() {
@@ -66,11 +82,12 @@ impl Drop for Process {
 #[tokio::test]
 async fn it_serves_until_a_signal_and_its_socket_is_its_own() {
     let folder = tempfile::tempdir().unwrap();
-    let (process, channel) = Process::start(folder.path(), &["--runtime", "fake"]).await;
+    let (process, channel) =
+        Process::start(Process::server(folder.path(), &["--runtime", "fake"]), folder.path()).await;
     let mut client = RuntimeServiceClient::new(channel);
     let version = client.version(v1::VersionRequest::default()).await.unwrap().into_inner();
     assert!(version.runtime_version.contains("fake"), "{version:?}");
-    let second = Process::command(folder.path(), &["--runtime", "fake"]).output().unwrap();
+    let second = Process::server(folder.path(), &["--runtime", "fake"]).output().unwrap();
     assert!(!second.status.success() && String::from_utf8_lossy(&second.stderr).contains("is in use"), "{second:?}");
     // A stream that is open does not hold the end up.
     let _events = client.get_container_events(v1::GetEventsRequest {}).await.unwrap();
@@ -94,7 +111,7 @@ async fn every_promise_is_kept_over_docker() {
     let folder = tempfile::tempdir().unwrap();
     let owner = format!("{}promises", std::process::id());
     let flags = ["--runtime", "docker", "--owner", &owner, "--pod-cidr", "10.189.78.0/24"];
-    let (process, _channel) = Process::start(folder.path(), &flags).await;
+    let (process, _channel) = Process::start(Process::server(folder.path(), &flags), folder.path()).await;
     let socket = process.socket.clone();
     let asked = tokio::task::spawn_blocking(move || ask(&socket)).await;
     process.end();
@@ -116,25 +133,13 @@ async fn real_containers_run() {
     let folder = tempfile::tempdir().unwrap();
     let owner = format!("{}critest", std::process::id());
     let flags = ["--runtime", "docker", "--owner", &owner, "--pod-cidr", RANGE];
-    let (process, channel) = Process::start(folder.path(), &flags).await;
+    let (process, channel) = Process::start(Process::server(folder.path(), &flags), folder.path()).await;
     let mut client = RuntimeServiceClient::new(channel.clone());
     let image = Some(v1::ImageSpec { image: BUSYBOX.into(), ..Default::default() });
     let present = v1::ImageStatusRequest { image: image.clone(), verbose: false };
     let present = ImageServiceClient::new(channel).image_status(present).await.unwrap().into_inner().image;
     assert!(present.is_some(), "{BUSYBOX} is not in Docker: run hack/images");
-    let config = v1::PodSandboxConfig {
-        metadata: Some(v1::PodSandboxMetadata {
-            name: "web".into(),
-            uid: format!("uid-{owner}"),
-            namespace: "default".into(),
-            attempt: 0,
-        }),
-        log_directory: folder.path().join("logs").display().to_string(),
-        dns_config: Some(v1::DnsConfig { servers: vec!["10.96.0.10".into()], ..Default::default() }),
-        labels: map(&[("app", "web")]),
-        ..Default::default()
-    };
-    let request = v1::RunPodSandboxRequest { config: Some(config), runtime_handler: String::new() };
+    let request = sandbox(&format!("uid-{owner}"), folder.path());
     let sandbox = client.run_pod_sandbox(request).await.unwrap().into_inner().pod_sandbox_id;
     let checked = tokio::time::timeout(3 * PATIENCE, check(&mut client, &sandbox, image)).await;
     let gone = v1::RemovePodSandboxRequest { pod_sandbox_id: sandbox.clone() };
@@ -145,6 +150,23 @@ async fn real_containers_run() {
     assert!(left.containers.is_empty(), "{left:?}");
     process.end();
     remove_bridge(GATEWAY, RANGE).await;
+}
+
+/// A request for a sandbox of this UID.
+fn sandbox(uid: &str, folder: &Path) -> v1::RunPodSandboxRequest {
+    let config = v1::PodSandboxConfig {
+        metadata: Some(v1::PodSandboxMetadata {
+            name: "web".into(),
+            uid: uid.to_owned(),
+            namespace: "default".into(),
+            attempt: 0,
+        }),
+        log_directory: folder.join("logs").display().to_string(),
+        dns_config: Some(v1::DnsConfig { servers: vec!["10.96.0.10".into()], ..Default::default() }),
+        labels: map(&[("app", "web")]),
+        ..Default::default()
+    };
+    v1::RunPodSandboxRequest { config: Some(config), runtime_handler: String::new() }
 }
 
 /// The network of a CRI server stays after its end, as its sandboxes do; this one's nobody uses any more.
@@ -191,4 +213,128 @@ async fn check(client: &mut RuntimeServiceClient<Channel>, sandbox: &str, image:
     let status = client.container_status(request).await.unwrap().into_inner().status.unwrap();
     assert_eq!((status.state(), status.exit_code), (v1::ContainerState::ContainerExited, 137));
     client.remove_container(v1::RemoveContainerRequest { container_id: id }).await.unwrap();
+}
+
+/// A port that nobody has now.
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// A static Pod for a node of [`Process::node`].
+fn put_pod(folder: &Path, command: &str) {
+    let pod = format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: web}}\nspec:\n  terminationGracePeriodSeconds: 1\n  \
+         containers: [{{name: main, image: '{BUSYBOX}', command: {command}}}]\n"
+    );
+    std::fs::create_dir_all(folder.join("pods")).unwrap();
+    std::fs::write(folder.join("pods/web.yaml"), pod).unwrap();
+}
+
+/// The names of the Pods that the node tells of, once all of them run.
+async fn pods(folder: &Path, port: u16) -> Vec<String> {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let token = std::fs::read_to_string(folder.join("root/api-token")).unwrap();
+    let mut config = kube::Config::new(format!("https://127.0.0.1:{port}").parse().unwrap());
+    config.accept_invalid_certs = true;
+    config.auth_info.token = Some(token.into());
+    let client = kube::Client::try_from(config).unwrap();
+    let asked = async {
+        loop {
+            let request = http::Request::get("/pods").body(Vec::new()).unwrap();
+            let list: serde_json::Value = client.request(request).await.unwrap_or_default();
+            let pods = list["items"].as_array().cloned().unwrap_or_default();
+            if !pods.is_empty() && pods.iter().all(|pod| pod["status"]["phase"] == "Running") {
+                let name = |pod: &serde_json::Value| pod["metadata"]["name"].as_str().map(str::to_owned);
+                return pods.iter().filter_map(name).collect();
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, asked).await.expect("its Pods run")
+}
+
+/// Ids of all sandboxes that a client sees, and of all containers.
+async fn seen(client: &mut RuntimeServiceClient<Channel>) -> (Vec<String>, Vec<String>) {
+    let sandboxes = client.list_pod_sandbox(v1::ListPodSandboxRequest::default()).await.unwrap().into_inner();
+    let containers = client.list_containers(v1::ListContainersRequest::default()).await.unwrap().into_inner();
+    (
+        sandboxes.items.into_iter().map(|sandbox| sandbox.id).collect(),
+        containers.containers.into_iter().map(|container| container.id).collect(),
+    )
+}
+
+#[tokio::test]
+async fn a_node_serves_cri_too_and_neither_sees_what_the_other_runs() {
+    if !nix::unistd::geteuid().is_root() {
+        return println!("skipped: a node mounts a directory for secrets, which takes root");
+    }
+    let (folder, port) = (tempfile::tempdir().unwrap(), free_port());
+    put_pod(folder.path(), "[sleep, '600000']");
+    let flags = ["--runtime", "fake", "--drain-on-exit"];
+    let (process, channel) = Process::start(Process::node(folder.path(), port, &flags), folder.path()).await;
+    let mut client = RuntimeServiceClient::new(channel);
+    let version = client.version(v1::VersionRequest::default()).await.unwrap().into_inner();
+    assert!(version.runtime_version.contains("fake"), "{version:?}");
+    let id = client.run_pod_sandbox(sandbox("theirs", folder.path())).await.unwrap().into_inner().pod_sandbox_id;
+    assert_eq!(pods(folder.path(), port).await, ["web-alone"]);
+    assert_eq!(seen(&mut client).await, (vec![id], Vec::new()));
+    assert!(folder.path().join("root/cri/sandboxes").exists(), "its directory is below the node's");
+    process.end();
+}
+
+#[tokio::test]
+async fn a_node_does_not_start_where_another_answers_on_its_cri_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let own = folder.path().join("own").display().to_string();
+    let server = Process::server(folder.path(), &["--runtime", "fake", "--root-dir", &own]);
+    let (process, _channel) = Process::start(server, folder.path()).await;
+    std::fs::create_dir(folder.path().join("pods")).unwrap();
+    let node = Process::node(folder.path(), free_port(), &["--runtime", "fake"]);
+    let ended = assert_cmd::Command::from_std(node).timeout(PATIENCE).output().unwrap();
+    let text = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(ended.status.code().is_some_and(|code| code != 0), "it ends by itself: {text}");
+    let said = ["--cri-listen", "is in use", "pass another socket"];
+    assert!(said.iter().all(|words| text.contains(words)), "{text}");
+    process.end();
+}
+
+/// Ranges of the next test's own: of the node's Pods, and of the client's sandboxes.
+const NODE_RANGE: &str = "10.189.74.0/24";
+const BESIDE_RANGE: &str = "10.189.75.0/24";
+
+#[tokio::test]
+async fn sandboxes_beside_the_pods_of_a_node_outlive_it() {
+    if std::env::var_os("LAMBDALET_TEST_DOCKER").is_none_or(|value| value != "1") {
+        return println!("skipped: set LAMBDALET_TEST_DOCKER=1 to run real sandboxes");
+    }
+    let (folder, port) = (tempfile::tempdir().unwrap(), free_port());
+    let root = folder.path();
+    put_pod(root, "[sleep, '600']");
+    let flags = ["--runtime", "docker", "--pod-cidr", NODE_RANGE];
+    let (process, channel) = Process::start(Process::node(root, port, &flags), root).await;
+    let mut client = RuntimeServiceClient::new(channel);
+    let network_config = Some(v1::NetworkConfig { pod_cidr: BESIDE_RANGE.into() });
+    let range = v1::UpdateRuntimeConfigRequest { runtime_config: Some(v1::RuntimeConfig { network_config }) };
+    client.update_runtime_config(range).await.unwrap();
+    let id = client.run_pod_sandbox(sandbox("theirs", root)).await.unwrap().into_inner().pod_sandbox_id;
+    let theirs = (vec![id.clone()], Vec::new());
+    assert_eq!(pods(root, port).await, ["web-alone"]);
+    assert_eq!(seen(&mut client).await, theirs);
+    process.end();
+    // The next process finds what is its own, and ends its Pods only.
+    let draining = [&flags[..], &["--drain-on-exit"]].concat();
+    let (process, channel) = Process::start(Process::node(root, port, &draining), root).await;
+    assert_eq!(pods(root, port).await, ["web-alone"]);
+    assert_eq!(seen(&mut RuntimeServiceClient::new(channel)).await, theirs);
+    process.end();
+    // A server without a node may go on with them.
+    let own = root.join("root/cri").display().to_string();
+    let server = Process::server(root, &["--runtime", "docker", "--root-dir", &own]);
+    let (process, channel) = Process::start(server, root).await;
+    let mut client = RuntimeServiceClient::new(channel);
+    let left = seen(&mut client).await;
+    client.remove_pod_sandbox(v1::RemovePodSandboxRequest { pod_sandbox_id: id }).await.unwrap();
+    process.end();
+    remove_bridge("10.189.75.1", BESIDE_RANGE).await;
+    assert_eq!(left, theirs);
 }

@@ -9,7 +9,7 @@ fn sandbox_config() -> v1::PodSandboxConfig {
 
 fn place<'a>(address: Option<&str>) -> Place<'a> {
     let address = address.map(|text| text.parse().unwrap());
-    Place { handler: None, address, cgroup_root: ("root", CgroupDriver::Cgroupfs), hostname: "host" }
+    Place { handler: None, address, cgroup_root: ("root", CgroupDriver::Cgroupfs), hostname: "host", selinux: true }
 }
 
 fn container_config() -> v1::ContainerConfig {
@@ -26,6 +26,7 @@ fn around() -> Surroundings {
         image: "sha256:1".into(),
         image_user: "www-data:33".into(),
         files: vec![("/host/hosts".into(), "/etc/hosts"), ("/host/resolv.conf".into(), "/etc/resolv.conf")],
+        selinux: true,
     }
 }
 
@@ -47,6 +48,27 @@ fn a_sandbox_without_a_name_of_its_own_gets_the_pods_or_the_hosts() {
     assert_eq!((made.hostname.as_str(), made.network), ("host", SandboxNetwork::Host));
     let long = v1::PodSandboxConfig { hostname: format!("{}-x", "a".repeat(62)), ..sandbox_config() };
     assert_eq!(sandbox(&long, place(None)).unwrap().hostname, "a".repeat(62));
+}
+
+#[test]
+fn a_sandbox_is_held_to_its_containers_and_its_overhead() {
+    let limits = |cpu_quota, cpu_period, memory_limit_in_bytes| v1::LinuxContainerResources {
+        cpu_quota,
+        cpu_period,
+        memory_limit_in_bytes,
+        ..Default::default()
+    };
+    let held = |containers: &v1::LinuxContainerResources, overhead: Option<&v1::LinuxContainerResources>| {
+        let made = whole(Some(containers), overhead).unwrap();
+        (made.cpu_quota, made.cpu_period, made.memory_limit)
+    };
+    let containers = limits(50_000, 100_000, 64 << 20);
+    assert_eq!(held(&containers, None), (Some(50_000), Some(100_000), Some(64 << 20)));
+    let overhead = limits(5_000, 50_000, 16 << 20);
+    assert_eq!(held(&containers, Some(&overhead)), (Some(60_000), Some(100_000), Some(80 << 20)));
+    // What has no limit has none with an overhead either.
+    assert_eq!(held(&limits(0, 0, 0), Some(&overhead)), (None, None, None));
+    assert_eq!(held(&limits(-1, 100_000, i64::MAX), Some(&overhead)), (Some(-1), Some(100_000), Some(i64::MAX)));
 }
 
 #[test]
@@ -131,6 +153,8 @@ fn what_cannot_be_done_is_refused() {
     let context = v1::LinuxSandboxSecurityContext { selinux_options: Some(label), ..Default::default() };
     let linux = v1::LinuxPodSandboxConfig { security_context: Some(context), ..Default::default() };
     let whole = v1::PodSandboxConfig { linux: Some(linux), ..sandbox_config() };
+    assert!(container(&labelled, Surroundings { selinux: false, ..around() }).is_ok(), "it means nothing there");
+    assert!(sandbox(&whole, Place { selinux: false, ..place(None) }).is_ok(), "it means nothing there");
     let refused = sandbox(&whole, place(None)).unwrap_err();
     assert!(refused.code() == Code::Unimplemented && refused.message().contains("SELinux"), "{refused:?}");
     for config in [devices, images, user, strict, cpus, labelled] {

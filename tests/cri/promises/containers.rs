@@ -1,9 +1,12 @@
 //! What is promised of containers.
 
+use std::time::Duration;
+
 use lambdalet_proto::cri::v1;
 use tonic::Code;
 
-use crate::support::{World, map, refused};
+use super::real::{real, shell, starts};
+use crate::support::{PATIENCE, World, map, refused};
 
 #[tokio::test]
 async fn a_created_container_does_not_run_yet_and_is_what_it_was_made_from() {
@@ -310,4 +313,28 @@ async fn statistics_can_come_as_a_stream() {
         all.extend(part.container_stats.into_iter().map(|stats| stats.attributes.unwrap().id));
     }
     assert_eq!(all, [id]);
+}
+
+#[tokio::test]
+async fn what_is_written_to_its_root_is_counted() {
+    const WRITTEN: u64 = 2 << 20;
+    let Some(mut world) = real().await else { return };
+    let (sandbox, of_sandbox) = (world.sandbox("a").await, world.config("a"));
+    let main = shell(&world, "main", "head -c 2097152 /dev/urandom >/file; echo written; exec sleep 600");
+    let container_id = starts(&mut world, (&sandbox, &of_sandbox), main).await;
+    world.lines("main.log", 1).await;
+    let counted = async {
+        loop {
+            let request = v1::ContainerStatsRequest { container_id: container_id.clone() };
+            let stats = world.runtime.container_stats(request).await.unwrap().into_inner().stats.unwrap();
+            let layer = stats.writable_layer.unwrap_or_default();
+            if layer.used_bytes.is_some_and(|bytes| bytes.value >= WRITTEN) {
+                return layer;
+            }
+            // It is counted now and then.
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    };
+    let layer = tokio::time::timeout(PATIENCE, counted).await.expect("it is counted some time");
+    assert!(layer.inodes_used.is_some_and(|inodes| inodes.value > 0) && layer.timestamp > 0, "{layer:?}");
 }
