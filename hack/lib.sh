@@ -169,6 +169,21 @@ host_address() {
   echo "$address"
 }
 
+# unmount_below DIR...: everything mounted there, the last first.
+unmount_below() {
+  local dir target
+  for dir in "$@"; do
+    findmnt -rno TARGET | awk -v dir="$dir/" 'index($0, dir) == 1' | sort -r | while read -r target; do umount -l "$target"; done
+  done
+}
+
+# The network namespace that what is started belongs to; empty is this one. Where it is
+# another, hack/lib/second.sh has made it.
+NETNS=''
+
+# in_netns CMD...: in $NETNS. Unlike `ip netns exec` it leaves /sys as it is, with the cgroups.
+in_netns() { ${NETNS:+nsenter --net="/run/netns/$NETNS" --} "$@"; }
+
 # --- background processes, by id ------------------------------------------
 # DIR/NAME.pid holds "pid start-time boot-id": a pid alone may by now belong to
 # somebody else, and that one must never be killed.
@@ -190,12 +205,12 @@ proc_alive() { # DIR NAME
   [ -n "$recorded" ] && [ "$(proc_identity "${recorded%% *}")" = "$recorded" ]
 }
 
-# proc_start DIR NAME CMD...: start CMD detached, log in DIR/NAME.log.
+# proc_start DIR NAME CMD...: start CMD detached in $NETNS, log in DIR/NAME.log.
 proc_start() {
   local dir=$1 name=$2
   shift 2
   mkdir -p "$dir"
-  setsid "$@" >>"$dir/$name.log" 2>&1 </dev/null 9>&- &
+  setsid ${NETNS:+nsenter --net="/run/netns/$NETNS" --} "$@" >>"$dir/$name.log" 2>&1 </dev/null 9>&- &
   local pid=$!
   disown "$pid" 2>/dev/null || true
   proc_identity "$pid" >"$dir/$name.pid" || true

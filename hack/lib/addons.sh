@@ -11,16 +11,18 @@ addons() {
   [ $# -eq 0 ] || shift
   case $command in
     up) addons_up "$@" ;;
-    down) addons_down ;;
+    down) addons_down "$@" ;;
     *) fail "addons: up or down?" "hack/cluster --help" ;;
   esac
 }
 
 addons_up() {
-  local node=hack-host owner
+  local node=hack-host address=$HOST_ADDRESS owner
   while [ $# -gt 0 ]; do
     case $1 in
       --node) node=$2 ;;
+      --netns) NETNS=$2 ;;
+      --address) address=$2 ;;
       *) fail "addons up does not know '$1'" "hack/cluster --help" ;;
     esac
     shift 2
@@ -29,27 +31,39 @@ addons_up() {
   if [ -n "$owner" ] && [ "$owner" != "$DIR" ] && [ -d "$owner" ]; then
     fail "the cluster in $owner has kube-proxy on this host" "hack/cluster --dir $owner addons down"
   fi
-  if proc_alive "$DIR/run" kube-proxy && proc_alive "$DIR/run" coredns; then
-    say "addons are already up"
+  if proc_alive "$DIR/run" "$(proxy_name)" && proc_alive "$DIR/run" coredns; then
+    say "addons are already up${NETNS:+ in $NETNS}"
     return
   fi
   need_packages iptables iproute2 procps kmod curl
   "$HACK_DIR/build-tools" addons
-  echo "$DIR" >"$ADDONS_OWNER"
-  ! iptables -w -n -L KUBE-FIREWALL >/dev/null 2>&1 || : >"$DIR/run/had-firewall-chain"
+  if [ -z "$NETNS" ]; then
+    echo "$DIR" >"$ADDONS_OWNER"
+    ! iptables -w -n -L KUBE-FIREWALL >/dev/null 2>&1 || : >"$DIR/run/had-firewall-chain"
+    start_coredns
+  elif [ "$owner" != "$DIR" ]; then
+    fail "this host has no kube-proxy of this cluster" "hack/cluster --dir $DIR addons up"
+  fi
   route_bridged_traffic
-  start_coredns
-  start_kube_proxy "$node"
+  start_kube_proxy "$node" "$address"
   [ -z "${STAND_IN:-}" ] || kubectl_admin delete node "$STAND_IN" --ignore-not-found >/dev/null
   wait_for 20 "cluster DNS at $DNS_IP" dns_answers "$DNS_IP" 53 ||
-    { show_tail "$DIR/run/kube-proxy.log"; fail "the kube-dns Service does not answer"; }
-  say "addons are up: Services work on this host, cluster DNS is $DNS_IP"
+    { show_tail "$DIR/run/$(proxy_name).log"; fail "the kube-dns Service does not answer"; }
+  say "addons are up: Services work on this host${NETNS:+ in $NETNS}, cluster DNS is $DNS_IP"
 }
 
 addons_down() {
+  local file
   if [ "$(cat "$ADDONS_OWNER" 2>/dev/null)" != "$DIR" ]; then return 0; fi
+  if [ "${1:-}" = --netns ]; then
+    # What it has made goes away with the namespace.
+    proc_stop "$DIR/run" "kube-proxy-$2"
+    return
+  fi
   say "stopping kube-proxy and CoreDNS"
-  proc_stop "$DIR/run" kube-proxy
+  for file in "$DIR"/run/kube-proxy*.pid; do
+    [ ! -e "$file" ] || proc_stop "$DIR/run" "$(basename "$file" .pid)"
+  done
   proc_stop "$DIR/run" coredns
   "$(tool kube-proxy)" --cleanup >>"$DIR/run/kube-proxy.log" 2>&1 || warn "kube-proxy --cleanup failed, see $DIR/run/kube-proxy.log"
   [ -e "$DIR/run/had-firewall-chain" ] || drop_firewall_chain
@@ -74,14 +88,15 @@ drop_firewall_chain() {
 route_bridged_traffic() {
   local key
   modprobe br_netfilter 2>/dev/null || true
+  # A namespace of its own goes away with what is set in it.
   for key in net.ipv4.ip_forward net.bridge.bridge-nf-call-iptables; do
-    if ! sysctl -n "$key" >/dev/null 2>&1; then
+    if ! in_netns sysctl -n "$key" >/dev/null 2>&1; then
       warn "this kernel has no $key: Pods on one bridge will not reach each other through a Service"
       continue
     fi
-    [ "$(sysctl -n "$key")" != 1 ] || continue
-    echo "$key=$(sysctl -n "$key")" >>"$DIR/run/sysctls"
-    sysctl -qw "$key=1"
+    [ "$(in_netns sysctl -n "$key")" != 1 ] || continue
+    [ -n "$NETNS" ] || echo "$key=$(sysctl -n "$key")" >>"$DIR/run/sysctls"
+    in_netns sysctl -qw "$key=1"
   done
 }
 
@@ -92,29 +107,35 @@ restore_sysctls() {
   rm -f "$DIR/run/sysctls"
 }
 
-start_kube_proxy() { # NODE
-  local health metrics
-  identity "$DIR/kubeconfigs/kube-proxy.kubeconfig" system:kube-proxy
-  if proc_alive "$DIR/run" kube-proxy; then return 0; fi
+# One for each network namespace.
+proxy_name() { echo "kube-proxy${NETNS:+-$NETNS}"; }
+
+start_kube_proxy() { # NODE ADDRESS
+  local health metrics name
+  name=$(proxy_name)
+  # In another namespace loopback does not lead to the API server.
+  [ -z "$NETNS" ] || local APISERVER_URL=https://$HOST_ADDRESS:$APISERVER_PORT
+  identity "$DIR/kubeconfigs/$name.kubeconfig" system:kube-proxy
+  if proc_alive "$DIR/run" "$name"; then return 0; fi
   read -r health metrics < <(free_ports 2)
-  stand_in_for "$1"
-  start_component kube-proxy 60 "curl -fsS --noproxy * http://127.0.0.1:$health/livez" -- "$(tool kube-proxy)" \
-    --kubeconfig="$DIR/kubeconfigs/kube-proxy.kubeconfig" --hostname-override="$1" \
-    --proxy-mode=iptables --cluster-cidr="$CLUSTER_CIDR" --bind-address="$HOST_ADDRESS" \
+  stand_in_for "$1" "$2"
+  start_component "$name" 60 "in_netns curl -fsS --noproxy 127.0.0.1 http://127.0.0.1:$health/livez" -- "$(tool kube-proxy)" \
+    --kubeconfig="$DIR/kubeconfigs/$name.kubeconfig" --hostname-override="$1" \
+    --proxy-mode=iptables --cluster-cidr="$CLUSTER_CIDR" --bind-address="$2" \
     --healthz-bind-address="127.0.0.1:$health" --metrics-bind-address="127.0.0.1:$metrics" \
     --conntrack-max-per-core=0 --conntrack-tcp-timeout-established=0s --conntrack-tcp-timeout-close-wait=0s
 }
 
 # kube-proxy sits out half a minute when its Node does not exist yet, and does
 # not mind when it goes away later. So it gets one to look at while it starts.
-stand_in_for() { # NODE
+stand_in_for() { # NODE ADDRESS
   ! kubectl_admin get node "$1" >/dev/null 2>&1 || return 0
   STAND_IN=$1
   kubectl_admin create -f - >/dev/null <<EOF
 {apiVersion: v1, kind: Node, metadata: {name: $1}, spec: {unschedulable: true}}
 EOF
   kubectl_admin patch node "$1" --subresource=status --type=merge \
-    -p "{\"status\": {\"addresses\": [{\"type\": \"InternalIP\", \"address\": \"$HOST_ADDRESS\"}]}}" >/dev/null
+    -p "{\"status\": {\"addresses\": [{\"type\": \"InternalIP\", \"address\": \"$2\"}]}}" >/dev/null
 }
 
 start_coredns() {
@@ -127,7 +148,7 @@ start_coredns() {
   fi
   read -r port health <"$DIR/run/coredns.ports"
   dns_objects "$port" | kubectl_admin apply --server-side --field-manager=hack -f - >/dev/null
-  start_component coredns 30 "curl -fsS --noproxy * http://127.0.0.1:$health/ready" -- "$(tool coredns)" -conf "$DIR/run/Corefile"
+  start_component coredns 30 "curl -fsS --noproxy 127.0.0.1 http://127.0.0.1:$health/ready" -- "$(tool coredns)" -conf "$DIR/run/Corefile"
 }
 
 corefile() { # PORT HEALTH-PORT
@@ -196,7 +217,7 @@ EOF
 
 # dns_answers SERVER PORT: ask over UDP for the API server's name.
 dns_answers() {
-  python3 - "$1" "$2" "kubernetes.default.svc.$CLUSTER_DOMAIN" <<'EOF'
+  in_netns python3 - "$1" "$2" "kubernetes.default.svc.$CLUSTER_DOMAIN" <<'EOF'
 import socket, struct, sys
 server, port, name = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 labels = b"".join(bytes([len(part)]) + part.encode() for part in name.split("."))

@@ -81,7 +81,7 @@ forward_bridge() { # -I or -D, BRIDGE
 
 # containerd_stop D R [BRIDGE]: ends it and all that runs in it, and removes what it left on the host.
 containerd_stop() {
-  local dir=$1 run=$2 bridge=${3:-} task shim mount
+  local dir=$1 run=$2 bridge=${3:-} task shim
   if proc_alive "$dir" containerd; then
     for task in $(ctr_of "$run" tasks ls -q); do ctr_of "$run" tasks rm -f "$task" >/dev/null 2>&1 || true; done
     say "stopping containerd"
@@ -89,8 +89,7 @@ containerd_stop() {
   fi
   # It forgets shims of starts that were given up halfway.
   for shim in $(pgrep -f -- "^[^ ]*containerd-shim-runc-v2 .*-address $run/containerd.sock"); do kill -KILL "$shim" 2>/dev/null || true; done
-  findmnt -rno TARGET | awk -v a="$dir/" -v b="$run/" 'index($0, a) == 1 || index($0, b) == 1' | sort -r |
-    while read -r mount; do umount -l "$mount"; done
+  unmount_below "$dir" "$run"
   if [ -n "$bridge" ]; then
     forward_bridge -D "$bridge"
     ip link delete "$bridge" 2>/dev/null || true

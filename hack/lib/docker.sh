@@ -2,11 +2,13 @@
 # The Docker daemon for the scripts in hack/. Sourced by lib.sh.
 #
 # A daemon that already runs is used and left alone. One that these scripts
-# start is stopped when the last of its users lets go of it.
+# start is stopped when the last of its users lets go of it. A network namespace
+# ($NETNS) has a daemon of its own, which keeps all in DOCKER_STATE and DOCKER_RUN.
 
 DOCKER_STATE=$STATE/docker
+DOCKER_RUN=/var/run
 
-docker_answers() { curl -fsS --max-time 5 --unix-socket /var/run/docker.sock http://docker/_ping; }
+docker_answers() { curl -fsS --max-time 5 --unix-socket "$DOCKER_RUN/docker.sock" http://docker/_ping; }
 
 # ensure_docker USER: Docker installed, running, and kept for USER.
 ensure_docker() {
@@ -24,22 +26,29 @@ ensure_docker() {
 }
 
 start_dockerd() {
-  remember_network
-  if [ -d /run/systemd/system ]; then
+  local own=()
+  if [ -z "$NETNS" ]; then remember_network; else
+    mkdir -p "$DOCKER_RUN"
+    # Not the host's: it may name directories that are in use.
+    echo '{}' >"$DOCKER_STATE/daemon.json"
+    own=(--config-file "$DOCKER_STATE/daemon.json" --storage-driver "$DOCKER_DRIVER" --host "unix://$DOCKER_RUN/docker.sock"
+      --data-root "$DOCKER_STATE/data" --exec-root "$DOCKER_RUN/exec" --pidfile "$DOCKER_RUN/docker.pid")
+  fi
+  if [ -z "$NETNS" ] && [ -d /run/systemd/system ]; then
     say "starting docker with systemd"
     # Installing the package may have started it a moment ago.
     systemctl start docker >/dev/null 2>&1 || fail "systemd could not start docker" "journalctl -u docker"
     echo systemd >"$DOCKER_STATE/started"
   else
     need_cgroups
-    say "starting dockerd"
+    say "starting dockerd${NETNS:+ in $NETNS}"
     # containerd and dockerd leave their pid files when they are killed.
-    proc_start "$DOCKER_STATE" dockerd dockerd
+    proc_start "$DOCKER_STATE" dockerd dockerd "${own[@]}"
     echo process >"$DOCKER_STATE/started"
     proc_ready "$DOCKER_STATE" dockerd 60 docker_answers ||
       fail "dockerd does not start" "read $DOCKER_STATE/dockerd.log"
   fi
-  wait_for 60 "the Docker socket" docker_answers || fail "Docker does not answer on /var/run/docker.sock"
+  wait_for 60 "the Docker socket" docker_answers || fail "Docker does not answer on $DOCKER_RUN/docker.sock"
 }
 
 # Without an init system nobody may have mounted the cgroup hierarchy: version 2
@@ -62,7 +71,7 @@ need_cgroups() {
 # ask it for BuildKit, which Debian 12's daemon does not serve.
 docker_env() {
   local api
-  api=$(curl -fsS --unix-socket /var/run/docker.sock http://docker/version |
+  api=$(curl -fsS --unix-socket "$DOCKER_RUN/docker.sock" http://docker/version |
     python3 -c 'import json, sys; print(json.load(sys.stdin)["ApiVersion"])')
   if [ "$(printf '%s\n1.44\n' "$api" | sort -V | head -n 1)" != 1.44 ]; then
     export DOCKER_API_VERSION=$api DOCKER_BUILDKIT=0
@@ -77,13 +86,16 @@ release_docker() {
     rmdir "$DOCKER_STATE" 2>/dev/null || true
     return 0
   fi
-  say "stopping the docker daemon that was started here"
+  say "stopping the docker daemon that was started here${NETNS:+, in $NETNS}"
   if [ "$(cat "$DOCKER_STATE/started")" = systemd ]; then
     systemctl stop docker.socket docker >/dev/null 2>&1 || true
   else
     proc_stop "$DOCKER_STATE" dockerd 30
   fi
-  forget_network
+  if [ -z "$NETNS" ]; then forget_network; else
+    unmount_below "$DOCKER_RUN" "$DOCKER_STATE"
+    rm -rf "$DOCKER_RUN"
+  fi
   rm -rf "$DOCKER_STATE"
 }
 
