@@ -10,6 +10,8 @@
 mod client;
 #[path = "namespace.rs"]
 mod namespace;
+#[path = "resident.rs"]
+mod resident;
 #[path = "spdy.rs"]
 mod spdy;
 
@@ -38,6 +40,7 @@ use tokio_rustls::TlsAcceptor;
 
 use client::{Client, Kept, PIECE, query_value, send_zeros};
 use namespace::{PATIENCE, Place};
+use resident::resident_kib;
 use spdy::Forwarded;
 
 #[global_allocator]
@@ -89,7 +92,7 @@ struct Args {
     #[arg(long, default_value_t = 512)]
     mib: u64,
     /// Times each throughput is measured
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 7)]
     rounds: usize,
     /// Clients that follow a log at once
     #[arg(long, default_value_t = 200)]
@@ -439,8 +442,7 @@ impl Bench {
         }
         // The first one pays for what is made once.
         drop(self.follow().await?);
-        tokio::time::sleep(Duration::from_secs(3)).await;
-        let before = resident(self.args.pid)?;
+        let before = at_rest(self.args.pid).await?;
         let many = (0..self.args.followers).map(|_| self.follow());
         let mut following = try_join_all(many).await?;
         let lines = following.iter_mut().map(|(_, log)| async move {
@@ -450,7 +452,7 @@ impl Bench {
             anyhow::Ok(())
         });
         try_join_all(lines).await?;
-        let after = resident(self.args.pid)?;
+        let after = at_rest(self.args.pid).await?;
         let (growth, each) = (after - before, (after - before) * 1024.0 / self.args.followers as f64);
         println!(
             "| {} x logs -f, growth of the node's RSS | {growth:.1} MiB | {before:.1} MiB before | {each:.0} KiB each | \
@@ -467,9 +469,13 @@ impl Bench {
     }
 }
 
-/// MiB of memory that the process has.
-fn resident(pid: u32) -> anyhow::Result<f64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).context("failed to look at the node")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("it has memory")?;
-    Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+/// MiB of memory that the process has at rest: the least of a while that is longer than the node's time between two looks
+/// at what code it need not keep, which by chance comes just before a measurement or just after.
+async fn at_rest(pid: u32) -> anyhow::Result<f64> {
+    let (mut least, mut seconds) = (u64::MAX, tokio::time::interval(Duration::from_secs(1)));
+    for _ in 0..40 {
+        seconds.tick().await;
+        least = least.min(resident_kib(pid)?);
+    }
+    Ok(least as f64 / 1024.0)
 }

@@ -71,7 +71,7 @@ impl Keeper {
                 let end = current.map_or(now, |certificate| certificate.not_after);
                 let over = kind == Kind::Client && end <= now;
                 let bootstrap = self.bootstrap.as_deref().filter(|_| over);
-                if bootstrap.is_some() && !std::mem::replace(&mut by_bootstrap, bootstrap.is_some()) {
+                if !std::mem::replace(&mut by_bootstrap, bootstrap.is_some()) && by_bootstrap {
                     // What it asked for as itself may wait for an approval that never comes, and has the same name.
                     self.store.forget_pending();
                 }
