@@ -237,6 +237,8 @@ pub struct PodSettings {
     /// Ranges Pod addresses come from, if told, at most one of each family and the first one first; else
     /// `spec.podCIDRs`, else [`DEFAULT_POD_CIDR`].
     pub pod_cidrs: Vec<IpNet>,
+    /// Where Pods' packets go with their own addresses, at most one range of each family: to Pods of other nodes.
+    pub non_masquerade_cidrs: Vec<IpNet>,
     /// The plugins that make the Pods' network; without them it is the node's own.
     pub cni: Option<CniSettings>,
     /// Longest wait between two starts of a container that keeps ending.
@@ -265,6 +267,7 @@ impl Default for PodSettings {
             cluster_domain: "cluster.local".to_owned(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
             pod_cidrs: Vec::new(),
+            non_masquerade_cidrs: Vec::new(),
             cni: None,
             max_restart_backoff: Duration::from_secs(300),
             pids_limit: None,

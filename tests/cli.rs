@@ -15,7 +15,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair,
 use tempfile::TempDir;
 
 /// Flags that scripts written for a kubelet rely on, and our own.
-const RUN_FLAGS: [&str; 53] = [
+const RUN_FLAGS: [&str; 54] = [
     "kubeconfig",
     "bootstrap-kubeconfig",
     "cert-dir",
@@ -45,6 +45,7 @@ const RUN_FLAGS: [&str; 53] = [
     "cluster-dns",
     "cluster-domain",
     "pod-cidr",
+    "non-masquerade-cidr",
     "cni-conf-dir",
     "cni-bin-dir",
     "runtime",
@@ -207,6 +208,7 @@ fn values_of_flags_are_refused_by_name() {
         ("--node-ip", "10.0.0.1,10.0.0.2", "one family"),
         ("--pod-cidr", "10.0.0.0", "--pod-cidr"),
         ("--pod-cidr", "10.1.0.0/16,10.2.0.0/16", "both are of one family"),
+        ("--non-masquerade-cidr", "10.1.0.0/16,10.2.0.0/16", "both are of one family"),
         ("--cni-bin-dir", "/plugins", "--cni-conf-dir"),
         ("--cluster-dns", "dns.local", "--cluster-dns"),
         ("--insecure-registries", "http://a", "without http://"),

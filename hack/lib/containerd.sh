@@ -79,6 +79,24 @@ forward_bridge() { # -I or -D, BRIDGE
   iptables -w "$1" FORWARD -o "$2" -j ACCEPT 2>/dev/null || true
 }
 
+# sweep_plugins BRIDGE: what the plug-ins have made for Pods that nobody came to unplug.
+sweep_plugins() {
+  local result space id chain number
+  for result in /var/lib/cni/results/hack-"$1"-*; do
+    [ -f "$result" ] || continue
+    space=$(grep -o '"netns":"[^"]*"' "$result" | sed 's/.*\///; s/"//') || true
+    # Its mount may have gone before its file.
+    [ -z "$space" ] || ip netns delete "$space" 2>/dev/null || rm -f "/run/netns/$space" || true
+    id=${result#*/hack-"$1"-} id=${id%-*}
+    rm -f "$result" "/var/lib/cni/results/cni-loopback-$id-lo"
+  done
+  command -v iptables >/dev/null || return 0
+  iptables -w -t nat -L POSTROUTING -n --line-numbers | awk -v name="hack-$1" 'index($0, "\"" name "\"") { print $1, $2 }' | sort -rn |
+    while read -r number chain; do
+      iptables -w -t nat -D POSTROUTING "$number" && iptables -w -t nat -F "$chain" && iptables -w -t nat -X "$chain" || true
+    done
+}
+
 # containerd_stop D R [BRIDGE]: ends it and all that runs in it, and removes what it left on the host.
 containerd_stop() {
   local dir=$1 run=$2 bridge=${3:-} task shim
@@ -91,6 +109,7 @@ containerd_stop() {
   for shim in $(pgrep -f -- "^[^ ]*containerd-shim-runc-v2 .*-address $run/containerd.sock"); do kill -KILL "$shim" 2>/dev/null || true; done
   unmount_below "$dir" "$run"
   if [ -n "$bridge" ]; then
+    sweep_plugins "$bridge"
     forward_bridge -D "$bridge"
     ip link delete "$bridge" 2>/dev/null || true
   fi

@@ -32,7 +32,7 @@ start_dockerd() {
     # Not the host's: it may name directories that are in use.
     echo '{}' >"$DOCKER_STATE/daemon.json"
     own=(--config-file "$DOCKER_STATE/daemon.json" --storage-driver "$DOCKER_DRIVER" --host "unix://$DOCKER_RUN/docker.sock"
-      --data-root "$DOCKER_STATE/data" --exec-root "$DOCKER_RUN/exec" --pidfile "$DOCKER_RUN/docker.pid")
+      --bip "$DOCKER_BRIDGE" --data-root "$DOCKER_STATE/data" --exec-root "$DOCKER_RUN/exec" --pidfile "$DOCKER_RUN/docker.pid")
   fi
   if [ -z "$NETNS" ] && [ -d /run/systemd/system ]; then
     say "starting docker with systemd"

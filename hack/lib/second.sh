@@ -12,6 +12,8 @@
 SECOND=hacknode2
 SECOND_ADDRESS=10.243.0.2
 SECOND_GATEWAY=10.243.0.1
+# Docker's own: by default it would take a range that the host may be in.
+SECOND_BRIDGE=10.243.1.1/24
 
 # on_second FUNCTION ARGS...: for the second host and its Docker daemon.
 on_second() {
@@ -24,7 +26,7 @@ second_there() { [ -e "/run/netns/$SECOND" ]; }
 
 # second_up USER IMAGE...: it is there, and its daemon has these images of the first one's.
 second_up() {
-  local user=$1 DOCKER_DRIVER
+  local user=$1 DOCKER_DRIVER DOCKER_BRIDGE=$SECOND_BRIDGE
   shift
   need_packages iproute2 iptables util-linux
   if ! second_there; then
@@ -55,22 +57,8 @@ second_images() { # IMAGE...
 
 image_id() { docker image inspect -f '{{.Id}}' "$1" 2>/dev/null || true; }
 
-# second_routes CLUSTER-RANGE RANGE: Pods of both hosts reach each other under their own
-# addresses. CLUSTER-RANGE is that of all Pods, RANGE that of those of the second host.
-second_routes() {
-  ip route replace "$2" via "$SECOND_ADDRESS"
-  keep_addresses "$SECOND" "$1"
-  on_second keep_addresses eth0 "$1"
-}
-
-# In front of the node's own rule, by which a Pod's packets leave under the node's address, as
-# whatever routes between nodes does it; behind those of kube-proxy.
-keep_addresses() { # INTERFACE CLUSTER-RANGE
-  local rule=(POSTROUTING -s "$2" -d "$2" -o "$1" -j ACCEPT) first
-  ! in_netns iptables -w -t nat -C "${rule[@]}" 2>/dev/null || return 0
-  first=$(in_netns iptables -w -t nat -S POSTROUTING | awk '$1 == "-A" && ++n && /KUBE-POSTROUTING/ { at = n } END { print at + 1 }')
-  in_netns iptables -w -t nat -I "${rule[0]}" "$first" "${rule[@]:1}"
-}
+# second_route RANGE: the host finds the second one's Pods, which have this range; the second one finds all by its default.
+second_route() { ip route replace "$1" via "$SECOND_ADDRESS"; }
 
 # second_down USER: nothing of it is left. The host's end of the cable takes the routes with it.
 second_down() {
@@ -82,7 +70,6 @@ second_down() {
     warn "ending a left-over process in $SECOND: $(ps -o pid=,args= -p "$pid" | cut -c1-90)"
     kill -KILL "$pid" 2>/dev/null || true
   done
-  iptables -w -t nat -S POSTROUTING | sed -n "/-o $SECOND /s/^-A /-D /p" | xargs -r -L 1 iptables -w -t nat
   ip link delete "$SECOND" 2>/dev/null || true
   ip netns delete "$SECOND"
   # Mounted by the first `ip netns add` on a host.

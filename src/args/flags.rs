@@ -68,7 +68,8 @@ impl RunArgs {
         runtime.apply(&mut settings);
         microvm.apply(&mut settings)?;
         settings.function_server = function_server.resolve()?;
-        check_ranges(&settings.pods.pod_cidrs)?;
+        check_ranges("pod-cidr", &settings.pods.pod_cidrs)?;
+        check_ranges("non-masquerade-cidr", &settings.pods.non_masquerade_cidrs)?;
         check_plugins(&settings)?;
         check_serving_pair(&settings.serving)?;
         if let Some(memory) = settings.function_server.as_ref().and_then(|server| server.memory) {
@@ -298,6 +299,10 @@ struct PodArgs {
     /// Range of Pod addresses, or one of each family [default: the Node's spec.podCIDRs, else 10.187.0.0/16]
     #[arg(long, value_name = "CIDR", value_delimiter = ',')]
     pod_cidr: Vec<IpNet>,
+    /// Range of all Pods of the cluster, or one of each family: what Pods send there keeps its source address, as something
+    /// routes it between nodes [default: none, all that leaves the node is masqueraded]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    non_masquerade_cidr: Vec<IpNet>,
     /// Directory of CNI configurations, of which the first by name makes the Pods' network [default: none, the node's own]
     #[arg(long, value_name = "DIR")]
     cni_conf_dir: Option<PathBuf>,
@@ -315,6 +320,7 @@ impl PodArgs {
             pod_manifest_path,
             allowed_unsafe_sysctls,
             pod_cidr,
+            non_masquerade_cidr,
             cni_conf_dir,
             cni_bin_dir,
         } = self;
@@ -331,6 +337,7 @@ impl PodArgs {
         if !pod_cidr.is_empty() {
             pods.pod_cidrs = pod_cidr;
         }
+        pods.non_masquerade_cidrs = non_masquerade_cidr;
         pods.cni = cni_conf_dir.map(|conf_dir| CniSettings {
             conf_dir,
             bin_dirs: if cni_bin_dir.is_empty() { vec![DEFAULT_CNI_BIN_DIR.into()] } else { cni_bin_dir },
@@ -339,15 +346,15 @@ impl PodArgs {
 }
 
 /// At most one range of each family.
-fn check_ranges(ranges: &[IpNet]) -> anyhow::Result<()> {
+fn check_ranges(flag: &str, ranges: &[IpNet]) -> anyhow::Result<()> {
     match ranges {
         [] | [_] => Ok(()),
         [first, second] => {
             let differ = first.addr().is_ipv4() != second.addr().is_ipv4();
-            anyhow::ensure!(differ, "--pod-cidr {first},{second}: both are of one family");
+            anyhow::ensure!(differ, "--{flag} {first},{second}: both are of one family");
             Ok(())
         }
-        _ => anyhow::bail!("--pod-cidr takes one range, or one IPv4 and one IPv6 range"),
+        _ => anyhow::bail!("--{flag} takes one range, or one IPv4 and one IPv6 range"),
     }
 }
 

@@ -92,20 +92,25 @@ impl Bridge {
     /// [`NetworkError::NotABridge`] if the name is taken, [`NetworkError::Command`] without `iptables`, or the kernel's
     /// refusal.
     pub async fn ensure(name: &str, gateway: IpAddr, range: IpNet) -> Result<Self, NetworkError> {
-        Self::ensure_all(name, vec![(gateway, range)]).await
+        Self::ensure_all(name, vec![(gateway, range)], Vec::new()).await
     }
 
-    /// The same with a gateway and range of each family; the first is that of taps.
+    /// The same with a gateway and range of each family; the first is that of taps. What Pods send to `cluster`, at most one
+    /// range of each family, is not masqueraded.
     ///
     /// # Errors
     /// As [`Bridge::ensure`].
-    pub async fn ensure_all(name: &str, ranges: Vec<(IpAddr, IpNet)>) -> Result<Self, NetworkError> {
+    pub async fn ensure_all(
+        name: &str,
+        ranges: Vec<(IpAddr, IpNet)>,
+        cluster: Vec<IpNet>,
+    ) -> Result<Self, NetworkError> {
         let named = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if name.is_empty() || name.len() > 15 || name.starts_with(['.', '-']) || !name.chars().all(named) {
             return Err(NetworkError::BadName { name: name.to_owned() });
         }
         let name = name.to_owned();
-        let settings = on_thread(move || ensure(name, &ranges)).await?;
+        let settings = on_thread(move || ensure(name, &ranges, &cluster)).await?;
         Ok(Self { settings: Arc::new(settings), permits: Arc::new(Semaphore::new(AT_ONCE)), turns: Arc::default() })
     }
 
@@ -223,7 +228,7 @@ pub fn mac_of(address: IpAddr) -> Mac {
 
 // === On the host ===
 
-fn ensure(name: String, ranges: &[(IpAddr, IpNet)]) -> Result<Settings, NetworkError> {
+fn ensure(name: String, ranges: &[(IpAddr, IpNet)], cluster: &[IpNet]) -> Result<Settings, NetworkError> {
     let mut host = open_netlink()?;
     let tried = |action: &str| {
         let action = format!("{action} bridge {name}");
@@ -249,7 +254,8 @@ fn ensure(name: String, ranges: &[(IpAddr, IpNet)]) -> Result<Settings, NetworkE
     for &(gateway, range) in ranges {
         host.set_only_address(bridge.index, gateway, range.prefix_len()).map_err(tried("set the address of"))?;
         forward(&name, gateway)?;
-        with_ports.append(&mut firewall::ensure(&name, range)?);
+        let same_family = |other: &&IpNet| other.addr().is_ipv4() == gateway.is_ipv4();
+        with_ports.append(&mut firewall::ensure(&name, range, cluster.iter().find(same_family).copied())?);
         let routes = Routes::new(&name, gateway, range);
         routes.ensure(&mut host).map_err(tried("route the range of"))?;
         nets.push(Net { gateway, range, routes });

@@ -29,11 +29,11 @@ pub(super) struct Rule {
 }
 
 /// Makes the rules of this bridge be there, each once, and removes older ones of it that differ. Returns the Pods that
-/// ports of the host lead to.
-pub(super) fn ensure(bridge: &str, range: IpNet) -> Result<BTreeSet<String>, NetworkError> {
+/// ports of the host lead to. What goes to `cluster` leaves the node with the Pod's address as its source.
+pub(super) fn ensure(bridge: &str, range: IpNet, cluster: Option<IpNet>) -> Result<BTreeSet<String>, NetworkError> {
     let command = command_for(range.addr());
     let listed = list(command)?;
-    let wanted = wanted(bridge, range, has_docker_chain(&listed));
+    let wanted = wanted(bridge, (range, cluster), has_docker_chain(&listed));
     reconcile(command, &tagged(&comment(bridge), &listed), &wanted)?;
     Ok(ports::open(bridge, &listed))
 }
@@ -58,7 +58,7 @@ fn command_for(address: IpAddr) -> &'static str {
     if address.is_ipv4() { "iptables" } else { "ip6tables" }
 }
 
-fn wanted(bridge: &str, range: IpNet, docker: bool) -> Vec<Rule> {
+fn wanted(bridge: &str, (range, cluster): (IpNet, Option<IpNet>), docker: bool) -> Vec<Rule> {
     let comment = comment(bridge);
     let rule = |table, chain: &str, first, text: &str| Rule {
         table,
@@ -69,10 +69,11 @@ fn wanted(bridge: &str, range: IpNet, docker: bool) -> Vec<Rule> {
     let forward = if docker { DOCKER_CHAIN } else { "FORWARD" };
     let range = range.trunc();
     let tag = format!("-m comment --comment {comment}");
+    let elsewhere = cluster.map(|cluster| format!("! -d {} ", cluster.trunc())).unwrap_or_default();
     let mut rules = vec![
         rule("filter", forward, true, &format!("-i {bridge} ! -o {NOWHERE} {tag} -j ACCEPT")),
         rule("filter", forward, true, &format!("-o {bridge} {tag} -j ACCEPT")),
-        rule("nat", "POSTROUTING", false, &format!("-s {range} ! -o {bridge} {tag} -j MASQUERADE")),
+        rule("nat", "POSTROUTING", false, &format!("-s {range} {elsewhere}! -o {bridge} {tag} -j MASQUERADE")),
     ];
     for chain in [forward, "OUTPUT"].into_iter().filter(|_| range.addr().is_ipv4()) {
         // What the host sent to an address of its own, and a rule has led to a Pod by now, still counts as leaving there.
@@ -186,7 +187,7 @@ mod tests {
     fn only_rules_of_this_bridge_are_ours() {
         let ours = tagged("lambdalet:lb0", &listed());
         assert_eq!(ours.len(), 2);
-        let wanted = wanted("lb0", "10.1.0.5/16".parse().unwrap(), has_docker_chain(&listed()));
+        let wanted = wanted("lb0", ("10.1.0.5/16".parse().unwrap(), None), has_docker_chain(&listed()));
         assert_eq!(ours[0].text, wanted[0].text);
         assert_eq!(ours[1].text, wanted[1].text);
         assert_eq!(ours[1].chain, wanted[1].chain);
@@ -194,9 +195,21 @@ mod tests {
     }
 
     #[test]
+    fn what_goes_to_other_nodes_pods_keeps_its_address() {
+        let masquerades = |cluster: Option<&str>| {
+            let cluster = cluster.map(|range| range.parse().unwrap());
+            let rules = wanted("lb0", ("10.1.2.0/24".parse().unwrap(), cluster), false);
+            rules.into_iter().find(|rule| rule.table == "nat").unwrap().text.join(" ")
+        };
+        let end = "! -o lb0 -m comment --comment lambdalet:lb0 -j MASQUERADE";
+        assert_eq!(masquerades(None), format!("-s 10.1.2.0/24 {end}"));
+        assert_eq!(masquerades(Some("10.1.2.3/16")), format!("-s 10.1.2.0/24 ! -d 10.1.0.0/16 {end}"));
+    }
+
+    #[test]
     fn without_docker_the_rules_go_to_forward() {
         assert!(!has_docker_chain(&[("nat", "-N DOCKER-USER".to_owned())]));
-        assert_eq!(wanted("lb0", "10.1.0.0/16".parse().unwrap(), false)[0].chain, "FORWARD");
+        assert_eq!(wanted("lb0", ("10.1.0.0/16".parse().unwrap(), None), false)[0].chain, "FORWARD");
     }
 
     #[test]

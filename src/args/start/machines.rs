@@ -53,7 +53,7 @@ pub(super) fn make(maker: &Maker<'_>, survey: &Survey, usable: &[Vmm]) -> (Vec<N
         } else {
             missing.insert(full_name(vmm), survey.missing(Some(vmm)));
         }
-        if works || has_sandboxes(&vmm.root(&settings.pods.root_dir)) {
+        if works || has_left(&vmm.root(&settings.pods.root_dir)) {
             made.push(named(&handler(vmm), driver(maker, vmm, (&images, &pins))));
         }
     }
@@ -82,8 +82,10 @@ fn images(maker: &Maker<'_>) -> Arc<Images> {
     Arc::new(Images { root, options, store: OnceCell::new() })
 }
 
-fn has_sandboxes(root: &Path) -> bool {
-    std::fs::read_dir(root.join("sandboxes")).is_ok_and(|mut entries| entries.next().is_some())
+/// Whether there are sandboxes, or microVMs without one: guests that waited for Pods, or of which a template was to be made.
+fn has_left(root: &Path) -> bool {
+    let is_there = |place| std::fs::read_dir(root.join(place)).is_ok_and(|mut entries| entries.next().is_some());
+    ["sandboxes", "vms/default", "vms/making"].into_iter().any(is_there)
 }
 
 fn driver(maker: &Maker<'_>, vmm: Vmm, (images, pins): (&Arc<Images>, &Pins)) -> Late {

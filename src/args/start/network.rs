@@ -72,7 +72,8 @@ async fn own(parts: &Parts, bridge: &watch::Sender<Option<Bridge>>) -> anyhow::R
         let name = owner::bridge_name(&parts.owner);
         let ranges: Vec<(IpAddr, IpNet)> = ipams.iter().map(|ipam| (ipam.gateway(), ipam.range())).collect();
         info!(bridge = name, ?ranges, "setting up the Pod network");
-        let made = Bridge::ensure_all(&name, ranges).await.context("failed to set up the Pod network")?;
+        let made = Bridge::ensure_all(&name, ranges, settings.pods.non_masquerade_cidrs.clone()).await;
+        let made = made.context("failed to set up the Pod network")?;
         bridge.send_replace(Some(made));
     }
     Ok((ipams, bridge.borrow().clone()))

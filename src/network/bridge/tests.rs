@@ -429,7 +429,7 @@ fn a_pod_with_an_address_of_each_family_is_reached_by_both_until_it_is_unplugged
     on_a_host(|| async {
         let ranges =
             || vec![(ip("10.77.0.1"), "10.77.0.0/24".parse().unwrap()), (ip("fd77::1"), "fd77::/64".parse().unwrap())];
-        let bridge = Bridge::ensure_all("lb0", ranges()).await.unwrap();
+        let bridge = Bridge::ensure_all("lb0", ranges(), Vec::new()).await.unwrap();
         let (a, b) = (Namespace::new(), Namespace::new());
         let (of_a, of_b) = ([ip("10.77.0.2"), ip("fd77::2")], [ip("10.77.0.3"), ip("fd77::3")]);
         bridge.plug(a.tid, "sandbox-a", &of_a).await.unwrap();
@@ -445,7 +445,7 @@ fn a_pod_with_an_address_of_each_family_is_reached_by_both_until_it_is_unplugged
         assert_eq!(b.ask(ip("10.77.0.1")).unwrap(), "10.77.0.3");
         assert_eq!(b.ask(ip("fd77::1")).unwrap(), "fd77::3");
         // Another process finds both families of the ports, and of the Pod that is left.
-        let again = Bridge::ensure_all("lb0", ranges()).await.unwrap();
+        let again = Bridge::ensure_all("lb0", ranges(), Vec::new()).await.unwrap();
         again.close_ports("u-1").await.unwrap();
         assert!(b.ask(ip("10.77.0.1")).is_err() && b.ask(ip("fd77::1")).is_err());
         ask(of_a[1]).unwrap();

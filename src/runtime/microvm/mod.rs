@@ -100,6 +100,8 @@ impl MicrovmRuntime {
     pub async fn open(options: MicrovmOptions, vms: Arc<dyn Vms>, images: Arc<dyn Blocks>) -> Result<Self> {
         let (root, owner) = (options.root.join("sandboxes"), options.owner.clone());
         let tried = format!("failed to read the sandboxes in {}", root.display());
+        // Before the sandboxes: each is written down before it has a VM, by whichever process.
+        let left = vms.left();
         let (records, names) = blocking(tried, move || {
             std::fs::create_dir_all(&root)?;
             let (mut records, mut names) = (Vec::new(), Vec::new());
@@ -117,7 +119,7 @@ impl MicrovmRuntime {
         })
         .await?;
         // A checkpoint that is lost still has its VM.
-        vms.end_others(&names);
+        vms.end_all(left.into_iter().filter(|id| !names.contains(id)).collect());
         let events = broadcast::Sender::new(EVENTS_BEHIND);
         let (sandboxes, turns) = (Mutex::default(), Turns::default());
         let runtime = Self { inner: Arc::new(Inner { options, vms, images, sandboxes, turns, events }) };

@@ -40,9 +40,13 @@ pub trait Vms: Send + Sync + 'static {
         fresh_name()
     }
 
-    /// Ends, behind the caller, the VMs that an earlier process had made for nobody: all but these. To be called before any is
-    /// launched.
-    fn end_others(&self, _ids: &[String]) {}
+    /// The ids of those that an earlier process left, or anything of them. To be called before any is launched.
+    fn left(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Ends, behind the caller, VMs that an earlier process had made for nobody.
+    fn end_all(&self, _ids: Vec<String>) {}
 
     /// Ends those that this process has made for nobody, and makes no more.
     async fn close(&self) {}

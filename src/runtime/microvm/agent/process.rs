@@ -12,6 +12,7 @@ use lambdalet_proto::agent::v1::{
 };
 use tokio::io::AsyncWrite;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
@@ -105,8 +106,8 @@ impl Agent {
                 () = told.closed() => {}
             }
             // A call that is dropped before it has come to the guest's notice tells it nothing. A command that is not
-            // there any more has ended.
-            let _ = client.exec_exit(ExecExitRequest { exec_id, end: true }).await;
+            // there any more has ended, and a guest that does not answer is not waited for.
+            let _ = timeout(PATIENCE, client.exec_exit(ExecExitRequest { exec_id, end: true })).await;
         });
         let agent = self.clone();
         async move {

@@ -193,8 +193,8 @@ impl Vms for HostVms {
     async fn check(&self) -> Result<String> {
         let unusable = |Why(why)| RuntimeError::new(Kind::Unsupported, format!("no microVM can be run: {why}"));
         let manager = self.inner.manager.check().await.map_err(unusable)?;
-        self.inner.assets().map_err(|error| error.during("no microVM can be run: its guest cannot be opened"))?;
-        Ok(manager)
+        let no_guest = "no microVM can be run: its guest cannot be opened";
+        self.inner.assets().map(|_| manager).map_err(|error| error.during(no_guest))
     }
 
     fn slots(&self) -> u8 {
@@ -205,8 +205,12 @@ impl Vms for HostVms {
         self.inner.promise(config).unwrap_or_else(fresh_name)
     }
 
-    fn end_others(&self, ids: &[String]) {
-        self.end_all_but(ids);
+    fn left(&self) -> Vec<String> {
+        self.left_behind()
+    }
+
+    fn end_all(&self, ids: Vec<String>) {
+        self.end_behind(ids);
     }
 
     async fn close(&self) {
@@ -232,8 +236,7 @@ impl Vms for HostVms {
             }
         });
         let ending = |_| RuntimeError::new(Kind::Unavailable, format!("{tried}: the node is ending"));
-        let (vm, _) = launched.await.map_err(ending)??;
-        Ok(vm)
+        launched.await.map_err(ending)?.map(|(vm, _)| vm as Arc<dyn Vm>)
     }
 
     async fn find(&self, id: &str) -> Result<Option<Arc<dyn Vm>>> {
@@ -255,9 +258,8 @@ impl Vms for HostVms {
         let dir = self.inner.dirs.of(&VmId::new(id).map_err(failed)?);
         let known = self.inner.running().get(id).cloned();
         self.inner.waiting.give_up(id).await.map_err(failed)?;
-        self.inner.end(&dir, known.as_deref()).await.map_err(failed)?;
-        self.inner.running().remove(id);
-        Ok(())
+        let ended = self.inner.end(&dir, known.as_deref()).await.map_err(failed);
+        ended.map(|()| drop(self.inner.running().remove(id)))
     }
 }
 
@@ -280,9 +282,9 @@ impl Inner {
 
     /// Kernel and initramfs, opened anew each time: they may be replaced by newer ones.
     fn assets(&self) -> super::machine::Result<(Asset, Asset)> {
-        let bundle = &self.options.bundle;
-        let kernel = self.options.kernel.clone().unwrap_or_else(|| bundle.join(KERNEL));
-        Ok((Asset::open(&kernel)?, Asset::open(&bundle.join(INITRAMFS))?))
+        let HostOptions { kernel, bundle, .. } = &self.options;
+        let kernel = Asset::open(&kernel.clone().unwrap_or_else(|| bundle.join(KERNEL)))?;
+        Ok((kernel, Asset::open(&bundle.join(INITRAMFS))?))
     }
 
     /// With the files that the sandbox names, of those that the operator allows.

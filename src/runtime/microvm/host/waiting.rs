@@ -63,18 +63,22 @@ impl Waiting {
 }
 
 impl HostVms {
-    /// Ends what an earlier process left, but for those of these names; behind whoever asks, for what is ended needs the
-    /// network, which may come later. What cannot be ended is left to the next process.
-    pub(super) fn end_all_but(&self, ids: &[String]) {
-        let left = match self.inner.dirs.list() {
-            Ok(dirs) => {
-                dirs.into_iter().filter(|dir| !ids.iter().any(|id| id == dir.id().as_str())).collect::<Vec<_>>()
-            }
-            Err(error) => return tracing::warn!(error = chain(&error), "failed to look for guests that waited"),
-        };
+    /// What an earlier process left, by name.
+    pub(super) fn left_behind(&self) -> Vec<String> {
+        let dirs = self.inner.dirs.list().unwrap_or_else(|error| {
+            tracing::warn!(error = chain(&error), "failed to look for guests that waited");
+            Vec::new()
+        });
+        dirs.iter().map(|dir| dir.id().to_string()).collect()
+    }
+
+    /// Ends these behind whoever asks, for what is ended needs the network, which may come later. What cannot be ended is left
+    /// to the next process.
+    pub(super) fn end_behind(&self, ids: Vec<String>) {
         let inner = Arc::clone(&self.inner);
+        let dirs: Vec<_> = ids.into_iter().filter_map(|id| VmId::new(id).ok()).map(|id| inner.dirs.of(&id)).collect();
         self.spawn(async move {
-            join_all(left.iter().map(|dir| async {
+            join_all(dirs.iter().map(|dir| async {
                 if let Err(error) = inner.end(dir, None).await {
                     tracing::warn!(machine = %dir.id(), error = chain(&error), "failed to end a guest that waited");
                 }

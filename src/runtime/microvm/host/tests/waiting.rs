@@ -324,7 +324,7 @@ async fn those_that_wait_end_with_the_process_and_the_next_one_leaves_nothing_of
     assert_eq!(stage.running.lock().unwrap().len(), 1, "that of the Pod goes on");
     let host = Host { vms: vms(&place, &stage).await, stage, place };
     assert_eq!(host.vms.inner.dirs.list().unwrap().len(), 3);
-    host.vms.end_others(std::slice::from_ref(&id));
+    host.vms.end_all(host.vms.left().into_iter().filter(|left| *left != id).collect());
     while host.vms.inner.dirs.list().unwrap().len() > 1 {
         assert!(begun.elapsed() < BOOT_PATIENCE, "something is left of them");
         tokio::time::sleep(Duration::from_millis(1)).await;

@@ -132,8 +132,12 @@ impl Firecracker {
             machine.api.logger(&logger).await?;
             machine.api.metrics(METRICS_FIFO).await
         };
+        let starting = machine.process.starting();
         match finished.await {
-            Ok(()) => Ok(machine),
+            Ok(()) => {
+                starting.done();
+                Ok(machine)
+            }
             Err(error) => {
                 // That it goes on is found by its checkpoint.
                 let _ = machine.kill().await;
@@ -298,10 +302,12 @@ impl MachineManager for Firecracker {
         jailer::show(&Asset::open(&template.state())?, &root, SNAPSHOT)?;
         jailer::show(&Asset::open(&template.memory())?, &root, MEMORY)?;
         let machine = self.start(spec).await?;
+        let starting = machine.process.starting();
         if let Err(error) = self.load(&machine.api, spec).await {
             let _ = machine.kill().await;
             return Err(error);
         }
+        starting.done();
         Ok(Box::new(machine))
     }
 
