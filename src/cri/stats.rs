@@ -85,7 +85,7 @@ pub(super) fn sandbox(
     let linux = v1::LinuxPodSandboxStats {
         cpu: cpu(&stats.usage),
         memory: memory(&stats.usage),
-        network: stats.network.as_ref().map(|interfaces| network(interfaces, timestamp)),
+        network: stats.network.as_ref().and_then(|interfaces| network(interfaces, timestamp)),
         process: stats.usage.tasks.map(|tasks| v1::ProcessUsage { timestamp, process_count: value(tasks) }),
         containers,
         io: None,
@@ -93,10 +93,13 @@ pub(super) fn sandbox(
     v1::PodSandboxStats { attributes: Some(about), linux: Some(linux), windows: None }
 }
 
-fn network(interfaces: &[Interface], timestamp: i64) -> v1::NetworkUsage {
+/// `None` without a default interface, as where the sandbox is about to end: a kubelet takes it for granted, and falls over
+/// where it is missing (1.36, `criInterfaceToSummary`).
+fn network(interfaces: &[Interface], timestamp: i64) -> Option<v1::NetworkUsage> {
     let (first, others): (Vec<_>, Vec<_>) =
         interfaces.iter().map(interface).partition(|interface| interface.name == DEFAULT_INTERFACE);
-    v1::NetworkUsage { timestamp, default_interface: first.into_iter().next(), interfaces: others }
+    let default_interface = Some(first.into_iter().next()?);
+    Some(v1::NetworkUsage { timestamp, default_interface, interfaces: others })
 }
 
 fn interface(counters: &Interface) -> v1::NetworkInterfaceUsage {
@@ -259,5 +262,16 @@ mod tests {
             Some("eth0")
         );
         assert_eq!(told.process.and_then(|process| process.process_count).map(|count| count.value), Some(3));
+    }
+
+    #[test]
+    fn a_network_without_its_default_interface_is_none() {
+        let network_of = |interfaces: Option<Vec<Interface>>| {
+            let stats = SandboxStats { network: interfaces, ..stats() };
+            sandbox(&stats, v1::PodSandboxAttributes::default(), Vec::new()).linux.unwrap().network
+        };
+        let other = Interface { name: "lo".to_owned(), ..stats().network.unwrap().remove(0) };
+        assert!(network_of(stats().network).is_some());
+        assert_eq!((network_of(Some(vec![other])), network_of(Some(Vec::new())), network_of(None)), (None, None, None));
     }
 }
