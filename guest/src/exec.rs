@@ -295,7 +295,7 @@ pub(crate) async fn feed(
 #[cfg(test)]
 mod tests {
     use std::os::unix::process::{CommandExt, ExitStatusExt};
-    use std::process::Command;
+    use std::process::{Child, Command};
 
     use bytes::Bytes;
     use tokio_stream::wrappers::ReceiverStream;
@@ -307,12 +307,18 @@ mod tests {
         Arc::new(Guest::new(Paths::default(), true).unwrap())
     }
 
+    /// A process that the guest's reaper knows, and its number.
+    fn sleeping(guest: &Guest) -> (Child, i32) {
+        let child = Command::new("sleep").arg("1000").process_group(0).spawn().unwrap();
+        let pid = child.id().cast_signed();
+        guest.reaper.adopt(pid);
+        (child, pid)
+    }
+
     #[tokio::test]
     async fn a_command_ends_and_gives_up_its_place_if_nobody_takes_it() {
         let guest = guest();
-        let mut child = Command::new("sleep").arg("1000").process_group(0).spawn().unwrap();
-        let pid = child.id().cast_signed();
-        guest.reaper.adopt(pid);
+        let (mut child, pid) = sleeping(&guest);
         let (_told, exit) = watch::channel(None);
         let starting = Arc::clone(&guest);
         // What is started on a thread of its own goes on when its caller does not wait.
@@ -327,9 +333,7 @@ mod tests {
     #[tokio::test]
     async fn a_command_that_nobody_wants_any_more_is_ended() {
         let guest = guest();
-        let mut child = Command::new("sleep").arg("1000").process_group(0).spawn().unwrap();
-        let pid = child.id().cast_signed();
-        guest.reaper.adopt(pid);
+        let (mut child, pid) = sleeping(&guest);
         let (told, exit) = watch::channel(None);
         let _place = guest.place("one", pid, exit);
         let ends = async {

@@ -105,8 +105,8 @@ fn ask(socket: &Path) {
 
 #[tokio::test]
 async fn every_promise_is_kept_over_docker() {
-    if std::env::var_os("LAMBDALET_TEST_DOCKER").is_none_or(|value| value != "1") {
-        return println!("skipped: set LAMBDALET_TEST_DOCKER=1 to ask them of real containers");
+    if !has_docker("to ask them of real containers") {
+        return;
     }
     let folder = tempfile::tempdir().unwrap();
     let owner = format!("{}promises", std::process::id());
@@ -119,6 +119,15 @@ async fn every_promise_is_kept_over_docker() {
     asked.unwrap();
 }
 
+/// Whether there is Docker to test with; if not, says what for.
+fn has_docker(what: &str) -> bool {
+    let told = std::env::var_os("LAMBDALET_TEST_DOCKER").is_some_and(|value| value == "1");
+    if !told {
+        println!("skipped: set LAMBDALET_TEST_DOCKER=1 {what}");
+    }
+    told
+}
+
 /// The image that Docker tests run; it is there wherever hack/images was run.
 const BUSYBOX: &str = "busybox:1.36";
 /// A range of this test's own, and the address that its bridge has.
@@ -127,8 +136,8 @@ const GATEWAY: &str = "10.189.77.1";
 
 #[tokio::test]
 async fn real_containers_run() {
-    if std::env::var_os("LAMBDALET_TEST_DOCKER").is_none_or(|value| value != "1") {
-        return println!("skipped: set LAMBDALET_TEST_DOCKER=1 to run real containers");
+    if !has_docker("to run real containers") {
+        return;
     }
     let folder = tempfile::tempdir().unwrap();
     let owner = format!("{}critest", std::process::id());
@@ -304,8 +313,8 @@ const BESIDE_RANGE: &str = "10.189.75.0/24";
 
 #[tokio::test]
 async fn sandboxes_beside_the_pods_of_a_node_outlive_it() {
-    if std::env::var_os("LAMBDALET_TEST_DOCKER").is_none_or(|value| value != "1") {
-        return println!("skipped: set LAMBDALET_TEST_DOCKER=1 to run real sandboxes");
+    if !has_docker("to run real sandboxes") {
+        return;
     }
     let (folder, port) = (tempfile::tempdir().unwrap(), free_port());
     let root = folder.path();

@@ -100,14 +100,15 @@ impl MicrovmRuntime {
     pub async fn open(options: MicrovmOptions, vms: Arc<dyn Vms>, images: Arc<dyn Blocks>) -> Result<Self> {
         let (root, owner) = (options.root.join("sandboxes"), options.owner.clone());
         let tried = format!("failed to read the sandboxes in {}", root.display());
-        // Before the sandboxes: each is written down before it has a VM, by whichever process.
-        let left = vms.left();
-        let (records, names) = blocking(tried, move || {
+        let host = Arc::clone(&vms);
+        let (records, strays) = blocking(tried, move || {
             std::fs::create_dir_all(&root)?;
-            let (mut records, mut names) = (Vec::new(), Vec::new());
+            // Before the sandboxes: each is written down before it has a VM, by whichever process.
+            let (mut records, mut strays) = (Vec::new(), host.left());
             for entry in std::fs::read_dir(&root)? {
                 let directory = entry?.path();
-                names.extend(directory.file_name().map(|name| name.to_string_lossy().into_owned()));
+                // A checkpoint that is lost still has its VM.
+                strays.retain(|id| directory.file_name().is_none_or(|name| name != id.as_str()));
                 match SandboxRecord::load(&directory, &owner) {
                     Ok(record) => records.extend(record.map(|record| (directory, record))),
                     Err(error) => {
@@ -115,11 +116,10 @@ impl MicrovmRuntime {
                     }
                 }
             }
-            Ok((records, names))
+            Ok((records, strays))
         })
         .await?;
-        // A checkpoint that is lost still has its VM.
-        vms.end_all(left.into_iter().filter(|id| !names.contains(id)).collect());
+        vms.end_all(strays);
         let events = broadcast::Sender::new(EVENTS_BEHIND);
         let (sandboxes, turns) = (Mutex::default(), Turns::default());
         let runtime = Self { inner: Arc::new(Inner { options, vms, images, sandboxes, turns, events }) };

@@ -297,9 +297,7 @@ mod tests {
         process.end(&cgroup, &id, END_PATIENCE).await.unwrap();
         process.end(&cgroup, &id, END_PATIENCE).await.unwrap();
         assert!(!state.exists());
-        for tree in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
-            let _ = fs::remove_dir(tree.path().join(&name));
-        }
+        remove_cgroup(&name);
     }
 
     #[tokio::test]
@@ -319,9 +317,7 @@ mod tests {
         assert!(taken.unwrap().is_none());
         assert_eq!(exit, VmExit::Signal(9));
         assert!(!Path::new("/sys/fs/cgroup/pids").join(&name).join("vmm-one").exists());
-        for tree in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
-            let _ = fs::remove_dir(tree.path().join(&name));
-        }
+        remove_cgroup(&name);
     }
 
     #[tokio::test]
@@ -350,8 +346,13 @@ mod tests {
         assert!(process.move_to(&to, &spec).await.is_ok() && after.exists(), "it is there already");
         process.end(&to, id, END_PATIENCE).await.unwrap();
         assert!(!after.exists());
+        remove_cgroup(&name);
+    }
+
+    /// An empty one, from whichever trees have it.
+    fn remove_cgroup(name: &str) {
         for tree in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
-            let _ = fs::remove_dir(tree.path().join(&name));
+            let _ = fs::remove_dir(tree.path().join(name));
         }
     }
 
