@@ -343,8 +343,7 @@ fn remove_empty_cgroups(root: &str) {
 
 /// Removes images that nobody uses.
 fn collect_garbage(parts: &Parts, shared: &pod::Shared) -> Arc<Mutex<Collector>> {
-    let pinned = parts.settings.runtime.sandbox_image.iter().cloned().collect();
-    let collector = Collector::new(parts.runtime.clone(), &parts.settings.images, pinned);
+    let collector = Collector::new(parts.runtime.clone(), &parts.settings.images);
     let collector = collector.telling(parts.events.clone()).beside(Arc::clone(shared.volumes.images()));
     let collector = Arc::new(Mutex::new(collector));
     let (running, draining) = (Arc::clone(&collector), parts.tasks.draining());

@@ -1,7 +1,6 @@
 //! The verbs of sandboxes.
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use futures::future::join_all;
@@ -32,11 +31,7 @@ impl Core {
             let text = format!("sandbox {attempt} of {pod} ({}) is there, made from another config", pod.uid);
             return Err(status(Code::AlreadyExists, &text));
         }
-        let address = match translate::on_host_network(&config)? {
-            true => None,
-            false => Some(self.network.allot(&key).await?),
-        };
-        let made = self.make(request, &key, handler, address).await;
+        let made = self.make(request, &key, handler).await;
         if let Ok(id) = &made {
             // One that had stopped gave way to it, with all that was in it.
             self.forget_members(&pod.uid, |sandbox| {
@@ -56,15 +51,17 @@ impl Core {
         request: v1::RunPodSandboxRequest,
         key: &Key,
         handler: Option<String>,
-        address: Option<IpAddr>,
     ) -> Result<String, Status> {
         let config = request.config.clone().unwrap_or_default();
         let ports = translate::host_ports(&config)?;
+        let on_host = translate::on_host_network(&config)?;
+        // Before it has anything: whoever has a record is looked for when the engine is back, and gives it up.
+        self.sandboxes.keep(key, request)?;
+        let address = if on_host { None } else { Some(self.network.allot(key).await?) };
         let cgroup_root = self.cgroup_root().await?;
         let About { hostname, selinux, .. } = &self.about;
         let place = Place { handler, address, cgroup_root, hostname, selinux: *selinux };
         let asked = translate::sandbox(&config, place)?;
-        self.sandboxes.keep(key, request)?;
         files::write(&self.sandboxes.place(key), &config, (&asked.hostname, address))?;
         let id = self.runtime.run_pod_sandbox(&asked).await?;
         let Some(address) = address else { return Ok(id.to_string()) };

@@ -179,7 +179,7 @@ pub(super) fn image(image: &Image) -> v1::Image {
         username: if uid.is_none() { user.to_owned() } else { String::new() },
         uid: uid.or_else(|| user.is_empty().then_some(v1::Int64Value { value: 0 })),
         spec: Some(v1::ImageSpec { image: image.id.to_string(), ..Default::default() }),
-        pinned: false,
+        pinned: image.pinned,
     }
 }
 
@@ -248,16 +248,7 @@ mod tests {
     #[test]
     fn a_user_is_a_number_or_a_name() {
         let of = |user: &str| {
-            let image = Image {
-                id: "sha256:1".into(),
-                tags: Vec::new(),
-                digests: Vec::new(),
-                size: 1,
-                user: user.to_owned(),
-                entrypoint: Vec::new(),
-                command: Vec::new(),
-                environment: Vec::new(),
-            };
+            let image = Image { user: user.to_owned(), ..Image::new("sha256:1") };
             let told = super::image(&image);
             (told.uid.map(|uid| uid.value), told.username)
         };

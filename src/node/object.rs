@@ -364,7 +364,6 @@ mod tests {
 
     use super::*;
     use crate::config::values::{NodeTaint, Reserved, Threshold};
-    use crate::runtime::types::ImageId;
 
     const GI: u64 = 1 << 30;
 
@@ -599,14 +598,9 @@ mod tests {
     #[test]
     fn the_largest_fifty_named_images_are_listed() {
         let image = |number: u64| Image {
-            id: ImageId::from(format!("sha256:{number}")),
             tags: if number == 100 { Vec::new() } else { vec![format!("i:{number}")] },
-            digests: Vec::new(),
             size: number,
-            user: String::new(),
-            entrypoint: Vec::new(),
-            command: Vec::new(),
-            environment: Vec::new(),
+            ..Image::new(format!("sha256:{number}"))
         };
         let many = RuntimeFacts { images: (1..=100).map(image).collect(), ..runtime() };
         let listed = status_with(|world| world.runtime = many).images.unwrap();

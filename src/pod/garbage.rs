@@ -123,8 +123,6 @@ fn excess(policy: &ImageGarbage, space: Space) -> u64 {
 pub struct Collector {
     runtime: Arc<dyn Runtime>,
     policy: ImageGarbage,
-    /// References that are never removed.
-    pinned: Vec<String>,
     records: Records,
     events: Option<Events>,
     /// The images that Pods' volumes show.
@@ -134,12 +132,11 @@ pub struct Collector {
 }
 
 impl Collector {
-    /// One that goes by these settings; `pinned` names images that the node itself needs.
-    pub fn new(runtime: Arc<dyn Runtime>, settings: &ImageSettings, pinned: Vec<String>) -> Self {
+    /// One that goes by these settings.
+    pub fn new(runtime: Arc<dyn Runtime>, settings: &ImageSettings) -> Self {
         Self {
             runtime,
             policy: settings.garbage.clone(),
-            pinned,
             records: Records::default(),
             events: None,
             shown: None,
@@ -225,9 +222,7 @@ impl Collector {
         let images = self.runtime.list_images().await?;
         let containers = self.runtime.list_containers(None).await?;
         let mut used: BTreeSet<_> = containers.into_iter().map(|container| container.image).collect();
-        let is_pinned =
-            |image: &&Image| self.pinned.iter().any(|pin| image.tags.contains(pin) || image.digests.contains(pin));
-        used.extend(images.iter().filter(is_pinned).map(|image| image.id.clone()));
+        used.extend(images.iter().filter(|image| image.pinned).map(|image| image.id.clone()));
         used.extend(self.shown(&images).await?);
         self.records.observe(&images, &used, now);
         let choice = choose(&self.policy, &self.records, (&images, &used), wanted, now);
@@ -310,16 +305,7 @@ mod tests {
     }
 
     fn image(name: &str, size: u64) -> Image {
-        Image {
-            id: name.into(),
-            tags: vec![format!("{name}:1")],
-            digests: vec![format!("{name}@sha256:1")],
-            size,
-            user: String::new(),
-            entrypoint: Vec::new(),
-            command: Vec::new(),
-            environment: Vec::new(),
-        }
+        Image { tags: vec![format!("{name}:1")], digests: vec![format!("{name}@sha256:1")], size, ..Image::new(name) }
     }
 
     fn ids(names: &[&str]) -> BTreeSet<ImageId> {
@@ -383,10 +369,11 @@ mod tests {
     async fn what_no_registry_has_and_what_is_pinned_survive_their_age() {
         let fake = FakeRuntime::new();
         let (built, pinned) = (fake.add_image("built:1"), fake.add_pulled_image("pinned:1"));
+        fake.pin_image(&pinned);
         let pulled = fake.add_pulled_image("pulled:1");
         let garbage = ImageGarbage { max_age: Some(Duration::from_secs(60)), ..policy() };
         let settings = ImageSettings { garbage, ..ImageSettings::default() };
-        let mut collector = Collector::new(Arc::new(fake.clone()), &settings, vec!["pinned:1".to_owned()]);
+        let mut collector = Collector::new(Arc::new(fake.clone()), &settings);
         collector.collect(at(0)).await.unwrap();
         collector.collect(at(60)).await.unwrap();
         assert!(fake.image_status(pulled.as_str()).await.unwrap().is_some());

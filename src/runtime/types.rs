@@ -390,6 +390,25 @@ pub struct Image {
     pub command: Vec<String>,
     /// ENV, as `NAME=value`.
     pub environment: Vec<String>,
+    /// The runtime itself needs it, for the processes that hold sandboxes: no collection of garbage may remove it.
+    pub pinned: bool,
+}
+
+impl Image {
+    /// One of which nothing is known but its id.
+    pub fn new(id: impl Into<ImageId>) -> Self {
+        Self {
+            id: id.into(),
+            tags: Vec::new(),
+            digests: Vec::new(),
+            size: 0,
+            user: String::new(),
+            entrypoint: Vec::new(),
+            command: Vec::new(),
+            environment: Vec::new(),
+            pinned: false,
+        }
+    }
 }
 
 /// Credentials for one registry.

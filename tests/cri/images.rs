@@ -35,6 +35,20 @@ async fn an_image_is_pulled_found_and_removed() {
 }
 
 #[tokio::test]
+async fn an_image_that_holds_sandboxes_is_told_as_pinned_and_goes_if_a_client_insists() {
+    let mut world = World::inside().await;
+    let id = pull(&mut world, "registry.k8s.io/pause:1", None).await.unwrap();
+    assert!(!status(&mut world, &id).await.unwrap().pinned);
+    world.fake().pin_image(&id.as_str().into());
+    assert!(status(&mut world, &id).await.unwrap().pinned);
+    let listed = world.images.list_images(v1::ListImagesRequest::default()).await.unwrap().into_inner().images;
+    let pinned: Vec<_> = listed.iter().filter(|image| image.pinned).map(|image| image.id.as_str()).collect();
+    assert_eq!(pinned, [id.as_str()]);
+    world.images.remove_image(v1::RemoveImageRequest { image: spec(&id) }).await.unwrap();
+    assert_eq!(status(&mut world, &id).await, None);
+}
+
+#[tokio::test]
 async fn failures_of_a_pull_have_their_codes() {
     let mut world = World::inside().await;
     let table = [

@@ -80,22 +80,31 @@ async fn an_engine_that_is_away_when_a_start_fails_keeps_no_address_once_it_is_b
     let before = world.sandbox("a").await;
     world.remove_sandbox(&before).await.unwrap();
     let away = || RuntimeError::new(Kind::Unavailable, "no engine");
-    world.fake().fail_next(Verb::RunPodSandbox, away());
-    // More than one: a look at what was before may be under way.
-    for _ in 0..3 {
-        world.fake().fail_next(Verb::ListPodSandboxes, away());
-    }
+    let mut strange = world.config("a");
+    let context = strange.linux.get_or_insert_default().security_context.get_or_insert_default();
+    let users = v1::UserNamespace { mode: v1::NamespaceMode::Pod.into(), ..Default::default() };
+    context.namespace_options.get_or_insert_default().userns_options = Some(users);
     let config = world.config("a");
-    assert_eq!(refused(world.run(config).await), Code::Unavailable);
-    assert_eq!(records(&world), 1, "nobody knows what is left of it");
-    world.fake().end_events();
-    let settled = async {
-        while change_range(&mut world, "10.99.0.0/24").await.is_err() {
-            tokio::time::sleep(Duration::from_millis(50)).await;
+    let starts = [(config, Code::Unavailable, "10.99.0.0/24"), (strange, Code::Unimplemented, "10.98.0.0/24")];
+    for (config, code, range) in starts {
+        if code == Code::Unavailable {
+            world.fake().fail_next(Verb::RunPodSandbox, away());
         }
-    };
-    timeout(PATIENCE, settled).await.expect("nobody holds an address");
-    assert_eq!(records(&world), 0);
+        // More than one: a look at what was before may be under way.
+        for _ in 0..3 {
+            world.fake().fail_next(Verb::ListPodSandboxes, away());
+        }
+        assert_eq!(refused(world.run(config).await), code);
+        assert_eq!(records(&world), 1, "nobody knows what is left of it");
+        world.fake().end_events();
+        let settled = async {
+            while change_range(&mut world, range).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        timeout(PATIENCE, settled).await.expect("nobody holds an address");
+        assert_eq!(records(&world), 0);
+    }
 }
 
 async fn change_range(world: &mut World, range: &str) -> Result<(), tonic::Status> {

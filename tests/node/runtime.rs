@@ -101,17 +101,7 @@ impl ImageStore for Silent {
     }
     async fn list_images(&self) -> Result<Vec<Image>> {
         let tags = vec!["busybox:1.36".to_owned()];
-        let id = ImageId::from("sha256:1");
-        Ok(vec![Image {
-            id,
-            tags,
-            digests: Vec::new(),
-            size: 4096,
-            user: String::new(),
-            entrypoint: Vec::new(),
-            command: Vec::new(),
-            environment: Vec::new(),
-        }])
+        Ok(vec![Image { tags, size: 4096, ..Image::new("sha256:1") }])
     }
     async fn remove_image(&self, _: &ImageId) -> Result<()> {
         unsupported()

@@ -33,7 +33,7 @@ fn watch_over(world: &World, free: u64) -> Host {
         let memory = Observation { available: seen.load(Ordering::SeqCst), capacity: 1024 * MI };
         Ok(BTreeMap::from([(Signal::Memory, memory)]))
     };
-    let images = Collector::new(Arc::new(world.runtime.clone()), &ImageSettings::default(), Vec::new());
+    let images = Collector::new(Arc::new(world.runtime.clone()), &ImageSettings::default());
     let settings = NodeSettings { pressure_transition: Duration::ZERO, ..NodeSettings::default() };
     let images = Arc::new(tokio::sync::Mutex::new(images));
     let manager = Manager::new(Arc::clone(world.shared()), &settings, Box::new(observe), images);

@@ -56,7 +56,7 @@ async fn its_files_go_once_its_image_is_gone_and_no_pod_shows_it() {
     world.running(showing("a", json!({ "reference": "data:1" }))).await;
     let garbage = ImageGarbage { max_age: Some(Duration::from_secs(60)), ..ImageGarbage::default() };
     let settings = ImageSettings { garbage, ..ImageSettings::default() };
-    let collector = Collector::new(Arc::new(world.runtime.clone()), &settings, Vec::new());
+    let collector = Collector::new(Arc::new(world.runtime.clone()), &settings);
     let mut collector = collector.beside(Arc::clone(world.shared().volumes.images()));
     let later = |minutes: i64| Timestamp::now() + Duration::from_secs(60 * minutes.unsigned_abs());
     collector.collect(later(0)).await.unwrap();

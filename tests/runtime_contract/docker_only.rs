@@ -35,6 +35,13 @@ pub(crate) async fn a_sandbox_whose_holder_was_killed_is_not_ready_and_is_replac
     assert_ne!(bench.sandbox("p").await, id);
 }
 
+pub(crate) async fn the_image_of_the_holders_is_pinned_and_no_other(bench: &Bench) {
+    bench.sandbox("p").await;
+    let images = bench.runtime.list_images().await.unwrap();
+    let pinned: Vec<_> = images.iter().filter(|image| image.pinned).collect();
+    assert!(matches!(&pinned[..], [image] if image.tags[0].starts_with("lambdalet.dev/pause:")), "{pinned:?}");
+}
+
 pub(crate) async fn a_sandbox_without_its_holder_can_still_be_removed(bench: &Bench) {
     let container = bench.started("c", bench.stubborn()).await;
     let id = bench.sandbox("p").await;

@@ -167,6 +167,7 @@ on_docker! {
     docker_only:
         a_sandbox_whose_holder_was_killed_is_not_ready_and_is_replaced
         a_sandbox_without_its_holder_can_still_be_removed
+        the_image_of_the_holders_is_pinned_and_no_other
         members_share_the_sandboxs_host_name_and_network
         a_container_sees_the_processes_of_its_target
         the_pods_cgroup_has_its_limits_and_goes_with_the_sandbox

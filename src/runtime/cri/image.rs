@@ -137,6 +137,7 @@ fn described(image: v1::Image, info: &HashMap<String, String>) -> Image {
         entrypoint: entrypoint.unwrap_or_default(),
         command: cmd.unwrap_or_default(),
         environment: env.unwrap_or_default(),
+        pinned: image.pinned,
     }
 }
 

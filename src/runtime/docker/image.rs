@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::container::INSPECTS_IN_FLIGHT;
 use super::failure::{self, failed, is_absent, status as http_status};
-use super::{DockerRuntime, http, plain_registry};
+use super::{DockerRuntime, http, pause, plain_registry};
 use crate::runtime::reference::parse;
 use crate::runtime::registry::{of_words, others_may_succeed, tries};
 use crate::runtime::types::{Image, ImageId, RegistryAuth};
@@ -96,10 +96,22 @@ impl DockerRuntime {
 
     pub(super) async fn inspect_image(&self, name: &str) -> Result<Option<Image>> {
         match self.docker.inspect_image(name).await {
-            Ok(image) => Ok(Some(described(image))),
+            Ok(image) => {
+                let image = described(image);
+                Ok(Some(Image { pinned: self.holds_sandboxes(&image), ..image }))
+            }
             Err(error) if is_absent(&error) => Ok(None),
             Err(error) => Err(failed(format!("failed to inspect image {name}"), error)),
         }
+    }
+
+    fn holds_sandboxes(&self, image: &Image) -> bool {
+        let own = pause::reference();
+        let name = self.options.sandbox_image.as_ref().unwrap_or(&own);
+        // Docker's names are without its defaults, an operator's perhaps with them.
+        let meant = |name: &str| parse(name).ok().map(|parsed| whole(&parsed));
+        let wanted = meant(name);
+        wanted.is_some() && image.tags.iter().chain(&image.digests).any(|name| meant(name) == wanted)
     }
 
     pub(super) async fn images(&self) -> Result<Vec<Image>> {
@@ -156,6 +168,7 @@ pub(in crate::runtime) fn described(image: ImageInspect) -> Image {
         entrypoint: config.entrypoint.unwrap_or_default(),
         command: config.cmd.unwrap_or_default(),
         environment: config.env.unwrap_or_default(),
+        pinned: false,
     }
 }
 

@@ -167,6 +167,11 @@ impl FakeRuntime {
     pub fn add_pulled_image(&self, reference: &str) -> ImageId {
         self.shared.add_image(reference, true)
     }
+
+    /// Lets an image be one that sandboxes are held by.
+    pub fn pin_image(&self, id: &ImageId) {
+        locked(&self.shared.state).images.entry(id.clone()).and_modify(|image| image.pinned = true);
+    }
 }
 
 impl Shared {
@@ -218,14 +223,10 @@ impl Shared {
         let digest = Sha256::digest(reference).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let id = ImageId::from(format!("sha256:{digest}"));
         let image = Image {
-            id: id.clone(),
             tags: vec![reference.to_owned()],
             digests: pulled.then(|| format!("{reference}@{id}")).into_iter().collect(),
             size: 1 << 20,
-            user: String::new(),
-            entrypoint: Vec::new(),
-            command: Vec::new(),
-            environment: Vec::new(),
+            ..Image::new(id.clone())
         };
         locked(&self.state).images.insert(id.clone(), image);
         id

@@ -389,6 +389,7 @@ impl Index {
             entrypoint: config.entrypoint,
             command: config.cmd,
             environment: config.env,
+            pinned: false,
         })
     }
 }
