@@ -9,6 +9,7 @@ mod function_server;
 mod functions;
 mod identity;
 mod invoke;
+mod pager;
 mod start;
 mod top;
 
@@ -49,6 +50,9 @@ enum Command {
     Controller(ControllerArgs),
     /// Serve the runtime to crictl, or to another kubelet, as CRI v1
     Cri(Box<CriArgs>),
+    /// Bring the memory of a microVM, for a node
+    #[command(hide = true)]
+    Pager(pager::PagerArgs),
     /// Print the version
     Version {
         /// How it is printed
@@ -85,6 +89,7 @@ impl Args {
             Command::Top(args) => ask(top::top(args)),
             Command::Controller(args) => controller(args),
             Command::Cri(args) => cri(*args),
+            Command::Pager(args) => pager::pager(args),
             Command::Version { output } => print_version(output),
             Command::Completion { shell } => {
                 let mut script = Vec::new();

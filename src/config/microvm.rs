@@ -15,6 +15,8 @@ pub struct MicrovmSettings {
     pub asset_dirs: Vec<PathBuf>,
     /// What QEMU's guests run on.
     pub accel: MicrovmAccel,
+    /// Where the memory of Firecracker's restored guests comes from.
+    pub memory: MicrovmMemory,
     /// What runs the guests of Pods that do not say.
     pub vmm: VmmChoice,
     /// Whether each is held to CPUs of its own, as far as there are enough, and to the memory of their NUMA node.
@@ -37,6 +39,7 @@ impl Default for MicrovmSettings {
             kernel_image: None,
             asset_dirs: Vec::new(),
             accel: MicrovmAccel::default(),
+            memory: MicrovmMemory::default(),
             vmm: VmmChoice::default(),
             pin_cpus: false,
             warm: 0,
@@ -57,6 +60,16 @@ pub enum MicrovmAccel {
     Kvm,
     /// The translator: anywhere, and some ten times slower
     Tcg,
+}
+
+/// Where the memory of Firecracker's restored guests comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum MicrovmMemory {
+    /// The template's file: guests share what they do not write
+    #[default]
+    File,
+    /// A process beside each VMM that brings the pages its guest touches
+    Uffd,
 }
 
 /// Which virtual machine monitor.

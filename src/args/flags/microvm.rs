@@ -6,7 +6,7 @@ use anyhow::ensure;
 use clap::Args;
 
 use crate::config::Settings;
-use crate::config::microvm::{MicrovmAccel, VmmChoice};
+use crate::config::microvm::{MicrovmAccel, MicrovmMemory, VmmChoice};
 
 /// Pods as microVMs.
 #[derive(Debug, Args)]
@@ -26,6 +26,9 @@ pub(in crate::args) struct MicrovmArgs {
     /// What QEMU's guests run on [default: auto]
     #[arg(long, value_enum, value_name = "NAME")]
     microvm_accel: Option<MicrovmAccel>,
+    /// Where Firecracker has the memory of a guest from that starts from a template [default: file]
+    #[arg(long, value_enum, value_name = "NAME")]
+    microvm_memory: Option<MicrovmMemory>,
     /// What runs guests of Pods without the annotation lambdalet.dev/vmm [default: auto]
     #[arg(long, value_enum, value_name = "NAME")]
     vmm: Option<VmmChoice>,
@@ -49,6 +52,7 @@ impl MicrovmArgs {
             kernel_image,
             vm_asset_dirs,
             microvm_accel,
+            microvm_memory,
             vmm,
             microvm_pin_cpus,
             microvm_warm,
@@ -66,6 +70,7 @@ impl MicrovmArgs {
         target.kernel_image = kernel_image;
         target.asset_dirs = vm_asset_dirs;
         super::set(&mut target.accel, microvm_accel);
+        super::set(&mut target.memory, microvm_memory);
         super::set(&mut target.vmm, vmm);
         target.pin_cpus = microvm_pin_cpus;
         super::set(&mut target.warm, microvm_warm);

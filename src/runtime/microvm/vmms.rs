@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::machine::firecracker::{BackendType, Firecracker};
+use super::machine::firecracker::{Firecracker, Memory};
 use super::machine::qemu::{AccelChoice, Qemu};
 use super::machine::{MachineManager, VmmUser, Why};
-use crate::config::microvm::{MicrovmAccel, MicrovmSettings, VmmChoice};
+use crate::config::microvm::{MicrovmAccel, MicrovmMemory, MicrovmSettings, VmmChoice};
 
 /// QEMU, where distributions have it.
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
@@ -73,7 +73,12 @@ impl Vmm {
             Self::Qemu => Arc::new(Qemu::new(QEMU.into(), user, accel(settings.accel))),
             Self::Firecracker => {
                 let program = |name| in_path(name).unwrap_or_else(|| Path::new(FIRECRACKER_DIR).join(name));
-                Arc::new(Firecracker::new(program("firecracker"), program("jailer"), user, BackendType::File))
+                let memory = match settings.memory {
+                    MicrovmMemory::File => Memory::File,
+                    // As it is by this number whatever became of the file.
+                    MicrovmMemory::Uffd => Memory::Paged(format!("/proc/{}/exe", std::process::id()).into()),
+                };
+                Arc::new(Firecracker::new(program("firecracker"), program("jailer"), user, memory))
             }
         }
     }

@@ -9,9 +9,11 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use futures::future::join_all;
 use tokio::sync::Mutex as AsyncMutex;
+use tokio_util::sync::CancellationToken;
 
 use super::size::Size;
 use super::{HostVms, Inner, RESTORE_PATIENCE};
@@ -28,13 +30,21 @@ pub(super) struct Waiting {
     pool: WarmPool,
     /// Whose names were given out, and that were not launched yet.
     promised: Mutex<HashMap<String, Warm>>,
-    /// One is restored at a time: whoever starts a Pod meanwhile comes first.
-    turn: AsyncMutex<()>,
+    /// One is restored at a time: whoever starts a Pod meanwhile comes first. Of which size guests were made last, and since
+    /// when.
+    turn: AsyncMutex<Option<(Size, Instant)>>,
+    /// No more are to be made.
+    closing: CancellationToken,
 }
 
 impl Waiting {
     pub(super) fn new(most: usize) -> Self {
-        Self { pool: WarmPool::new(most), promised: Mutex::default(), turn: AsyncMutex::default() }
+        Self {
+            pool: WarmPool::new(most),
+            promised: Mutex::default(),
+            turn: AsyncMutex::default(),
+            closing: CancellationToken::new(),
+        }
     }
 
     fn promised(&self) -> MutexGuard<'_, HashMap<String, Warm>> {
@@ -144,8 +154,9 @@ impl Inner {
 
     /// Ends those that wait, and has no more do so.
     pub(super) async fn end_waiting(&self) {
+        self.waiting.closing.cancel();
         join_all(self.waiting.pool.close().into_iter().map(|warm| self.end_one(warm))).await;
-        // One that is being restored finds no room.
+        // One that is being restored is given up.
         let _turn = self.waiting.turn.lock().await;
     }
 
@@ -153,7 +164,13 @@ impl Inner {
     /// longest gives way to one of it.
     pub(super) async fn keep_waiting(&self, config: &SandboxConfig) {
         let Some(size) = self.waits_for(config).filter(|_| self.options.warm > 0) else { return };
-        let _turn = self.waiting.turn.lock().await;
+        let asked = Instant::now();
+        let mut turn = self.waiting.turn.lock().await;
+        // Whoever began since has looked for this start too: many that fail are not each tried again, one after the other.
+        if turn.is_some_and(|(of, begun)| of == size && begun >= asked) {
+            return;
+        }
+        *turn = Some((size, Instant::now()));
         if let Err(error) = self.fill(size).await {
             // The next start tries again.
             tracing::warn!(error = chain(&error), "failed to have guests wait for Pods");
@@ -184,7 +201,11 @@ impl Inner {
     async fn restore_ahead(&self, size: Size) -> Result<Option<Warm>> {
         let failed = |error: MachineError| error.during("failed to restore a guest ahead of time");
         let dir = self.dirs.of(&VmId::new(fresh_name()).map_err(failed)?);
-        let restored = self.restore_in(&dir, size).await;
+        let restored = tokio::select! {
+            // Cancel-safe: the VMM of a restore that is given up ends with it, and the rest of it goes below.
+            () = self.waiting.closing.cancelled() => Ok(None),
+            restored = self.restore_in(&dir, size) => restored,
+        };
         if !matches!(restored, Ok(Some(_))) {
             self.end(&dir, None).await.map_err(failed)?;
         }

@@ -214,6 +214,13 @@ impl VmCgroup {
         self.write_each("cgroup.procs", &pid.to_string())
     }
 
+    /// The processes in it.
+    pub(super) fn members(&self) -> Vec<i32> {
+        let lists = self.directories().into_iter().map(|directory| directory.join("cgroup.procs"));
+        let list = lists.filter_map(|list| fs::read_to_string(list).ok()).next().unwrap_or_default();
+        list.lines().filter_map(|pid| pid.parse().ok()).filter(|pid| *pid > 0).collect()
+    }
+
     /// Moves a process into it that was started by a thread which had [entered](Self::enter) it; it may be there already.
     pub(super) fn join_entered(&self, pid: i32) -> io::Result<()> {
         if self.unified { self.join(pid) } else { Ok(()) }

@@ -92,7 +92,7 @@ impl Process {
         }
         // Opened before it is looked at: what is looked at is then what was opened, or started later.
         let process = match Self::open(checkpoint.pid) {
-            Err(error) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => return Ok(None),
+            Err(error) if is_absent(&error) => return Ok(None),
             process => process?,
         };
         Ok(Some(process).filter(|_| start_time(checkpoint.pid) == Some(checkpoint.start_time)))
@@ -113,9 +113,16 @@ impl Process {
         }
         let to = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
         spec.dir.write_checkpoint(&Checkpoint { cgroup_parent: spec.cgroup_parent.clone(), ..checkpoint })?;
-        let (made, limits, pid) = (to.clone(), Limits::of(spec), self.pid);
+        let (made, left, limits, pid) = (to.clone(), from.clone(), Limits::of(spec), self.pid);
+        let join = move || {
+            made.make(&limits)?;
+            made.join(pid)?;
+            // Who works for it; one that has just ended is in neither.
+            let others = left.members().into_iter().map(|other| made.join(other));
+            others.filter(|joined| !joined.as_ref().is_err_and(is_absent)).collect::<io::Result<()>>()
+        };
         // The kernel may take its time.
-        let joined = tokio::task::spawn_blocking(move || made.make(&limits).and_then(|()| made.join(pid))).await;
+        let joined = tokio::task::spawn_blocking(join).await;
         joined.map_err(io::Error::other).and_then(|joined| joined).map_err(step("enter the cgroup of its Pod"))?;
         if let Err(error) = from.remove().await {
             // Empty, it does no harm, and goes with the others when the node ends.
@@ -189,6 +196,10 @@ impl Process {
         let mut polled = [PollFd::new(self.handle.get_ref().as_fd(), PollFlags::POLLIN)];
         matches!(poll(&mut polled, PollTimeout::ZERO), Ok(1..))
     }
+}
+
+fn is_absent(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
 }
 
 /// When a living process was started, in clock ticks after the host's boot (field 22 of proc_pid_stat(5)).

@@ -16,6 +16,10 @@ struct Stage {
     restored: AtomicU32,
     /// Those that wait cannot go on.
     stuck: AtomicU32,
+    /// Guests do not answer.
+    mute: AtomicU32,
+    /// None can be restored.
+    broken: AtomicU32,
 }
 
 /// A machine, and its manager.
@@ -83,6 +87,10 @@ impl MachineManager for Manager {
 
     async fn restore(&self, spec: &MachineSpec, _: &Template) -> Result<Box<dyn Machine>, MachineError> {
         self.0.restored.fetch_add(1, Ordering::SeqCst);
+        if self.0.broken.load(Ordering::SeqCst) > 0 {
+            tokio::task::yield_now().await;
+            return Err(MachineError::NotAssigned);
+        }
         self.boot(spec).await
     }
 
@@ -106,6 +114,9 @@ impl Machine for Good {
     #[allow(clippy::disallowed_methods)]
     async fn agent(&self) -> Result<Pin<Box<dyn Duplex>>, MachineError> {
         assert!(!*self.paused.lock().unwrap(), "a paused guest answers nobody");
+        if self.stage.mute.load(Ordering::SeqCst) > 0 {
+            std::future::pending::<()>().await;
+        }
         let (ours, mut guests) = UnixStream::pair().unwrap();
         tokio::spawn(async move {
             let (reader, mut writer) = guests.split();
@@ -306,6 +317,34 @@ async fn a_host_that_is_closed_leaves_only_what_is_somebodys() {
     assert!(!waited);
     host.vms.close().await;
     assert_eq!(host.stage.running.lock().unwrap().len(), 2, "none is made any more");
+}
+
+#[tokio::test]
+async fn a_host_is_closed_without_waiting_for_a_guest_that_is_being_restored() {
+    let host = Host::new().await;
+    host.stage.mute.store(1, Ordering::SeqCst);
+    let close = async {
+        while host.stage.running.lock().unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        host.vms.close().await;
+    };
+    let config = config();
+    let both = async { tokio::join!(host.vms.inner.keep_waiting(&config), close) };
+    tokio::time::timeout(RESTORE_PATIENCE / 2, both).await.expect("nobody waits for an answer");
+    assert!(host.stage.running.lock().unwrap().is_empty() && host.vms.inner.dirs.list().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn what_cannot_be_restored_is_not_tried_again_for_each_of_many_starts() {
+    let host = Host::new().await;
+    host.stage.broken.store(1, Ordering::SeqCst);
+    let config = config();
+    futures::future::join_all((0..5).map(|_| host.vms.inner.keep_waiting(&config))).await;
+    assert!(host.stage.restored.load(Ordering::SeqCst) <= 2);
+    host.stage.broken.store(0, Ordering::SeqCst);
+    host.vms.inner.keep_waiting(&config).await;
+    assert_eq!(host.vms.inner.waiting.at_rest(), Some(2));
 }
 
 #[tokio::test]

@@ -129,7 +129,7 @@ pub(super) struct MemoryBackend {
 
 /// Where a snapshot's memory comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum BackendType {
+pub(super) enum BackendType {
     /// A file, mapped copy-on-write.
     File,
     /// A process that listens on a Unix socket in the jail and fills in pages as they are touched.

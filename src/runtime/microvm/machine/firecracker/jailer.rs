@@ -5,7 +5,9 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use nix::sys::stat::Mode;
@@ -78,6 +80,17 @@ pub(super) fn make_fifos(dir: &VmDir, root: &Path, user: VmmUser) -> Result<()> 
     Ok(())
 }
 
+/// Listens on a socket in the jail that is the VMM's.
+pub(super) fn listen(root: &Path, name: &str, user: VmmUser) -> io::Result<UnixListener> {
+    let path = root.join(name);
+    file::remove(&path)?;
+    // By the directory's descriptor: the path of a socket has 107 bytes at the most.
+    let directory = File::open(root)?;
+    let listener = UnixListener::bind(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()))?;
+    std::os::unix::fs::chown(&path, Some(user.uid), Some(user.gid))?;
+    Ok(listener)
+}
+
 /// Makes a file of zeroes in the jail, in the place of what is there.
 pub(super) fn make_blank(root: &Path, name: &str, size: u64) -> Result<()> {
     let path = root.join(name);
@@ -93,7 +106,7 @@ fn show_file(file: &File, root: &Path, name: &str) -> io::Result<()> {
     let target = root.join(name);
     file::remove(&target)?;
     // By its descriptor, so that it is the file which was looked at.
-    let open = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file));
+    let open = format!("/proc/self/fd/{}", file.as_raw_fd());
     let flags = rustix::fs::AtFlags::SYMLINK_FOLLOW;
     match rustix::fs::linkat(rustix::fs::CWD, open.as_str(), rustix::fs::CWD, &target, flags) {
         Ok(()) => Ok(()),

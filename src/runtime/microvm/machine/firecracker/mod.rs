@@ -3,20 +3,23 @@
 //! ```text
 //! boot    jail prepared -> jailer -> PUT logger, metrics -> machine-config, boot-source, drives, network-interfaces, vsock
 //!         -> InstanceStart
-//! restore jail prepared -> jailer -> PUT logger, metrics -> snapshot/load (File or Uffd), resumed
+//! restore jail prepared -> jailer -> PUT logger, metrics -> pager, if one brings the memory -> snapshot/load, resumed
 //! ```
 //! Firecracker gives disks no serial of our choice: the guest tells them by their order, which the kernel argument
 //! `lambdalet.disks=scratch,image0,...` names: the first is `/dev/vda`. The agent is reached by vsock at
 //! [`AGENT_VSOCK_PORT`], which it is told by `lambdalet.agent=vsock`.
 
 mod api;
+mod faults;
 mod jailer;
 mod machine;
+pub mod pager;
 mod said;
 #[cfg(test)]
 mod tests;
 mod vsock;
 
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -26,10 +29,9 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use tokio::sync::{OnceCell, oneshot};
 
-pub use api::BackendType;
 use api::{
-    Action, Api, BootSource, Drive, LogLevel, Logger, MachineConfig, MemoryBackend, NetworkInterface, NetworkOverride,
-    SnapshotLoad, Vsock,
+    Action, Api, BackendType, BootSource, Drive, LogLevel, Logger, MachineConfig, MemoryBackend, NetworkInterface,
+    NetworkOverride, SnapshotLoad, Vsock,
 };
 use machine::FirecrackerMachine;
 
@@ -56,6 +58,7 @@ const KERNEL: &str = "kernel";
 const INITRAMFS: &str = "initramfs";
 const SNAPSHOT: &str = "state";
 const MEMORY: &str = "memory";
+const PAGER_SOCKET: &str = "uffd.sock";
 /// The guest's name for its network card, on the host's side of the API.
 const INTERFACE: &str = "eth0";
 /// Firecracker's limit on vCPUs.
@@ -75,17 +78,26 @@ pub struct Firecracker {
     program: PathBuf,
     jailer: PathBuf,
     user: VmmUser,
-    backend: BackendType,
+    memory: Memory,
     version: OnceCell<String>,
+}
+
+/// Where the memory of restored machines comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// The template's file, mapped copy-on-write: clones share what they do not write.
+    File,
+    /// A process beside each VMM that brings its pages: each clone has its own. This is the program, which is
+    /// [started](pager::Arguments) as `PROGRAM pager ...`.
+    Paged(PathBuf),
 }
 
 // === impl Firecracker ===
 
 impl Firecracker {
-    /// `program` and `jailer` are those of version 1.10 or newer; `backend` is where the memory of restored machines comes
-    /// from. With [`BackendType::Uffd`] somebody has to listen on `uffd.sock` in the machine's jail before it is restored.
-    pub fn new(program: PathBuf, jailer: PathBuf, user: VmmUser, backend: BackendType) -> Self {
-        Self { program, jailer, user, backend, version: OnceCell::new() }
+    /// `program` and `jailer` are those of version 1.10 or newer; `memory` is where that of restored machines comes from.
+    pub fn new(program: PathBuf, jailer: PathBuf, user: VmmUser, memory: Memory) -> Self {
+        Self { program, jailer, user, memory, version: OnceCell::new() }
     }
 
     async fn version(&self) -> Result<&str, Why> {
@@ -231,21 +243,53 @@ impl Firecracker {
         api.vsock(&Vsock { guest_cid: GUEST_CID, uds_path: VSOCK_SOCKET.to_owned() }).await
     }
 
-    async fn load(&self, api: &Api, spec: &MachineSpec) -> Result<()> {
-        let path = match self.backend {
-            BackendType::File => MEMORY,
-            BackendType::Uffd => "uffd.sock",
+    async fn load(&self, machine: &FirecrackerMachine, spec: &MachineSpec) -> Result<()> {
+        let (backend_type, path) = match &self.memory {
+            Memory::File => (BackendType::File, MEMORY),
+            Memory::Paged(program) => {
+                self.start_pager(machine, program).await?;
+                (BackendType::Uffd, PAGER_SOCKET)
+            }
         };
         let tap = spec.tap.iter();
         let load = SnapshotLoad {
             snapshot_path: SNAPSHOT.to_owned(),
-            mem_backend: MemoryBackend { backend_type: self.backend, backend_path: path.to_owned() },
+            mem_backend: MemoryBackend { backend_type, backend_path: path.to_owned() },
             resume_vm: true,
             network_overrides: tap
                 .map(|tap| NetworkOverride { iface_id: INTERFACE.to_owned(), host_dev_name: tap.name.clone() })
                 .collect(),
         };
-        api.load_snapshot(&load).await
+        machine.api.load_snapshot(&load).await
+    }
+
+    /// Has somebody listen in the jail who brings the machine's memory; in its cgroup from the beginning, as the VMM is.
+    async fn start_pager(&self, machine: &FirecrackerMachine, program: &Path) -> Result<()> {
+        let step = |action| MachineError::start(action, machine.dir.id());
+        let listener = jailer::listen(&machine.root, PAGER_SOCKET, self.user).map_err(step("listen for its pager"))?;
+        let console = machine.dir.open_console(self.user.uid, self.user.gid)?;
+        let arguments = pager::Arguments { memory: machine.root.join(MEMORY), vmm: machine.pid(), user: self.user };
+        let (program, cgroup) = (program.to_owned(), machine.cgroup.clone());
+        let run = move || -> std::io::Result<()> {
+            let (join, output) = match cgroup.enter()? {
+                Some(list) => (JOIN, Stdio::from(list)),
+                None => ("", Stdio::null()),
+            };
+            let mut command = Command::new(SHELL);
+            // Behind the shell, so that it is nobody's child whose end somebody has to wait for. What a shell starts behind it
+            // has no input but one of another number.
+            let start = format!("{join} exec 3<&0; \"$0\" \"$@\" <&3 3<&- &");
+            command.args(["-c", &start]).arg(program).args(arguments.words());
+            command.env_clear().process_group(0).stdin(OwnedFd::from(listener)).stdout(output).stderr(console);
+            let status = command.status()?;
+            if status.success() { Ok(()) } else { Err(std::io::Error::other(format!("the shell ended with {status}"))) }
+        };
+        // A thread of its own, which enters the cgroup.
+        let (answer, answered) = oneshot::channel();
+        let thread = thread::Builder::new().name("pager".to_owned());
+        thread.spawn(move || drop(answer.send(run()))).map_err(step("start a thread"))?;
+        let done = answered.await.map_err(std::io::Error::other).and_then(|done| done);
+        done.map_err(step("start the pager"))
     }
 }
 
@@ -303,7 +347,7 @@ impl MachineManager for Firecracker {
         jailer::show(&Asset::open(&template.memory())?, &root, MEMORY)?;
         let machine = self.start(spec).await?;
         let starting = machine.process.starting();
-        if let Err(error) = self.load(&machine.api, spec).await {
+        if let Err(error) = self.load(&machine, spec).await {
             let _ = machine.kill().await;
             return Err(error);
         }

@@ -1,9 +1,11 @@
 //! Firecracker: driven against a stand-in that refuses what its API refuses, and for real where it can run.
 
+mod guest;
 mod stand_in;
 
 use std::fs;
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::pin::Pin;
 
 use stand_in::StandIn;
@@ -35,25 +37,25 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(backend: BackendType) -> Option<Self> {
+    fn new() -> Option<Self> {
         if !nix::unistd::geteuid().is_root() {
             println!("skipped: a VMM is jailed by root");
             return None;
         }
         let place = tempfile::tempdir().unwrap();
-        let script = |name: &str, text: &str| {
-            let path = place.path().join(name);
-            // By another process: one that a test beside this starts just now would keep it open for writing a moment longer.
-            let mut writer = std::process::Command::new("sh");
-            writer.args(["-c", "printf %s \"$1\" >\"$0\" && chmod 755 \"$0\""]).arg(&path).arg(text);
-            assert!(writer.status().unwrap().success());
-            path
-        };
-        let program = script("firecracker", "#!/bin/sh\necho Firecracker v1.16.1\n");
-        let jailer = script("jailer", JAILER);
+        let program = script(place.path(), "firecracker", "#!/bin/sh\necho Firecracker v1.16.1\n");
+        let jailer = script(place.path(), "jailer", JAILER);
         let dirs = VmDirs::new(&place.path().join("vms"), "default").unwrap();
-        let manager = Firecracker::new(program, jailer, VmmUser::default(), backend);
+        let manager = Firecracker::new(program, jailer, VmmUser::default(), Memory::File);
         Some(Self { place, dirs, manager, cgroup: format!("lambdalet-test-{}", VmId::random()) })
+    }
+
+    /// This program, as a pager.
+    fn pager(&self) -> PathBuf {
+        let own = std::env::current_exe().unwrap();
+        let test = "runtime::microvm::machine::firecracker::tests::as_a_pager";
+        let run = format!("exec {} --exact {test} --ignored --nocapture", own.display());
+        script(self.place.path(), "pager", &format!("#!/bin/sh\nLAMBDALET_TEST_PAGER=\"$*\" {run}\n"))
     }
 
     fn spec(&self) -> MachineSpec {
@@ -90,6 +92,15 @@ impl Bench {
     }
 }
 
+fn script(place: &Path, name: &str, text: &str) -> PathBuf {
+    let path = place.join(name);
+    // By another process: one that a test beside this starts just now would keep it open for writing a moment longer.
+    let mut writer = std::process::Command::new("sh");
+    writer.args(["-c", "printf %s \"$1\" >\"$0\" && chmod 755 \"$0\""]).arg(&path).arg(text);
+    assert!(writer.status().unwrap().success());
+    path
+}
+
 impl Drop for Bench {
     fn drop(&mut self) {
         for tree in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
@@ -118,7 +129,7 @@ async fn said(dir: &VmDir, text: &str) {
 
 #[tokio::test]
 async fn a_machine_is_configured_in_an_order_that_firecracker_takes() {
-    let Some(bench) = Bench::new(BackendType::File) else { return };
+    let Some(bench) = Bench::new() else { return };
     let spec = bench.spec();
     let server = bench.stand_in(&spec);
     let machine = bench.manager.boot(&spec).await.unwrap();
@@ -167,7 +178,7 @@ async fn a_machine_is_configured_in_an_order_that_firecracker_takes() {
 
 #[tokio::test]
 async fn one_whose_node_ended_before_it_was_written_down_is_not_left_running() {
-    let Some(bench) = Bench::new(BackendType::File) else { return };
+    let Some(bench) = Bench::new() else { return };
     let spec = bench.spec();
     let _server = bench.stand_in(&spec);
     let machine = bench.manager.boot(&spec).await.unwrap();
@@ -182,7 +193,7 @@ async fn one_whose_node_ended_before_it_was_written_down_is_not_left_running() {
 
 #[tokio::test]
 async fn a_snapshot_is_saved_and_loaded_from_either_backend() {
-    let Some(bench) = Bench::new(BackendType::File) else { return };
+    let Some(bench) = Bench::new() else { return };
     let templates = Templates::new(bench.place.path().join("templates"));
     let spec = MachineSpec { template: Some(templates.begin().unwrap()), ..bench.spec() };
     let server = bench.stand_in(&spec);
@@ -190,7 +201,7 @@ async fn a_snapshot_is_saved_and_loaded_from_either_backend() {
     let kind = bench.manager.template_kind(&spec).await.unwrap();
     let template = templates.commit(machine.save().await.unwrap(), &kind).unwrap();
     assert!(server.asked().contains(&"PUT /snapshot/create -> 204".to_owned()), "{:?}", server.asked());
-    assert_eq!(fs::read_to_string(template.memory()).unwrap(), "mem_file_path");
+    assert_eq!(fs::read(template.memory()).unwrap(), guest::memory());
     assert_eq!(fs::read_to_string(template.state()).unwrap(), "snapshot_path");
 
     let clone = MachineSpec { kernel: spec.kernel.clone(), initramfs: spec.initramfs.clone(), ..bench.spec() };
@@ -201,18 +212,64 @@ async fn a_snapshot_is_saved_and_loaded_from_either_backend() {
     assert_eq!(said_back(machine.agent().await.unwrap()).await, "hello\n");
     machine.kill().await.unwrap();
 
-    let Some(mut other) = Bench::new(BackendType::Uffd) else { return };
+    let Some(mut other) = Bench::new() else { return };
     other.manager.program = bench.manager.program.clone();
+    other.manager.memory = Memory::Paged(other.pager());
     let clone = MachineSpec { kernel: spec.kernel.clone(), initramfs: spec.initramfs.clone(), ..other.spec() };
     let server = other.stand_in(&clone);
-    let refused = other.manager.restore(&clone, &template).await.unwrap_err();
-    assert!(refused.to_string().contains("uffd.sock"), "nobody listens: {refused}");
-    assert_eq!(server.asked().last().unwrap(), "PUT /snapshot/load -> 400");
+    let mut machine = other.manager.restore(&clone, &template).await.unwrap();
+    assert_eq!(server.asked().last().unwrap(), "PUT /snapshot/load -> 204");
+    let guest = server.guest();
+    assert_eq!([guest.page(0), guest.page(40), guest.page(63), guest.page(1)], [1, 41, 64, 2]);
+    guest.give_back(40);
+    assert_eq!([guest.page(40), guest.page(41), guest.page(20)], [0, 42, 21], "what was given back is empty");
+    // Beside the VMM, wherever that is.
+    let beside = |parent: &str| {
+        let procs = format!("/sys/fs/cgroup/pids/{parent}/vmm-{}/cgroup.procs", clone.dir.id());
+        fs::read_to_string(procs).map(|list| list.lines().count())
+    };
+    let v1 = Path::new("/sys/fs/cgroup/pids").is_dir();
+    assert!(!v1 || beside(&other.cgroup).unwrap() == 2);
+    let elsewhere = MachineSpec { cgroup_parent: format!("{}/pod", other.cgroup), ..clone.clone() };
+    machine.move_to(&elsewhere).await.unwrap();
+    assert!(!v1 || beside(&elsewhere.cgroup_parent).unwrap() == 2 && beside(&other.cgroup).is_err());
+    assert_eq!(guest.page(50), 51);
+    machine.kill().await.unwrap();
+    assert!(beside(&elsewhere.cgroup_parent).is_err(), "it ends with the VMM");
+}
+
+#[tokio::test]
+async fn a_vmm_ends_whose_pager_cannot_go_on() {
+    let Some(mut bench) = Bench::new() else { return };
+    // As whom the jailer of this bench leaves its process: no other may end it.
+    bench.manager.user = VmmUser { uid: 0, gid: 0 };
+    let spec = bench.spec();
+    let _server = bench.stand_in(&spec);
+    let machine = bench.manager.start(&spec).await.unwrap();
+    fs::write(machine.root.join(MEMORY), guest::memory()).unwrap();
+    bench.manager.start_pager(&machine, &bench.pager()).await.unwrap();
+    let directory = fs::File::open(&machine.root).unwrap();
+    let socket = format!("/proc/self/fd/{}/{PAGER_SOCKET}", directory.as_raw_fd());
+    let mut stream = UnixStream::connect(socket).await.unwrap();
+    stream.write_all(b"no memory of mine").await.unwrap();
+    tokio::time::timeout(START_PATIENCE, machine.exited()).await.expect("the pager has ended it");
+    machine.kill().await.unwrap();
+}
+
+/// The pager's process, for a test: started by its [script](Bench::pager).
+#[test]
+#[ignore = "it is what other tests start"]
+fn as_a_pager() {
+    let told = std::env::var("LAMBDALET_TEST_PAGER").unwrap();
+    let words: Vec<&str> = told.split_ascii_whitespace().collect();
+    let ["pager", "--memory", memory, "--vmm", vmm, "--uid", uid, "--gid", gid] = words[..] else { panic!("{told}") };
+    let user = VmmUser { uid: uid.parse().unwrap(), gid: gid.parse().unwrap() };
+    pager::Arguments { memory: memory.into(), vmm: vmm.parse().unwrap(), user }.serve().unwrap();
 }
 
 #[tokio::test]
 async fn a_start_that_fails_leaves_nothing_running() {
-    let Some(bench) = Bench::new(BackendType::File) else { return };
+    let Some(bench) = Bench::new() else { return };
     let spec = MachineSpec { vcpus: 33, ..bench.spec() };
     let server = bench.stand_in(&spec);
     let error = bench.manager.boot(&spec).await.unwrap_err();
@@ -291,9 +348,9 @@ async fn a_real_firecracker_boots_a_guest() {
         println!("skipped: LAMBDALET_TEST_TINY_GUEST names no guest (hack/tiny-guest makes one)");
         return;
     };
-    let Some(bench) = Bench::new(BackendType::File) else { return };
+    let Some(bench) = Bench::new() else { return };
     let programs = ("/usr/bin/firecracker".into(), "/usr/bin/jailer".into());
-    let manager = Firecracker::new(programs.0, programs.1, VmmUser::default(), BackendType::File);
+    let manager = Firecracker::new(programs.0, programs.1, VmmUser::default(), Memory::File);
     if let Err(why) = manager.check().await {
         println!("skipped: {why}");
         return;
@@ -309,10 +366,10 @@ async fn a_real_firecracker_boots_a_guest() {
 #[tokio::test]
 async fn what_is_missing_is_said() {
     let nowhere = || PathBuf::from("/nowhere/firecracker");
-    let manager = Firecracker::new(nowhere(), nowhere(), VmmUser::default(), BackendType::File);
+    let manager = Firecracker::new(nowhere(), nowhere(), VmmUser::default(), Memory::File);
     let why = manager.check().await.unwrap_err().to_string();
     assert!(why.contains("/nowhere/firecracker cannot be run"), "{why}");
-    let Some(bench) = Bench::new(BackendType::File) else { return };
+    let Some(bench) = Bench::new() else { return };
     println!("{:?}", bench.manager.check().await);
     if host::usable_kvm().is_err() {
         assert!(bench.manager.check().await.unwrap_err().to_string().contains("Firecracker needs KVM"));

@@ -23,6 +23,8 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 
+use super::guest::{self, Guest};
+
 /// What a field may hold.
 #[derive(Clone, Copy)]
 enum Kind {
@@ -122,6 +124,8 @@ struct Vm {
     initrd: bool,
     vsock: Option<String>,
     metrics: bool,
+    /// Memory that somebody else brings.
+    guest: Option<Guest>,
     /// Each request with its answer.
     asked: Vec<String>,
 }
@@ -150,6 +154,7 @@ impl StandIn {
             initrd: false,
             vsock: None,
             metrics: false,
+            guest: None,
             asked: Vec::new(),
         };
         let server = Self { root, vm: Arc::new(Mutex::new(vm)), tasks: Arc::default() };
@@ -170,6 +175,11 @@ impl StandIn {
 
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.tasks.lock().unwrap().spawn(task);
+    }
+
+    /// The memory that is brought by somebody else, once a snapshot was loaded so.
+    pub(super) fn guest(&self) -> Guest {
+        self.vm.lock().unwrap().guest.expect("a snapshot was loaded with Uffd")
     }
 
     /// `METHOD path -> status`, in order.
@@ -303,8 +313,8 @@ impl StandIn {
         if vm.phase != Phase::Paused {
             return Err("Cannot save the microVM state: it is not paused".to_owned());
         }
-        for field in ["snapshot_path", "mem_file_path"] {
-            fs::write(self.root.join(body[field].as_str().unwrap_or_default()), field).map_err(|e| e.to_string())?;
+        for (field, content) in [("snapshot_path", b"snapshot_path".to_vec()), ("mem_file_path", guest::memory())] {
+            fs::write(self.root.join(body[field].as_str().unwrap_or_default()), content).map_err(|e| e.to_string())?;
         }
         Ok(())
     }
@@ -320,6 +330,11 @@ impl StandIn {
             (None, None) => return Err("missing field: either `mem_backend` or `mem_file_path`".to_owned()),
         };
         self.exists(&backend.map(str::to_owned))?;
+        if body["mem_backend"]["backend_type"] == "Uffd" {
+            let guest =
+                Guest::behind(&self.root.join(backend.unwrap_or_default())).map_err(|error| error.to_string())?;
+            vm.guest = Some(guest);
+        }
         self.exists(&body["snapshot_path"].as_str().map(str::to_owned))?;
         vm.drives = (0..8).map(|slot| format!("image{slot}")).chain(["scratch".to_owned()]).collect();
         vm.vsock = Some("vsock.sock".to_owned());
