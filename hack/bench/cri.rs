@@ -16,13 +16,22 @@ use hyper_util::rt::TokioIo;
 use lambdalet_proto::cri::v1;
 use lambdalet_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
 use tokio::net::UnixStream;
+use tokio::time::error::Elapsed;
 use tokio::time::timeout;
+use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
 /// Longer than anything here takes that goes well.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// The label of what is made here.
 const MINE: &str = "lambdalet.dev/bench";
+/// Instead of a figure of a call that a server does not know, and of what was never measured.
+const NOT_SERVED: &str = "not served";
+const NONE: &str = "none";
+/// What a container does that is there to be there. It ends when it is told to, so that a removal does not wait.
+const SLEEPS: &str = "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done";
+/// A list of statistics that takes longer is given up.
+const LONG: Duration = Duration::from_secs(30);
 /// Sandboxes that are made and removed at once where that is not what is measured.
 const AT_ONCE: usize = 4;
 
@@ -62,8 +71,11 @@ impl FromStr for Server {
     }
 }
 
-/// What was measured, by what it is; milliseconds.
-type Figures = Vec<(String, f64)>;
+/// What was measured, by what it is.
+type Figures = Vec<(String, Figure)>;
+
+/// Milliseconds, or why there are none.
+type Figure = Result<f64, &'static str>;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -86,7 +98,8 @@ fn print(servers: &[Server], columns: &[Figures]) {
     println!("| | {} |", names.join(" | "));
     println!("|---|{}", "---|".repeat(names.len()));
     for (row, (what, _)) in columns[0].iter().enumerate() {
-        let cells: Vec<_> = columns.iter().map(|column| format!("{:.1} ms", column[row].1)).collect();
+        let cell = |figure: Figure| figure.map_or_else(str::to_owned, |figure| format!("{figure:.1} ms"));
+        let cells: Vec<_> = columns.iter().map(|column| cell(column[row].1)).collect();
         println!("| {what} | {} |", cells.join(" | "));
     }
 }
@@ -119,8 +132,7 @@ impl Bench {
             let (mut each, mut walls) = (Vec::new(), Vec::new());
             for round in 0..rounds {
                 let begun = Instant::now();
-                let pods =
-                    (0..burst).map(|number| self.clone().pod(format!("b{burst}-{round}-{number}"), "sleep 3600"));
+                let pods = (0..burst).map(|number| self.clone().pod(format!("b{burst}-{round}-{number}"), SLEEPS));
                 each.extend(futures::future::try_join_all(pods).await?.into_iter().map(|(_, took)| took));
                 walls.push(begun.elapsed());
                 self.clean().await?;
@@ -130,12 +142,14 @@ impl Bench {
                 figures.push((format!("{burst} at once, all started"), median(walls)));
             }
         }
-        let pods = stream::iter(0..args.containers).map(|number| self.clone().pod(format!("l{number}"), "sleep 3600"));
+        let pods = stream::iter(0..args.containers).map(|number| self.clone().pod(format!("l{number}"), SLEEPS));
         let (first, _) = pods.buffer_unordered(AT_ONCE).try_collect::<Vec<_>>().await?.swap_remove(0);
         self.lists(args, &mut figures).await?;
         figures.push(("ExecSync of `true`, p50".to_owned(), self.execs(&first, args.rounds).await?));
         self.clean().await?;
-        self.ends(args.rounds, &mut figures).await?;
+        let (median, longest) = self.ends(args.rounds).await?;
+        figures.push(("event of an end, p50".to_owned(), median));
+        figures.push(("event of an end, max".to_owned(), longest));
         Ok(figures)
     }
 
@@ -155,6 +169,11 @@ impl Bench {
             // plugged in then.
             annotations: HashMap::from([("lambdalet.dev/address".to_owned(), "192.0.2.1".to_owned())]),
             log_directory: self.logs.display().to_string(),
+            // A kubelet always says this much; cri-dockerd goes by it.
+            linux: Some(v1::LinuxPodSandboxConfig {
+                security_context: Some(v1::LinuxSandboxSecurityContext::default()),
+                ..Default::default()
+            }),
             ..Default::default()
         };
         let container = v1::ContainerConfig {
@@ -177,7 +196,9 @@ impl Bench {
 
     async fn lists(&self, args: &Args, figures: &mut Figures) -> anyhow::Result<()> {
         let mut client = self.client.clone();
-        let (mut containers, mut sandboxes, mut stats) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut containers, mut sandboxes) = (Vec::new(), Vec::new());
+        let (mut stats, mut sandbox_stats) = (Lists::default(), Lists::default());
+        let until = Instant::now() + LONG;
         for _ in 0..args.rounds {
             let begun = Instant::now();
             let found = client.list_containers(v1::ListContainersRequest::default()).await?.into_inner().containers;
@@ -188,19 +209,28 @@ impl Bench {
             sandboxes.push(begun.elapsed());
             ensure!(found.len() >= args.containers, "{} sandboxes are listed", found.len());
             let begun = Instant::now();
-            let found =
-                client.list_pod_sandbox_stats(v1::ListPodSandboxStatsRequest::default()).await?.into_inner().stats;
-            stats.push(begun.elapsed());
-            ensure!(found.len() >= args.containers, "{} statistics are listed", found.len());
+            let asked = timeout(LONG, client.list_container_stats(v1::ListContainerStatsRequest::default())).await;
+            stats.note(begun, args.containers, asked.map(|asked| asked.map(|found| found.into_inner().stats.len())));
+            let begun = Instant::now();
+            let asked = timeout(LONG, client.list_pod_sandbox_stats(v1::ListPodSandboxStatsRequest::default())).await;
+            sandbox_stats.note(
+                begun,
+                args.containers,
+                asked.map(|asked| asked.map(|found| found.into_inner().stats.len())),
+            );
+            if Instant::now() > until {
+                break;
+            }
         }
         let of = format!("of {}, p50", args.containers);
         figures.push((format!("ListContainers {of}"), median(containers)));
         figures.push((format!("ListPodSandbox {of}"), median(sandboxes)));
-        figures.push((format!("ListPodSandboxStats {of}"), median(stats)));
+        figures.push((format!("ListContainerStats {of}"), stats.figure()));
+        figures.push((format!("ListPodSandboxStats {of}"), sandbox_stats.figure()));
         Ok(())
     }
 
-    async fn execs(&self, id: &str, rounds: usize) -> anyhow::Result<f64> {
+    async fn execs(&self, id: &str, rounds: usize) -> anyhow::Result<Figure> {
         let (mut client, mut times) = (self.client.clone(), Vec::new());
         for _ in 0..rounds {
             let begun = Instant::now();
@@ -213,10 +243,14 @@ impl Bench {
         Ok(median(times))
     }
 
-    /// From the end of a container, as its status has it, until its event is there.
-    async fn ends(&self, rounds: usize, figures: &mut Figures) -> anyhow::Result<()> {
+    /// From the end of a container, as its status has it, until its event is there: the median and the longest.
+    async fn ends(&self, rounds: usize) -> anyhow::Result<(Figure, Figure)> {
         let mut client = self.client.clone();
-        let mut events = client.get_container_events(v1::GetEventsRequest {}).await?.into_inner();
+        let asked = client.get_container_events(v1::GetEventsRequest {}).await;
+        let mut events = match asked {
+            Err(status) if status.code() == Code::Unimplemented => return Ok((Err(NOT_SERVED), Err(NOT_SERVED))),
+            events => events?.into_inner(),
+        };
         let mut times = Vec::new();
         for round in 0..rounds {
             let (id, _) = self.clone().pod(format!("e{round}"), "sleep 0.2").await?;
@@ -236,10 +270,8 @@ impl Bench {
             times.push(at.saturating_sub(ended));
         }
         self.clean().await?;
-        let longest = times.iter().max().map_or(0.0, Duration::as_secs_f64) * 1e3;
-        figures.push(("event of an end, p50".to_owned(), median(times)));
-        figures.push(("event of an end, max".to_owned(), longest));
-        Ok(())
+        let longest = times.iter().max().map_or(Err(NONE), |time| Ok(time.as_secs_f64() * 1e3));
+        Ok((median(times), longest))
     }
 
     /// Removes all that was made here.
@@ -259,8 +291,38 @@ impl Bench {
     }
 }
 
-/// The median in milliseconds; 0 of none.
-fn median(mut times: Vec<Duration>) -> f64 {
+/// Lists of one kind, of which a server may give none.
+#[derive(Default)]
+struct Lists {
+    times: Vec<Duration>,
+    failed: Option<&'static str>,
+}
+
+impl Lists {
+    fn note(&mut self, begun: Instant, wanted: usize, listed: Result<Result<usize, tonic::Status>, Elapsed>) {
+        self.times.push(begun.elapsed());
+        let failed = match listed {
+            Ok(Ok(listed)) if listed >= wanted => return,
+            Ok(Ok(_)) => "lists fewer",
+            Err(_) => "more than 30 s",
+            Ok(Err(status)) if status.code() == Code::Unimplemented => NOT_SERVED,
+            Ok(Err(status)) => {
+                if self.failed.is_none() {
+                    eprintln!("a list failed: {}", status.message());
+                }
+                "fails"
+            }
+        };
+        self.failed.get_or_insert(failed);
+    }
+
+    fn figure(self) -> Figure {
+        self.failed.map_or_else(|| median(self.times), Err)
+    }
+}
+
+/// The median in milliseconds.
+fn median(mut times: Vec<Duration>) -> Figure {
     times.sort();
-    times.get(times.len() / 2).map_or(0.0, Duration::as_secs_f64) * 1e3
+    times.get(times.len() / 2).map_or(Err(NONE), |time| Ok(time.as_secs_f64() * 1e3))
 }

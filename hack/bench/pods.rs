@@ -94,6 +94,8 @@ enum Pace {
 /// Seconds of each Pod of a round, and of the round as a whole.
 struct Round {
     starts: Vec<f64>,
+    /// Of each start what comes after the scheduler: from the watch's word that the Pod has a node.
+    of_node: Vec<f64>,
     start_wall: f64,
     ends: Vec<f64>,
 }
@@ -121,11 +123,11 @@ async fn measure(pods: Api<Pod>, args: Args) -> anyhow::Result<Value> {
     let mut bench = Bench { pods, args, changes, number: 0 };
     // The first Pods pay for connections and caches.
     bench.round(2, Pace::AtOnce).await?;
-    let mut starts = Vec::new();
-    let mut ends = Vec::new();
+    let (mut starts, mut of_node, mut ends) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.args.single {
         let round = bench.round(1, Pace::AtOnce).await?;
         starts.extend(round.starts);
+        of_node.extend(round.of_node);
         ends.extend(round.ends);
     }
     let mut bursts = Vec::new();
@@ -142,6 +144,7 @@ async fn measure(pods: Api<Pod>, args: Args) -> anyhow::Result<Value> {
     }
     Ok(json!({
         "node": bench.args.node, "start_p50": median(starts.clone()), "start_max": longest(&starts),
+        "of_node_p50": median(of_node),
         "delete_p50": median(ends), "bursts": bursts, "idle": idle, "watch_troubles": bench.changes.troubles(),
     }))
 }
@@ -159,17 +162,17 @@ impl Bench {
     /// Creates so many Pods, waits until all run, deletes them at once, waits until all are gone.
     async fn round(&mut self, size: usize, pace: Pace) -> anyhow::Result<Round> {
         let begun = Instant::now();
-        let (names, starts) = self.start(size, pace).await?;
+        let (names, starts, of_node) = self.start(size, pace).await?;
         let start_wall = begun.elapsed().as_secs_f64();
         let ends = self.delete(&names).await?;
-        Ok(Round { starts, start_wall, ends })
+        Ok(Round { starts, of_node, start_wall, ends })
     }
 
-    /// Creates so many Pods and waits until all run: their names, and the seconds each took.
-    async fn start(&mut self, size: usize, pace: Pace) -> anyhow::Result<(Vec<String>, Vec<f64>)> {
+    /// Creates so many Pods and waits until all run: their names, and the seconds each took, in all and on its node.
+    async fn start(&mut self, size: usize, pace: Pace) -> anyhow::Result<(Vec<String>, Vec<f64>, Vec<f64>)> {
         let names: Vec<String> = (0..size).map(|i| format!("p{}", self.number + i)).collect();
         self.number += size;
-        let begun = Mutex::default();
+        let (begun, bound) = (Mutex::default(), Mutex::<HashMap<String, Instant>>::default());
         let (pods, args) = (&self.pods, &self.args);
         let create = async {
             match pace {
@@ -184,12 +187,19 @@ impl Bench {
             }
             anyhow::Ok(())
         };
-        let started = await_all(&mut self.changes, size, &begun, |change| match change {
-            Change::Seen(pod) if all_run(&pod) => pod.metadata.name.clone(),
-            _ => None,
+        let started = await_all(&mut self.changes, size, &begun, |change| {
+            let Change::Seen(pod) = change else { return None };
+            let name = pod.metadata.name.clone()?;
+            if pod.spec.as_ref().is_some_and(|spec| spec.node_name.is_some()) {
+                locked(&bound).entry(name.clone()).or_insert_with(Instant::now);
+            }
+            all_run(&pod).then_some(name)
         });
         let ((), seconds) = tokio::try_join!(create, started)?;
-        Ok((names, seconds))
+        let (begun, bound) = (locked(&begun), locked(&bound));
+        let before = |name: &String| bound[name].duration_since(begun[name]).as_secs_f64();
+        let of_node = seconds.iter().map(|(name, seconds)| seconds - before(name)).collect();
+        Ok((names, seconds.into_values().collect(), of_node))
     }
 
     async fn delete(&mut self, names: &[String]) -> anyhow::Result<Vec<f64>> {
@@ -200,14 +210,14 @@ impl Bench {
             Change::Gone(name) => Some(name),
             Change::Seen(_) => None,
         });
-        let (_, seconds): (Vec<_>, _) = tokio::try_join!(delete, gone)?;
-        Ok(seconds)
+        let (_, seconds): (Vec<_>, HashMap<_, _>) = tokio::try_join!(delete, gone)?;
+        Ok(seconds.into_values().collect())
     }
 
     /// Memory and CPU of the named processes, and of the shims, while so many Pods run and nothing happens.
     async fn idle(&mut self, size: usize) -> anyhow::Result<Value> {
         let earlier = self.args.shims.as_deref().map(memory::processes_with).unwrap_or_default();
-        let (names, _) = self.start(size, Pace::AtOnce).await?;
+        let (names, ..) = self.start(size, Pace::AtOnce).await?;
         // Let what the start has left behind settle before the measurement begins.
         tokio::time::sleep(Duration::from_secs(10)).await;
         let mut groups = self.args.process.iter().map(|text| Group::named(text)).collect::<Result<Vec<_>, _>>()?;
@@ -278,7 +288,7 @@ async fn await_all(
     size: usize,
     begun: &Mutex<HashMap<String, Instant>>,
     select: impl Fn(Change) -> Option<String>,
-) -> anyhow::Result<Vec<f64>> {
+) -> anyhow::Result<HashMap<String, f64>> {
     let mut seen: HashMap<String, f64> = HashMap::new();
     let deadline = tokio::time::Instant::now() + PATIENCE;
     while seen.len() < size {
@@ -290,7 +300,7 @@ async fn await_all(
             seen.entry(name).or_insert_with(|| begin.elapsed().as_secs_f64());
         }
     }
-    Ok(seen.into_values().collect())
+    Ok(seen)
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
