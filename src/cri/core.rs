@@ -50,6 +50,8 @@ pub(super) struct Core {
     pub(super) turns: Turns<Key>,
     pub(super) view: View,
     pub(super) tasks: Tasks,
+    /// Where writable layers are, once somebody has asked.
+    pub(super) mountpoint: OnceCell<String>,
     pub(super) adopted: OnceCell<()>,
 }
 

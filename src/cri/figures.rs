@@ -7,18 +7,20 @@ use super::core::Core;
 use super::failure::status;
 use super::shelf::Key;
 use super::{filter, stats};
+use crate::runtime::RuntimeError;
 use crate::runtime::stats::{SandboxStats, StatsScope};
 
 impl Core {
     async fn figures(&self) -> Result<Vec<SandboxStats>, Status> {
         self.adopted().await?;
-        Ok(self.runtime.list_pod_sandbox_stats(StatsScope::All).await?)
+        Ok(self.runtime.list_pod_sandbox_stats(StatsScope::Usage).await?)
     }
 
-    /// Where writable layers are: with the images.
-    async fn mountpoint(&self) -> String {
-        let found = self.runtime.image_fs_info().await;
-        found.map(|images| images.path.to_string_lossy().into_owned()).unwrap_or_default()
+    /// Where writable layers are: with the images. An engine does not move them while it is served.
+    async fn mountpoint(&self) -> &str {
+        let path =
+            async || Ok::<_, RuntimeError>(self.runtime.image_fs_info().await?.path.to_string_lossy().into_owned());
+        self.mountpoint.get_or_try_init(path).await.map_or("", String::as_str)
     }
 
     fn told(&self, sandbox: &SandboxStats, mountpoint: &str) -> Vec<v1::ContainerStats> {
@@ -43,7 +45,7 @@ impl Core {
         });
         let mut all = Vec::new();
         for sandbox in &figures {
-            let told = self.told(sandbox, &mountpoint).into_iter();
+            let told = self.told(sandbox, mountpoint).into_iter();
             all.extend(told.filter(|one| filter::container_stats(one, sandbox.id.as_str(), wanted.as_ref())));
         }
         Ok(all)
@@ -72,7 +74,7 @@ impl Core {
         let wanted = wanted.map(|filter| v1::PodSandboxStatsFilter { id: self.sandboxes.id(&filter.id), ..filter });
         let told = figures
             .iter()
-            .map(|sandbox| stats::sandbox(sandbox, self.about_sandbox(sandbox), self.told(sandbox, &mountpoint)));
+            .map(|sandbox| stats::sandbox(sandbox, self.about_sandbox(sandbox), self.told(sandbox, mountpoint)));
         Ok(told.filter(|one| filter::sandbox_stats(one, wanted.as_ref())).collect())
     }
 

@@ -129,6 +129,7 @@ impl Cri {
             turns: Turns::default(),
             view: View::default(),
             tasks: tasks.clone(),
+            mountpoint: OnceCell::new(),
             adopted: OnceCell::new(),
             runtime,
         };

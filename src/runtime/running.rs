@@ -38,7 +38,7 @@ pub(super) fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: Stat
     let shared =
         members.values().filter_map(|member| member.pod_cgroup.as_ref().filter(|_| member.facts.sandbox_itself));
     let usages = trees.usages(&own.chain(shared).map(PathBuf::as_path).collect(), scope);
-    let everything = scope == StatsScope::All;
+    let everything = scope > StatsScope::CpuAndMemory;
     for member in members.values().filter(|member| !member.facts.sandbox_itself) {
         let Some(usage) = usages.get(member.cgroup.as_path()).copied() else { continue };
         let facts = &member.facts;
@@ -54,6 +54,12 @@ pub(super) fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: Stat
             log: everything.then(|| disk.usage(&member.log)).flatten(),
         });
     }
+    // Who is on the host's network has none of its own.
+    let network_of = |member: &Arc<Member>| {
+        let own = member.facts.sandbox_itself && (!member.facts.addresses.is_empty() || member.facts.by_plugins);
+        member.pid.filter(|_| everything && own)
+    };
+    let networks = interfaces(&members.values().filter_map(network_of).collect::<Vec<_>>());
     let of_sandbox = |member: &Arc<Member>| {
         if !trees.exists(&member.cgroup) {
             return None;
@@ -61,14 +67,13 @@ pub(super) fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: Stat
         let nothing = || Usage { time: Timestamp::now(), ..Usage::default() };
         let usage =
             member.pod_cgroup.as_ref().map_or_else(|| Some(nothing()), |path| usages.get(path.as_path()).copied())?;
-        let own_network = everything && (!member.facts.addresses.is_empty() || member.facts.by_plugins);
         Some(SandboxStats {
             id: SandboxId::from(member.id.as_str()),
             pod: member.facts.pod.clone(),
             started_at: member.started_at,
             cgroup: member.pod_cgroup.as_deref().map_or_else(String::new, shown),
             usage,
-            network: member.pid.filter(|_| own_network).and_then(interfaces),
+            network: network_of(member).and_then(|pid| networks.get(&pid).cloned()),
             containers: containers.remove(member.id.as_str()).unwrap_or_default(),
             volumes: Vec::new(),
         })

@@ -12,7 +12,9 @@ use super::types::{ContainerId, PodRef, SandboxId};
 pub enum StatsScope {
     /// CPU and memory: cheap enough for every few seconds.
     CpuAndMemory,
-    /// Network, file systems and processes too.
+    /// What else is used: network, file systems, processes; and how much memory may be.
+    Usage,
+    /// Every limit too, how often it was met, and the most that was used. A driver may tell so much where less is asked.
     All,
 }
 
@@ -80,9 +82,9 @@ pub struct Usage {
     pub cpu: Option<CpuUsage>,
     /// Memory.
     pub memory: Option<MemoryUsage>,
-    /// Processes and threads ([`StatsScope::All`]).
+    /// Processes and threads ([`StatsScope::Usage`]).
     pub tasks: Option<u64>,
-    /// Its limits ([`StatsScope::All`]).
+    /// Its limits ([`StatsScope::All`]; that of memory, [`StatsScope::Usage`]).
     pub limits: Option<Limits>,
 }
 
@@ -161,7 +163,7 @@ pub struct ContainerStats {
     pub cgroup: String,
     /// What it uses.
     pub usage: Usage,
-    /// Files it wrote outside its volumes ([`StatsScope::All`], and not before they were measured for the first time).
+    /// Files it wrote outside its volumes ([`StatsScope::Usage`], and not before they were measured for the first time).
     pub writable_layer: Option<DiskUsage>,
     /// Its log (likewise).
     pub log: Option<DiskUsage>,
@@ -180,11 +182,11 @@ pub struct SandboxStats {
     pub cgroup: String,
     /// What all of it uses.
     pub usage: Usage,
-    /// Its interfaces without loopback ([`StatsScope::All`]); `None` on the host's network.
+    /// Its interfaces without loopback ([`StatsScope::Usage`]); `None` on the host's network.
     pub network: Option<Vec<Interface>>,
     /// Its running containers, in no order.
     pub containers: Vec<ContainerStats>,
     /// What its volumes hold where that is not to be found on the host, by the directory on the host that stands for each
-    /// ([`StatsScope::All`]).
+    /// ([`StatsScope::Usage`]).
     pub volumes: Vec<(PathBuf, DiskUsage)>,
 }

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
+use std::hash::Hash;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -26,10 +27,19 @@ const NANOSECONDS_PER_MICROSECOND: u64 = 1_000;
 /// Threads that read at once, and the cgroups from which on one is worth starting.
 const MOST_READERS: usize = 4;
 const WORTH_A_THREAD: usize = 32;
-/// The files that every look reads. They stay open from one look to the next, for to open one takes the kernel five
+/// The files that all but the most curious look read. They stay open from one look to the next, for to open one takes the kernel five
 /// times as long as to read it.
-const KEPT: [&str; 6] =
-    ["cpuacct.usage", "memory.usage_in_bytes", "memory.stat", "cpu.stat", "memory.current", "memory.swap.current"];
+const KEPT: [&str; 9] = [
+    "cpuacct.usage",
+    "memory.usage_in_bytes",
+    "memory.limit_in_bytes",
+    "memory.stat",
+    "memory.current",
+    "memory.swap.current",
+    "memory.max",
+    "cpu.stat",
+    "pids.current",
+];
 /// Of the files this process may have open at once, the part that is spent so.
 const PART_KEPT: u64 = 4;
 
@@ -72,15 +82,12 @@ impl Trees {
         self.reader().usage(path, scope)
     }
 
-    /// What each of these cgroups uses; those that are gone are left out. To read them takes the kernel longer than
-    /// anything done here, so cores share the work where there is enough of it.
+    /// What each of these cgroups uses; those that are gone are left out.
     pub fn usages<'p>(&self, paths: &BTreeSet<&'p Path>, scope: StatsScope) -> HashMap<&'p Path, Usage> {
         let paths: Vec<&Path> = paths.iter().copied().collect();
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        let readers = cores.min(MOST_READERS).min(paths.len() / WORTH_A_THREAD).max(1);
         // Whoever asks meanwhile opens his own; what is not asked for any more is closed.
         let kept = Mutex::new(std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner)));
-        let read = |part: &[&'p Path]| -> Vec<_> {
+        in_parts(&paths, |part: &[&'p Path]| {
             let mut reader = self.reader();
             let usage = |path: &&'p Path| {
                 reader.open = kept.lock().unwrap_or_else(PoisonError::into_inner).remove(*path).unwrap_or_default();
@@ -89,16 +96,6 @@ impl Trees {
                 Some((*path, usage))
             };
             part.iter().filter_map(usage).collect()
-        };
-        thread::scope(|scope| {
-            let (own, others) = paths.split_at(paths.len().div_ceil(readers));
-            let others = others.chunks(own.len().max(1)).map(|part| scope.spawn(move || read(part)));
-            let others: Vec<_> = others.collect();
-            let mut usages: HashMap<_, _> = read(own).into_iter().collect();
-            for other in others {
-                usages.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-            }
-            usages
         })
     }
 
@@ -140,13 +137,17 @@ impl Reader<'_> {
         if cpu.is_none() && memory.is_none() {
             return None;
         }
-        let everything = scope == StatsScope::All;
+        let more = scope > StatsScope::CpuAndMemory;
         Some(Usage {
             time: Timestamp::now(),
             cpu,
             memory,
-            tasks: everything.then(|| self.number("pids", path, "pids.current")).flatten(),
-            limits: everything.then(|| self.limits(path)),
+            tasks: more.then(|| self.number("pids", path, "pids.current")).flatten(),
+            limits: match scope {
+                StatsScope::CpuAndMemory => None,
+                StatsScope::Usage => Some(Limits { memory: self.memory_limit(path), ..Limits::default() }),
+                StatsScope::All => Some(self.limits(path)),
+            },
         })
     }
 
@@ -270,7 +271,7 @@ impl Reader<'_> {
                 cpu_shares: weight.map(|weight| 2 + weight.saturating_sub(1) * 262_142 / 9_999),
                 cpu_quota,
                 cpu_period,
-                memory: self.number("", path, "memory.max"),
+                memory: self.memory_limit(path),
             };
         }
         let quota = self.read("cpu", path, "cpu.cfs_quota_us").and_then(|text| text.trim().parse::<i64>().ok());
@@ -279,9 +280,35 @@ impl Reader<'_> {
             // -1 is none.
             cpu_quota: quota.and_then(|quota| u64::try_from(quota).ok()),
             cpu_period: self.number("cpu", path, "cpu.cfs_period_us"),
-            memory: self.number("memory", path, "memory.limit_in_bytes").filter(|limit| *limit < NO_LIMIT),
+            memory: self.memory_limit(path),
         }
     }
+
+    fn memory_limit(&mut self, path: &Path) -> Option<u64> {
+        let name = if self.trees.unified { "memory.max" } else { "memory.limit_in_bytes" };
+        self.number("memory", path, name).filter(|limit| *limit < NO_LIMIT)
+    }
+}
+
+/// What `read` finds of these. To read takes the kernel longer than anything done here, so cores share the work where there
+/// is enough of it.
+fn in_parts<T: Sync, K: Eq + Hash + Send, V: Send>(
+    all: &[T],
+    read: impl Fn(&[T]) -> Vec<(K, V)> + Sync,
+) -> HashMap<K, V> {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let readers = cores.min(MOST_READERS).min(all.len() / WORTH_A_THREAD).max(1);
+    thread::scope(|scope| {
+        let (own, others) = all.split_at(all.len().div_ceil(readers));
+        let read = &read;
+        let others = others.chunks(own.len().max(1)).map(|part| scope.spawn(move || read(part)));
+        let others: Vec<_> = others.collect();
+        let mut found: HashMap<_, _> = read(own).into_iter().collect();
+        for other in others {
+            found.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+        found
+    })
 }
 
 /// Reads all of a file into `text`, which grows if it must. These files tell no size, and the kernel writes one anew for
@@ -320,9 +347,13 @@ fn host_memory(path: &Path) -> Option<u64> {
     Some(kibibytes("MemTotal:")?.saturating_sub(kibibytes("MemFree:")?) << 10)
 }
 
-/// The interfaces that process `pid` sees, without loopback. `None` if it is gone.
-pub fn interfaces(pid: i32) -> Option<Vec<Interface>> {
-    fs::read_to_string(format!("/proc/{pid}/net/dev")).ok().map(|text| read_interfaces(&text))
+/// The interfaces that each of these processes sees, without loopback. Those that are gone are left out.
+pub fn interfaces(pids: &[i32]) -> HashMap<i32, Vec<Interface>> {
+    let of_one = |pid: &i32| {
+        let text = fs::read_to_string(format!("/proc/{pid}/net/dev")).ok()?;
+        Some((*pid, read_interfaces(&text)))
+    };
+    in_parts(pids, |part| part.iter().filter_map(of_one).collect())
 }
 
 /// `/proc/net/dev`: per line a name and sixteen counters, those received first.
@@ -411,6 +442,8 @@ mod tests {
         assert_eq!(usage.limits, Some(limits));
         let brief = trees.usage(Path::new("l/pod1"), StatsScope::CpuAndMemory).unwrap();
         assert_eq!((brief.memory.unwrap().working_set, brief.tasks, brief.limits), (3800, None, None));
+        let used = trees.usage(Path::new("l/pod1"), StatsScope::Usage).unwrap();
+        assert_eq!((used.tasks, used.limits), (Some(7), Some(Limits::default())));
     }
 
     #[test]

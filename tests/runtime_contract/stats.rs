@@ -17,12 +17,12 @@ pub(crate) async fn what_runs_is_told_with_what_it_uses(bench: &Bench) {
     let exited = bench.started("exited", bench.exits(0)).await;
     bench.exited(&exited).await;
     let status = bench.runtime.container_status(&id).await.unwrap();
-    for scope in [StatsScope::CpuAndMemory, StatsScope::All] {
+    for scope in [StatsScope::CpuAndMemory, StatsScope::Usage, StatsScope::All] {
         let all = stats(bench, scope).await;
         assert_eq!(all.len(), 1);
-        let (sandbox, everything) = (&all[0], scope == StatsScope::All);
+        let (sandbox, more) = (&all[0], scope > StatsScope::CpuAndMemory);
         assert_eq!((&sandbox.id, &sandbox.pod), (&status.sandbox, &bench.pod("p")));
-        assert_eq!((sandbox.network.is_some(), sandbox.usage.tasks.is_some()), (everything, everything));
+        assert_eq!((sandbox.network.is_some(), sandbox.usage.tasks.is_some()), (more, more));
         assert_eq!(sandbox.containers.len(), 1, "what has exited uses nothing");
         let container = &sandbox.containers[0];
         assert_eq!((&container.id, container.name.as_str(), container.attempt), (&id, "c", 0));
@@ -98,6 +98,8 @@ pub(crate) async fn the_kernels_figures_are_told(bench: &Bench) {
     let limits = container.usage.limits.unwrap();
     assert_eq!((limits.cpu_quota, limits.cpu_period, limits.memory), (Some(10_000), Some(100_000), Some(64 << 20)));
     assert!(container.usage.tasks.unwrap() >= 1);
+    let brief = stats(bench, StatsScope::Usage).await[0].containers[0].clone();
+    assert_eq!(brief.usage.limits.and_then(|limits| limits.memory), Some(64 << 20));
     let again = bench.again().await.list_pod_sandbox_stats(StatsScope::CpuAndMemory).await.unwrap();
     assert_eq!(again[0].containers[0].id, id, "after a restart of the process too");
 }

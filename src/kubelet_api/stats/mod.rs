@@ -163,7 +163,8 @@ impl Sample {
 }
 
 fn own_interfaces() -> Vec<Interface> {
-    let own = i32::try_from(std::process::id()).ok().and_then(interfaces).unwrap_or_default();
+    let own =
+        i32::try_from(std::process::id()).ok().and_then(|pid| interfaces(&[pid]).remove(&pid)).unwrap_or_default();
     own.into_iter().filter(|interface| !is_inner(&interface.name)).collect()
 }
 

@@ -167,7 +167,7 @@ impl Manager {
     /// What each Pod uses, by UID; environments count for their function.
     async fn uses(&self) -> Result<HashMap<String, PodUse>, RuntimeError> {
         let mut uses: HashMap<String, PodUse> = HashMap::new();
-        let sandboxes = self.shared.runtime.list_pod_sandbox_stats(StatsScope::All).await?;
+        let sandboxes = self.shared.runtime.list_pod_sandbox_stats(StatsScope::Usage).await?;
         for stats in &sandboxes {
             add(uses.entry(crew::base(&stats.pod.uid).to_owned()).or_default(), stats);
         }

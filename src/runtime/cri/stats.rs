@@ -20,7 +20,7 @@ use crate::runtime::{Kind, Result, RuntimeError, blocking};
 impl CriRuntime {
     pub(super) async fn read_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
         let members = self.members(scope).await?;
-        if scope == StatsScope::All {
+        if scope > StatsScope::CpuAndMemory {
             let places = members.values().filter(|member| !member.facts.sandbox_itself);
             let places = places.flat_map(|member| member.layer.iter().chain([&member.log]).cloned()).collect();
             if let Some(walk) = Disk::walk(&self.disk, places) {
@@ -56,7 +56,8 @@ impl CriRuntime {
             false => self.place(&id).await?,
         };
         let Some(place) = place else { return Ok(None) };
-        let layer = (scope == StatsScope::All && !facts.sandbox_itself).then(|| writable_layer(place.pid)).flatten();
+        let layer =
+            (scope > StatsScope::CpuAndMemory && !facts.sandbox_itself).then(|| writable_layer(place.pid)).flatten();
         let pod_cgroup = self.cgroups.relative(&facts.cgroup);
         let log = self.logs.of_container(&facts.pod.uid, &facts.container, facts.attempt);
         Ok(Some(Member {

@@ -42,9 +42,10 @@ const LONGEST_WORDS: usize = 4 << 10;
 const WORDS_PATIENCE: Duration = Duration::from_secs(5);
 /// Exit code of a process that went with its container.
 const KILLED: i32 = 137;
-/// The daemon notes the end of a process a moment after the kernel tells it: from the first pause between two looks to
-/// the longest.
-const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// The daemon notes the end of a process a moment after the kernel tells it: the pause between two looks, for as long as
+/// that mostly takes; then pauses grow to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const A_MOMENT: Duration = Duration::from_millis(40);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// How long the daemon may take to note a start or an end.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -231,18 +232,20 @@ impl Exec {
 
     /// Looks until what is seen is what is waited for.
     async fn looked<T>(&self, id: &str, wanted: impl Fn(State) -> Option<T>) -> Result<T> {
-        let deadline = Instant::now() + PATIENCE;
+        let begun = Instant::now();
         let mut pause = FIRST_PAUSE;
         loop {
             if let Some(seen) = wanted(self.state(id).await?) {
                 return Ok(seen);
             }
-            if Instant::now() >= deadline {
+            if begun.elapsed() >= PATIENCE {
                 let text = format!("{}: Docker does not say what became of it", self.tried);
                 return Err(RuntimeError::new(Kind::Unavailable, text));
             }
             sleep(pause).await;
-            pause = LONGEST_PAUSE.min(pause * 2);
+            if begun.elapsed() > A_MOMENT {
+                pause = LONGEST_PAUSE.min(pause * 2);
+            }
         }
     }
 

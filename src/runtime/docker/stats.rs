@@ -84,7 +84,7 @@ impl DockerRuntime {
     pub(super) async fn read_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
         let members = self.members().await?;
         let (trees, disk) = (self.statistics.trees.clone(), Arc::clone(&self.statistics.disk));
-        if scope == StatsScope::All {
+        if scope > StatsScope::CpuAndMemory {
             let places = members.values().filter(|member| !member.facts.sandbox_itself);
             let places = places.flat_map(|member| member.layer.iter().chain([&member.log]).cloned()).collect();
             if let Some(walk) = Disk::walk(&self.statistics.disk, places) {

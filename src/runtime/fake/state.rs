@@ -204,14 +204,14 @@ impl State {
         let of_sandbox = |sandbox: &SandboxStatus| {
             let members = self.running_members(&sandbox.id);
             let containers: Vec<_> = members.iter().map(|id| stats_of(&self.containers[id], scope)).collect();
-            let networked = scope == StatsScope::All && !sandbox.addresses.is_empty();
+            let networked = scope > StatsScope::CpuAndMemory && !sandbox.addresses.is_empty();
             SandboxStats {
                 id: sandbox.id.clone(),
                 pod: sandbox.pod.clone(),
                 started_at: Some(sandbox.created_at),
                 cgroup: format!("/fake/pod{}", sandbox.pod.uid),
                 usage: Usage {
-                    limits: self.limits.get(&sandbox.id).filter(|_| scope == StatsScope::All).map(told),
+                    limits: self.limits.get(&sandbox.id).filter(|_| scope > StatsScope::CpuAndMemory).map(told),
                     ..sum(&containers, scope)
                 },
                 network: networked.then(|| vec![Interface { name: "eth0".to_owned(), ..Interface::default() }]),
@@ -294,7 +294,7 @@ fn used() -> Usage {
 }
 
 fn stats_of(container: &Container, scope: StatsScope) -> ContainerStats {
-    let (status, all) = (&container.status, scope == StatsScope::All);
+    let (status, all) = (&container.status, scope > StatsScope::CpuAndMemory);
     ContainerStats {
         id: status.id.clone(),
         name: status.name.clone(),
@@ -325,7 +325,7 @@ fn sum(containers: &[ContainerStats], scope: StatsScope) -> Usage {
         time: Timestamp::now(),
         cpu: Some(CpuUsage { total: cpu, ..CpuUsage::default() }),
         memory: Some(memory),
-        tasks: (scope == StatsScope::All).then_some(containers.len() as u64),
+        tasks: (scope > StatsScope::CpuAndMemory).then_some(containers.len() as u64),
         limits: None,
     }
 }

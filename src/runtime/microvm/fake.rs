@@ -334,7 +334,7 @@ impl Vm for FakeVm {
         let volumes = locked(&self.volumes).clone().into_iter().filter(|(_, volume)| volume.kind != VolumeKind::Pushed);
         // As an empty directory has.
         let usage = DiskUsage { time: own.usage.time, bytes: 4096, inodes: 1 };
-        let volumes = volumes.filter(|_| scope == StatsScope::All).map(|(name, _)| (name, usage)).collect();
+        let volumes = volumes.filter(|_| scope > StatsScope::CpuAndMemory).map(|(name, _)| (name, usage)).collect();
         Ok(GuestStats { usage: own.usage, network: own.network, containers: containers.collect(), volumes })
     }
 

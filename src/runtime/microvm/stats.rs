@@ -23,11 +23,8 @@ impl MicrovmRuntime {
         let of_each = self.sandboxes(None).into_iter().map(|sandbox| async move {
             let vm = sandbox.vm()?;
             // One with many files takes a while to walk through them; what else it uses is told without.
-            let tries: &[_] = match scope {
-                StatsScope::All => &[(StatsScope::All, WALK), (StatsScope::CpuAndMemory, ANSWER)],
-                StatsScope::CpuAndMemory => &[(StatsScope::CpuAndMemory, ANSWER)],
-            };
-            for (scope, patience) in tries.iter().copied() {
+            let whole = Some((scope, WALK)).filter(|_| scope > StatsScope::CpuAndMemory);
+            for (scope, patience) in whole.into_iter().chain([(StatsScope::CpuAndMemory, ANSWER)]) {
                 // Cancel-safe: it only asks.
                 match timeout(patience, vm.stats(scope)).await {
                     Ok(Ok(stats)) => return Some(told(&sandbox, stats, scope)),
@@ -53,7 +50,7 @@ fn told(sandbox: &Sandbox, stats: GuestStats, scope: StatsScope) -> SandboxStats
     let cgroup = record.cgroup.trim_start_matches('/').to_owned();
     let containers = stats.containers.into_iter().filter_map(|(id, usage, writable_layer)| {
         let status: ContainerStatus = record.status(&id, None, None)?;
-        let log = (scope == StatsScope::All).then(|| log_size(sandbox, &id)).flatten();
+        let log = (scope > StatsScope::CpuAndMemory).then(|| log_size(sandbox, &id)).flatten();
         Some(ContainerStats {
             name: status.name,
             attempt: status.attempt,
@@ -84,7 +81,7 @@ fn told(sandbox: &Sandbox, stats: GuestStats, scope: StatsScope) -> SandboxStats
 /// With the limits that the guest was given, where it does not tell them itself.
 fn limited(usage: Usage, given: Option<&Resources>, scope: StatsScope) -> Usage {
     let positive = |value: Option<i64>| value.and_then(|value| u64::try_from(value).ok()).filter(|value| *value > 0);
-    let given = given.filter(|_| scope == StatsScope::All).map(|given| Limits {
+    let given = given.filter(|_| scope > StatsScope::CpuAndMemory).map(|given| Limits {
         cpu_shares: positive(given.cpu_shares),
         cpu_quota: positive(given.cpu_quota),
         cpu_period: positive(given.cpu_period),

@@ -261,7 +261,7 @@ impl Vm for HostVm {
     }
 
     async fn stats(&self, scope: StatsScope) -> Result<GuestStats> {
-        let stats = self.agent().await?.stats(scope == StatsScope::All).await?;
+        let stats = self.agent().await?.stats(scope > StatsScope::CpuAndMemory).await?;
         Ok(told::stats(stats, scope))
     }
 

@@ -37,7 +37,7 @@ pub(super) fn log(batch: said::LogBatch) -> LogBatch {
 }
 
 pub(super) fn stats(stats: said::Stats, scope: StatsScope) -> GuestStats {
-    let everything = scope == StatsScope::All;
+    let everything = scope > StatsScope::CpuAndMemory;
     let time = stats.time;
     let used = |usage: v1::Usage| Usage {
         time,
