@@ -18,6 +18,9 @@ pub(super) struct PagerArgs {
     /// The VMM
     #[arg(long, value_name = "PID")]
     vmm: i32,
+    /// When that was started, in clock ticks after the boot
+    #[arg(long, value_name = "TICKS")]
+    vmm_started: u64,
     /// User it goes on as
     #[arg(long)]
     uid: u32,
@@ -27,8 +30,8 @@ pub(super) struct PagerArgs {
 }
 
 pub(super) fn pager(args: PagerArgs) -> anyhow::Result<ExitCode> {
-    let PagerArgs { memory, vmm, uid, gid } = args;
+    let PagerArgs { memory, vmm, vmm_started, uid, gid } = args;
     let tried = format!("failed to bring the memory of VMM {vmm} from {}", memory.display());
-    Arguments { memory, vmm, user: VmmUser { uid, gid } }.serve().context(tried)?;
+    Arguments { memory, vmm, vmm_started, user: VmmUser { uid, gid } }.serve().context(tried)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -108,10 +108,11 @@ impl DockerRuntime {
     fn holds_sandboxes(&self, image: &Image) -> bool {
         let own = pause::reference();
         let name = self.options.sandbox_image.as_ref().unwrap_or(&own);
+        let Ok(wanted) = parse(name) else { return false };
+        let names = [Some(whole(&wanted)), plain_registry::stand_in(&wanted)];
         // Docker's names are without its defaults, an operator's perhaps with them.
-        let meant = |name: &str| parse(name).ok().map(|parsed| whole(&parsed));
-        let wanted = meant(name);
-        wanted.is_some() && image.tags.iter().chain(&image.digests).any(|name| meant(name) == wanted)
+        let known = image.tags.iter().chain(&image.digests).filter_map(|name| parse(name).ok());
+        known.map(|known| Some(whole(&known))).any(|known| names.contains(&known))
     }
 
     pub(super) async fn images(&self) -> Result<Vec<Image>> {

@@ -174,6 +174,8 @@ impl SandboxRecord {
             (None, None) => ContainerState::Created,
         };
         let ended = container.ended.clone();
+        // The guest's clock may be a moment behind the host's: nothing begins before it was made, or ends before it began.
+        let started = container.started.map(|started| started.max(container.created));
         Some(ContainerStatus {
             id: id.into(),
             sandbox: self.id.as_str().into(),
@@ -183,8 +185,8 @@ impl SandboxRecord {
             state,
             frozen: ended.is_none() && guest.is_some_and(|guest| guest.frozen),
             created_at: time(container.created),
-            started_at: container.started.map(time),
-            finished_at: ended.as_ref().map(|ended| time(ended.finished)),
+            started_at: started.map(time),
+            finished_at: ended.as_ref().map(|ended| time(ended.finished.max(started.unwrap_or(container.created)))),
             exit_code: ended.as_ref().map_or(0, |ended| ended.exit_code),
             oom_killed: ended.as_ref().is_some_and(|ended| ended.oom_killed),
             message: ended.map(|ended| ended.message).unwrap_or_default(),

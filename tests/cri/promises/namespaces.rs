@@ -18,8 +18,9 @@ fn sandbox(world: &World, namespaces: v1::NamespaceOption) -> v1::PodSandboxConf
     v1::PodSandboxConfig { linux: Some(linux), ..world.config("a") }
 }
 
-/// Which namespace a process of this script is in, and its id there.
-const WHICH: &str = "readlink /proc/self/ns/ipc; readlink /proc/self/ns/pid; echo $$";
+/// Which namespace of which kernel a process of this script is in, and its id there.
+const WHICH: &str = "read -r k </proc/sys/kernel/random/boot_id; echo $k $(readlink /proc/self/ns/ipc); \
+                     echo $k $(readlink /proc/self/ns/pid); echo $$";
 
 /// What two containers of a sandbox in these namespaces find, while both run: a namespace's number may be that of one that
 /// was before.
@@ -37,7 +38,8 @@ async fn both(world: &mut World, namespaces: v1::NamespaceOption) -> Result<[Vec
 
 /// The host's namespace.
 fn own(name: &str) -> String {
-    std::fs::read_link(format!("/proc/self/ns/{name}")).unwrap().display().to_string()
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    format!("{} {}", kernel.trim(), std::fs::read_link(format!("/proc/self/ns/{name}")).unwrap().display())
 }
 
 #[tokio::test]

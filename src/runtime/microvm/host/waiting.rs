@@ -156,7 +156,7 @@ impl Inner {
     pub(super) async fn end_waiting(&self) {
         self.waiting.closing.cancel();
         join_all(self.waiting.pool.close().into_iter().map(|warm| self.end_one(warm))).await;
-        // One that is being restored is given up.
+        // One that was restored is not waited for.
         let _turn = self.waiting.turn.lock().await;
     }
 
@@ -201,11 +201,7 @@ impl Inner {
     async fn restore_ahead(&self, size: Size) -> Result<Option<Warm>> {
         let failed = |error: MachineError| error.during("failed to restore a guest ahead of time");
         let dir = self.dirs.of(&VmId::new(fresh_name()).map_err(failed)?);
-        let restored = tokio::select! {
-            // Cancel-safe: the VMM of a restore that is given up ends with it, and the rest of it goes below.
-            () = self.waiting.closing.cancelled() => Ok(None),
-            restored = self.restore_in(&dir, size) => restored,
-        };
+        let restored = self.restore_in(&dir, size).await;
         if !matches!(restored, Ok(Some(_))) {
             self.end(&dir, None).await.map_err(failed)?;
         }
@@ -219,12 +215,18 @@ impl Inner {
         let Some(template) = self.templates.find(&kind) else { return Ok(None) };
         let machine = self.manager.restore(&spec, &template).await.map_err(failed)?;
         let warm = Warm::new(machine, kind, spec);
-        match settle(&warm).await {
-            Ok(()) => Ok(Some(warm)),
-            Err(error) => {
+        let settled = tokio::select! {
+            // Cancel-safe: it only asks the guest. What starts a VMM goes to its end, so that whoever removes it meets nobody at
+            // work.
+            () = self.waiting.closing.cancelled() => Ok(false),
+            settled = settle(&warm) => settled.map(|()| true),
+        };
+        match settled {
+            Ok(true) => Ok(Some(warm)),
+            given_up => {
                 // As above; the first error says what is wrong.
                 let _ = warm.machine().kill().await;
-                Err(error)
+                given_up.map(|_| None)
             }
         }
     }

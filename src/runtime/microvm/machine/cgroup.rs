@@ -218,7 +218,7 @@ impl VmCgroup {
     pub(super) fn members(&self) -> Vec<i32> {
         let lists = self.directories().into_iter().map(|directory| directory.join("cgroup.procs"));
         let list = lists.filter_map(|list| fs::read_to_string(list).ok()).next().unwrap_or_default();
-        list.lines().filter_map(|pid| pid.parse().ok()).filter(|pid| *pid > 0).collect()
+        list.lines().filter_map(|pid| pid.parse().ok()).filter(|pid| is_anothers(*pid)).collect()
     }
 
     /// Moves a process into it that was started by a thread which had [entered](Self::enter) it; it may be there already.
@@ -293,11 +293,17 @@ fn remove(directory: &Path, left: Left, until: Instant) -> io::Result<()> {
     }
 }
 
+/// One that could be meant: not of a process namespace that is not to be seen from here, which is listed as 0, nor this process,
+/// a thread of which may be [in it](VmCgroup::enter) just now.
+fn is_anothers(pid: i32) -> bool {
+    pid > 0 && u32::try_from(pid) != Ok(std::process::id())
+}
+
 /// Whom no signal reaches keeps the cgroup busy, and that is told.
 fn kill_all(directory: &Path) {
     let listed = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
-    // One of a process namespace that is not to be seen from here is listed as 0, which is none.
-    for pid in listed.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)) {
+    let others = listed.lines().filter_map(|line| line.parse().ok()).filter(|pid| is_anothers(*pid));
+    for pid in others.filter_map(Pid::from_raw) {
         let _ = kill_process(pid, Signal::KILL);
     }
 }

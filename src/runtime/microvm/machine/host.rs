@@ -110,6 +110,12 @@ fn all_messages(log: &mut File) -> String {
     text
 }
 
+/// Whether a process without rights may have its page faults served by another (userfaultfd(2)).
+pub(super) fn has_userfaultfd() -> bool {
+    let allowed = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+    Path::new("/dev/userfaultfd").exists() || allowed.is_ok_and(|allowed| allowed.trim() == "1")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

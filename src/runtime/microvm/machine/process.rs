@@ -142,7 +142,7 @@ impl Process {
         let _ = pidfd_send_signal(self.handle.get_ref(), Signal::KILL);
     }
 
-    /// Kills it, waits for its end, and removes the cgroup of its machine.
+    /// Kills it, waits for its end, and removes the cgroup of its machine with what is left in it.
     ///
     /// # Errors
     /// [`MachineError::Late`] if it has not ended after `patience`: not even this signal reaches a process that waits for a
@@ -155,7 +155,8 @@ impl Process {
             seconds: patience.as_secs(),
         };
         timeout(patience, self.ended()).await.map_err(late)?;
-        cgroup.remove().await.map_err(MachineError::start("remove the cgroup", id))
+        // With whoever worked for it.
+        cgroup.end().await.map_err(MachineError::start("remove the cgroup", id))
     }
 
     /// Returns once it has ended. Cancel-safe: it only waits, and what the kernel tells once is kept.

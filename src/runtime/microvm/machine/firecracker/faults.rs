@@ -29,7 +29,7 @@ pub(super) enum Event {
 pub(super) enum Brought {
     /// It is there, and whoever waited for it goes on.
     Here,
-    /// There was one already; nobody was woken.
+    /// Not all of it could be, where there is something already; not everybody was woken.
     WasThere,
     /// An event has to be read first.
     NotYet,
@@ -123,12 +123,12 @@ impl AsFd for Faults {
 fn brought(done: Result<(), Errno>, bytes: i64, length: u64) -> io::Result<Brought> {
     match done {
         Ok(()) if u64::try_from(bytes) == Ok(length) => Ok(Brought::Here),
-        // As much as went before a page that was there.
-        Ok(()) | Err(Errno::EXIST) => Ok(Brought::WasThere),
+        // As much as went before a page that was there; or not all of it is the guest's memory.
+        Ok(()) | Err(Errno::EXIST | Errno::NOENT) => Ok(Brought::WasThere),
         Err(Errno::AGAIN) if bytes > 0 => Ok(Brought::WasThere),
         Err(Errno::AGAIN) => Ok(Brought::NotYet),
-        // The memory is not there any more, or all of the process is gone.
-        Err(Errno::SRCH | Errno::NOENT) => Ok(Brought::Here),
+        // The process is gone.
+        Err(Errno::SRCH) => Ok(Brought::Here),
         Err(errno) => Err(errno.into()),
     }
 }

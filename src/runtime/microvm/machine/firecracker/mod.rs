@@ -20,6 +20,7 @@ mod tests;
 mod vsock;
 
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -90,6 +91,14 @@ pub enum Memory {
     /// A process beside each VMM that brings its pages: each clone has its own. This is the program, which is
     /// [started](pager::Arguments) as `PROGRAM pager ...`.
     Paged(PathBuf),
+}
+
+/// What a pager is started from.
+#[derive(Debug)]
+struct Paged {
+    program: PathBuf,
+    listener: UnixListener,
+    memory: PathBuf,
 }
 
 // === impl Firecracker ===
@@ -243,11 +252,11 @@ impl Firecracker {
         api.vsock(&Vsock { guest_cid: GUEST_CID, uds_path: VSOCK_SOCKET.to_owned() }).await
     }
 
-    async fn load(&self, machine: &FirecrackerMachine, spec: &MachineSpec) -> Result<()> {
-        let (backend_type, path) = match &self.memory {
-            Memory::File => (BackendType::File, MEMORY),
-            Memory::Paged(program) => {
-                self.start_pager(machine, program).await?;
+    async fn load(&self, machine: &FirecrackerMachine, spec: &MachineSpec, paged: Option<Paged>) -> Result<()> {
+        let (backend_type, path) = match paged {
+            None => (BackendType::File, MEMORY),
+            Some(paged) => {
+                self.start_pager(machine, paged).await?;
                 (BackendType::Uffd, PAGER_SOCKET)
             }
         };
@@ -264,12 +273,15 @@ impl Firecracker {
     }
 
     /// Has somebody listen in the jail who brings the machine's memory; in its cgroup from the beginning, as the VMM is.
-    async fn start_pager(&self, machine: &FirecrackerMachine, program: &Path) -> Result<()> {
+    async fn start_pager(&self, machine: &FirecrackerMachine, paged: Paged) -> Result<()> {
         let step = |action| MachineError::start(action, machine.dir.id());
-        let listener = jailer::listen(&machine.root, PAGER_SOCKET, self.user).map_err(step("listen for its pager"))?;
+        let Paged { program, listener, memory } = paged;
         let console = machine.dir.open_console(self.user.uid, self.user.gid)?;
-        let arguments = pager::Arguments { memory: machine.root.join(MEMORY), vmm: machine.pid(), user: self.user };
-        let (program, cgroup) = (program.to_owned(), machine.cgroup.clone());
+        let vmm = machine.pid();
+        let vmm_started =
+            start_time(vmm).ok_or_else(|| step("start the pager")(std::io::Error::other("it has ended")))?;
+        let arguments = pager::Arguments { memory, vmm, vmm_started, user: self.user };
+        let cgroup = machine.cgroup.clone();
         let run = move || -> std::io::Result<()> {
             let (join, output) = match cgroup.enter()? {
                 Some(list) => (JOIN, Stdio::from(list)),
@@ -278,7 +290,7 @@ impl Firecracker {
             let mut command = Command::new(SHELL);
             // Behind the shell, so that it is nobody's child whose end somebody has to wait for. What a shell starts behind it
             // has no input but one of another number.
-            let start = format!("{join} exec 3<&0; \"$0\" \"$@\" <&3 3<&- &");
+            let start = format!("{join} exec 3<&0; {{ \"$0\" \"$@\" <&3 3<&- || kill -9 {vmm}; }} &");
             command.args(["-c", &start]).arg(program).args(arguments.words());
             command.env_clear().process_group(0).stdin(OwnedFd::from(listener)).stdout(output).stderr(console);
             let status = command.status()?;
@@ -312,6 +324,11 @@ impl MachineManager for Firecracker {
             return Err(Why("not root: the jailer needs it".to_owned()));
         }
         host::usable_kvm().map_err(|reason| Why(format!("Firecracker needs KVM: {reason}")))?;
+        if self.memory != Memory::File && !host::has_userfaultfd() {
+            let missing =
+                "--microvm-memory uffd needs /dev/userfaultfd, or vm.unprivileged_userfaultfd=1: neither is here";
+            return Err(Why(missing.to_owned()));
+        }
         Ok(format!("Firecracker {version} with KVM"))
     }
 
@@ -345,9 +362,19 @@ impl MachineManager for Firecracker {
         jailer::prepare(&root, self.user)?;
         jailer::show(&Asset::open(&template.state())?, &root, SNAPSHOT)?;
         jailer::show(&Asset::open(&template.memory())?, &root, MEMORY)?;
+        let paged = match &self.memory {
+            Memory::File => None,
+            // While the jail is nobody's yet: a VMM could put something else under that name.
+            Memory::Paged(program) => Some(Paged {
+                program: program.clone(),
+                listener: jailer::listen(&root, PAGER_SOCKET, self.user)
+                    .map_err(MachineError::start("listen for the pager", spec.dir.id()))?,
+                memory: template.memory(),
+            }),
+        };
         let machine = self.start(spec).await?;
         let starting = machine.process.starting();
-        if let Err(error) = self.load(&machine, spec).await {
+        if let Err(error) = self.load(&machine, spec, paged).await {
             let _ = machine.kill().await;
             return Err(error);
         }

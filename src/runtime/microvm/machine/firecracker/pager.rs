@@ -6,8 +6,11 @@
 //!                   '-- for each fault: the template's page --UFFDIO_COPY--> the guest's memory
 //! ```
 //! It is a process of its own, of this same program, in the machine's cgroup and as the VMM's user: the machine outlives the
-//! node's process, and could not without its pager. It ends with the VMM, and the VMM with it if it fails: a guest whose page
-//! nobody brings would wait for it for ever.
+//! node's process, and could not without its pager. It ends with the VMM, and the shell that stands behind it ends the VMM if it
+//! fails, in whatever way: a guest whose page nobody brings would wait for it for ever.
+//!
+//! The VMM is not believed: it may pass a descriptor that blocks, or tell without an end of memory it gives back. So its end is
+//! watched by a thread of its own, and what is remembered of it is bounded.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -18,15 +21,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::thread;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Deserialize;
 
 use super::faults::{Brought, Event, Faults};
 use crate::runtime::microvm::machine::jail::VmmUser;
+use crate::runtime::microvm::machine::process::start_time;
 
 /// Bytes of what Firecracker says of its memory; a machine has two regions at the most.
 const LONGEST: usize = 16 << 10;
@@ -35,10 +40,14 @@ const MOST_REGIONS: usize = 64;
 const AROUND: u64 = 64 << 10;
 /// From the pager's start until Firecracker has connected and spoken.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Before a page is tried again that the kernel does not take yet: there is an event to be read first.
-const AGAIN: Duration = Duration::from_millis(1);
+/// Milliseconds before a page is tried again that the kernel does not take yet: there is an event to be read first.
+const AGAIN: u8 = 1;
 const SMALLEST_PAGE: u64 = 4 << 10;
 const LARGEST_PAGE: u64 = 1 << 30;
+/// Events read before pages are brought again, and pieces of memory given back that are told apart: a guest of 64 GiB that gives
+/// back every other piece of 2 MiB has half as many.
+const AT_ONCE: usize = 64;
+const MOST_PIECES: usize = 1 << 15;
 
 /// A piece of the guest's memory, as Firecracker says it.
 #[derive(Clone, Debug, Deserialize)]
@@ -67,6 +76,8 @@ pub struct Arguments {
     pub memory: PathBuf,
     /// The process whose memory it becomes.
     pub vmm: i32,
+    /// When that was started, in clock ticks after the host's boot: its number may be another's later.
+    pub vmm_started: u64,
     /// Whose rights it goes on with.
     pub user: VmmUser,
 }
@@ -75,15 +86,20 @@ impl Arguments {
     /// As a command line says them.
     pub(super) fn words(&self) -> Vec<OsString> {
         let VmmUser { uid, gid } = self.user;
-        let numbers = [("--vmm", i64::from(self.vmm)), ("--uid", uid.into()), ("--gid", gid.into())];
-        let numbers = numbers.into_iter().flat_map(|(name, value)| [name.into(), value.to_string().into()]);
+        let numbers = [
+            ("--vmm", self.vmm.to_string()),
+            ("--vmm-started", self.vmm_started.to_string()),
+            ("--uid", uid.to_string()),
+            ("--gid", gid.to_string()),
+        ];
+        let numbers = numbers.into_iter().flat_map(|(name, value)| [name.into(), value.into()]);
         ["pager".into(), "--memory".into(), self.memory.clone().into()].into_iter().chain(numbers).collect()
     }
 
-    /// Brings the pages of one machine until its VMM has ended.
+    /// Brings the pages of one machine. When its VMM has ended the process does, too, with code 0.
     ///
     /// # Errors
-    /// What went wrong; the VMM is killed then.
+    /// What went wrong: the VMM is of no use then.
     pub fn serve(self) -> io::Result<()> {
         let listener = UnixListener::from(io::stdin().as_fd().try_clone_to_owned()?);
         let memory = File::open(&self.memory)?;
@@ -91,49 +107,52 @@ impl Arguments {
         nix::unistd::setgroups(&[])?;
         nix::unistd::setgid(self.user.gid.into())?;
         nix::unistd::setuid(self.user.uid.into())?;
-        serve(&listener, memory, self.vmm)
+        if !self.ends_with_vmm()? {
+            return Ok(());
+        }
+        let (regions, faults) = greet(&listener, memory.metadata()?.len())?;
+        Pager::new(regions, faults, memory).run()
+    }
+
+    /// Has this process end with the VMM; `false` if that has ended already.
+    fn ends_with_vmm(&self) -> io::Result<bool> {
+        let pid = Pid::from_raw(self.vmm).ok_or_else(|| Error::from(ErrorKind::InvalidInput))?;
+        let vmm = match pidfd_open(pid, PidfdFlags::empty()) {
+            Err(rustix::io::Errno::SRCH) => return Ok(false),
+            vmm => vmm?,
+        };
+        if start_time(self.vmm) != Some(self.vmm_started) {
+            return Ok(false);
+        }
+        let watch = move || {
+            while !matches!(wait(vmm.as_fd(), PollTimeout::NONE), Ok(true)) {}
+            std::process::exit(0);
+        };
+        thread::Builder::new().name("vmm".to_owned()).spawn(watch).map(|_| true)
     }
 }
 
-fn serve(listener: &UnixListener, memory: File, vmm: i32) -> io::Result<()> {
-    let pid = Pid::from_raw(vmm).ok_or_else(|| Error::from(ErrorKind::InvalidInput))?;
-    let vmm = match pidfd_open(pid, PidfdFlags::empty()) {
-        Err(rustix::io::Errno::SRCH) => return Ok(()),
-        vmm => vmm?,
-    };
-    let served = greet(listener, memory.metadata()?.len(), vmm.as_fd()).and_then(|greeted| {
-        greeted.map_or(Ok(()), |(regions, faults)| Pager::new(regions, faults, memory).run(vmm.as_fd()))
-    });
-    if served.is_err() {
-        // It may have ended by now.
-        let _ = pidfd_send_signal(&vmm, Signal::KILL);
-    }
-    served
-}
-
-/// What Firecracker says once it loads the snapshot; `None` if it ends before.
-fn greet(listener: &UnixListener, memory: u64, vmm: BorrowedFd<'_>) -> io::Result<Option<(Vec<Region>, Faults)>> {
-    if !wait(listener.as_fd(), vmm, PATIENCE)? {
-        return Ok(None);
+/// What Firecracker says once it loads the snapshot.
+fn greet(listener: &UnixListener, memory: u64) -> io::Result<(Vec<Region>, Faults)> {
+    let patience = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
+    let late = || Error::new(ErrorKind::TimedOut, "Firecracker has not said where its memory is");
+    if !wait(listener.as_fd(), patience)? {
+        return Err(late());
     }
     let (stream, _) = listener.accept()?;
-    if !wait(stream.as_fd(), vmm, PATIENCE)? {
-        return Ok(None);
+    if !wait(stream.as_fd(), patience)? {
+        return Err(late());
     }
     let (said, faults) = hear(&stream)?;
     let faults = faults.ok_or_else(|| invalid("it came without a descriptor"))?;
-    Ok(Some((regions(&said, memory)?, Faults::new(faults))))
+    Ok((regions(&said, memory)?, Faults::new(faults)))
 }
 
-/// Whether there is something to read before the VMM ends.
-fn wait(readable: BorrowedFd<'_>, vmm: BorrowedFd<'_>, patience: Duration) -> io::Result<bool> {
-    let mut polled = [PollFd::new(readable, PollFlags::POLLIN), PollFd::new(vmm, PollFlags::POLLIN)];
-    let patience = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
-    match poll(&mut polled, patience) {
-        Err(nix::errno::Errno::EINTR) => wait(readable, vmm, PATIENCE),
-        Err(errno) => Err(errno.into()),
-        Ok(0) => Err(Error::new(ErrorKind::TimedOut, "Firecracker has not said where its memory is")),
-        Ok(_) => Ok(polled[1].revents().is_none_or(|events| events.is_empty())),
+/// Whether there is something to read, or will be in time.
+fn wait(readable: BorrowedFd<'_>, patience: PollTimeout) -> io::Result<bool> {
+    match poll(&mut [PollFd::new(readable, PollFlags::POLLIN)], patience) {
+        Err(nix::errno::Errno::EINTR) => wait(readable, patience),
+        polled => Ok(polled? > 0),
     }
 }
 
@@ -182,7 +201,7 @@ struct Pager {
     regions: Vec<Region>,
     faults: Faults,
     memory: File,
-    /// What the guest gave back, from start to end: it is empty now, whatever the template has there.
+    /// What the guest gave back, from start to end, apart from each other: it is empty now, whatever the template has there.
     removed: BTreeMap<u64, u64>,
     page: Vec<u8>,
 }
@@ -192,24 +211,16 @@ impl Pager {
         Self { regions, faults, memory, removed: BTreeMap::new(), page: Vec::new() }
     }
 
-    fn run(&mut self, vmm: BorrowedFd<'_>) -> io::Result<()> {
+    fn run(&mut self) -> io::Result<()> {
         let mut waiting: Vec<u64> = Vec::new();
         loop {
-            let mut polled = [PollFd::new(self.faults.as_fd(), PollFlags::POLLIN), PollFd::new(vmm, PollFlags::POLLIN)];
-            let patience = if waiting.is_empty() { None } else { Some(AGAIN) };
-            let patience = patience.and_then(|patience| PollTimeout::try_from(patience).ok());
-            match poll(&mut polled, patience.unwrap_or(PollTimeout::NONE)) {
-                Err(nix::errno::Errno::EINTR) => continue,
-                polled => polled?,
-            };
-            if polled[1].revents().is_some_and(|events| !events.is_empty()) {
-                return Ok(());
-            }
-            while let Some(event) = self.faults.next()? {
-                match event {
-                    Event::Fault(address) => waiting.push(address),
-                    Event::Removed { start, end } => self.remove(start, end),
-                    Event::Other => {}
+            wait(self.faults.as_fd(), if waiting.is_empty() { PollTimeout::NONE } else { AGAIN.into() })?;
+            for _ in 0..AT_ONCE {
+                match self.faults.next()? {
+                    Some(Event::Fault(address)) => waiting.push(address),
+                    Some(Event::Removed { start, end }) => self.remove(start, end)?,
+                    Some(Event::Other) => {}
+                    None => break,
                 }
             }
             for address in std::mem::take(&mut waiting) {
@@ -220,9 +231,24 @@ impl Pager {
         }
     }
 
-    fn remove(&mut self, start: u64, end: u64) {
-        let known = self.removed.entry(start).or_insert(end);
-        *known = end.max(*known);
+    /// As one piece with those it touches.
+    fn remove(&mut self, start: u64, end: u64) -> io::Result<()> {
+        let before = self.removed.range(..=start).next_back().filter(|(_, until)| **until >= start);
+        let from = before.map_or(start, |(from, _)| *from);
+        let mut to = end;
+        while let Some((&piece, &until)) = self.removed.range(from..=to).next() {
+            self.removed.remove(&piece);
+            to = to.max(until);
+        }
+        self.removed.insert(from, to);
+        if self.removed.len() > MOST_PIECES {
+            return Err(invalid(&format!("more than {MOST_PIECES} pieces of it were given back")));
+        }
+        Ok(())
+    }
+
+    fn is_removed(&self, address: u64) -> bool {
+        self.removed.range(..=address).next_back().is_some_and(|(_, to)| *to > address)
     }
 
     fn bring(&mut self, address: u64) -> io::Result<Brought> {
@@ -230,7 +256,7 @@ impl Pager {
         let unknown = || invalid(&format!("a fault at {address:#x}, which is in no region"));
         let region = *self.regions.iter().find(at).ok_or_else(unknown)?;
         let start = address - (address - region.start) % region.page;
-        if self.removed.iter().any(|(from, to)| (*from..*to).contains(&start)) {
+        if self.is_removed(start) {
             let zeroed = self.faults.zero(start, region.page)?;
             return self.awake(start, region.page, zeroed);
         }
@@ -267,7 +293,26 @@ impl Pager {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn what_was_given_back_is_known_and_nothing_else(pieces in prop::collection::vec((0u64..60, 1u64..9), 0..20)) {
+            let file = tempfile::tempfile().unwrap();
+            let mut pager = Pager::new(Vec::new(), Faults::new(file.try_clone().unwrap().into()), file);
+            for (start, length) in &pieces {
+                pager.remove(*start, start + length).unwrap();
+            }
+            for address in 0..80 {
+                let was = pieces.iter().any(|(start, length)| (*start..start + length).contains(&address));
+                prop_assert_eq!(pager.is_removed(address), was, "{}", address);
+            }
+            let apart = pager.removed.iter().zip(pager.removed.iter().skip(1)).all(|((_, end), (next, _))| end < next);
+            prop_assert!(apart, "{:?}", pager.removed);
+        }
+    }
 
     fn say(text: &str) -> io::Result<Vec<Region>> {
         regions(text.as_bytes(), 1 << 20)

@@ -223,16 +223,16 @@ async fn a_snapshot_is_saved_and_loaded_from_either_backend() {
     assert_eq!([guest.page(0), guest.page(40), guest.page(63), guest.page(1)], [1, 41, 64, 2]);
     guest.give_back(40);
     assert_eq!([guest.page(40), guest.page(41), guest.page(20)], [0, 42, 21], "what was given back is empty");
-    // Beside the VMM, wherever that is.
+    // Beside the VMM, wherever that is, with the shell that stands behind it.
     let beside = |parent: &str| {
         let procs = format!("/sys/fs/cgroup/pids/{parent}/vmm-{}/cgroup.procs", clone.dir.id());
         fs::read_to_string(procs).map(|list| list.lines().count())
     };
     let v1 = Path::new("/sys/fs/cgroup/pids").is_dir();
-    assert!(!v1 || beside(&other.cgroup).unwrap() == 2);
+    assert!(!v1 || beside(&other.cgroup).unwrap() == 3);
     let elsewhere = MachineSpec { cgroup_parent: format!("{}/pod", other.cgroup), ..clone.clone() };
     machine.move_to(&elsewhere).await.unwrap();
-    assert!(!v1 || beside(&elsewhere.cgroup_parent).unwrap() == 2 && beside(&other.cgroup).is_err());
+    assert!(!v1 || beside(&elsewhere.cgroup_parent).unwrap() == 3 && beside(&other.cgroup).is_err());
     assert_eq!(guest.page(50), 51);
     machine.kill().await.unwrap();
     assert!(beside(&elsewhere.cgroup_parent).is_err(), "it ends with the VMM");
@@ -240,14 +240,14 @@ async fn a_snapshot_is_saved_and_loaded_from_either_backend() {
 
 #[tokio::test]
 async fn a_vmm_ends_whose_pager_cannot_go_on() {
-    let Some(mut bench) = Bench::new() else { return };
-    // As whom the jailer of this bench leaves its process: no other may end it.
-    bench.manager.user = VmmUser { uid: 0, gid: 0 };
+    let Some(bench) = Bench::new() else { return };
     let spec = bench.spec();
     let _server = bench.stand_in(&spec);
     let machine = bench.manager.start(&spec).await.unwrap();
-    fs::write(machine.root.join(MEMORY), guest::memory()).unwrap();
-    bench.manager.start_pager(&machine, &bench.pager()).await.unwrap();
+    let memory = bench.place.path().join("memory");
+    fs::write(&memory, guest::memory()).unwrap();
+    let listener = jailer::listen(&machine.root, PAGER_SOCKET, bench.manager.user).unwrap();
+    bench.manager.start_pager(&machine, Paged { program: bench.pager(), listener, memory }).await.unwrap();
     let directory = fs::File::open(&machine.root).unwrap();
     let socket = format!("/proc/self/fd/{}/{PAGER_SOCKET}", directory.as_raw_fd());
     let mut stream = UnixStream::connect(socket).await.unwrap();
@@ -262,9 +262,13 @@ async fn a_vmm_ends_whose_pager_cannot_go_on() {
 fn as_a_pager() {
     let told = std::env::var("LAMBDALET_TEST_PAGER").unwrap();
     let words: Vec<&str> = told.split_ascii_whitespace().collect();
-    let ["pager", "--memory", memory, "--vmm", vmm, "--uid", uid, "--gid", gid] = words[..] else { panic!("{told}") };
+    let ["pager", "--memory", memory, "--vmm", vmm, "--vmm-started", started, "--uid", uid, "--gid", gid] = words[..]
+    else {
+        panic!("{told}")
+    };
     let user = VmmUser { uid: uid.parse().unwrap(), gid: gid.parse().unwrap() };
-    pager::Arguments { memory: memory.into(), vmm: vmm.parse().unwrap(), user }.serve().unwrap();
+    let (vmm, vmm_started) = (vmm.parse().unwrap(), started.parse().unwrap());
+    pager::Arguments { memory: memory.into(), vmm, vmm_started, user }.serve().unwrap();
 }
 
 #[tokio::test]
