@@ -16,15 +16,21 @@ impl Pool {
         while self.calls_lack() && (self.thaw(actions) || self.start_environment(now, actions)) {}
         while self.losses_lack() && self.start_environment(now, actions) {}
         while self.kept() < self.minimum() && self.start_replica(now, actions) {}
-        if self.kept() <= self.minimum() {
-            let empty = |(_, replica): &(&ReplicaId, &Replica)| replica.phase == Phase::Ready && replica.is_empty();
-            let empty: Vec<_> = self.replicas.iter().filter(empty).map(|(id, _)| *id).collect();
-            empty.into_iter().for_each(|id| {
-                self.start_environment_in(id, now, actions);
-            });
-        }
+        self.fill_the_least(now, actions);
         if !self.losses_lack() || self.backoff.holds(now).is_some() {
             self.owed = 0;
+        }
+    }
+
+    /// Of no more replicas than the minimum none stays empty.
+    pub(super) fn fill_the_least(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        if self.kept() > self.minimum() {
+            return;
+        }
+        let empty = |(_, replica): &(&ReplicaId, &Replica)| replica.phase == Phase::Ready && replica.is_empty();
+        let empty: Vec<_> = self.replicas.iter().filter(empty).map(|(id, _)| *id).collect();
+        for id in empty {
+            self.start_environment_in(id, now, actions);
         }
     }
 

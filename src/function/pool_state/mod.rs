@@ -166,6 +166,8 @@ impl Pool {
         self.grow(now, actions);
         self.refuse_the_hopeless(now, actions);
         self.retire(now, actions);
+        // One that went may have left the minimum, with another that is as empty.
+        self.fill_the_least(now, actions);
         self.freeze(now, actions);
         self.plan_reserve(now);
         self.due = self.deadline(now);
