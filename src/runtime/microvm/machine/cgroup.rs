@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,11 +30,17 @@ const CPU_PERIOD: u64 = 100_000;
 /// What a shell whose standard output is a list of a cgroup's processes does first, to go on there with its errors as its
 /// output. Before Linux 5.16 the kernel asks who writes and not who has opened the list, so this may fail: whoever has
 /// started the shell moves it then.
-pub(super) const JOIN: &str = "{ echo 0 || :; } 2>/dev/null; exec >&2;";
+const JOIN: &str = "{ echo 0 || :; } 2>/dev/null; exec >&2;";
 /// A process just killed keeps its cgroup busy for a moment, on a busy host for longer: how long to wait for all of its
 /// trees, and between two looks.
 const RMDIR_PATIENCE: Duration = Duration::from_secs(1);
 const RMDIR_PAUSE: Duration = Duration::from_millis(4);
+
+/// How a shell begins, and what its output is, that is started by a thread which has [entered](VmCgroup::enter) its cgroup: with
+/// the list, if there is one, it joins by itself and goes on with its errors as its output.
+pub(super) fn joining(list: Option<File>, output: Stdio) -> (&'static str, Stdio) {
+    list.map_or(("", output), |list| (JOIN, Stdio::from(list)))
+}
 
 /// The cgroup of one VMM.
 #[derive(Clone, Debug)]
@@ -198,7 +205,7 @@ impl VmCgroup {
 
     /// Lets what this thread starts from now on begin in it, so that nobody's end leaves that elsewhere. In v1 this moves the
     /// thread. v2 keeps the threads of a process together: there this is the list of its processes, which a shell that is
-    /// started with it [joins](JOIN) by itself.
+    /// started with it [joins](joining) by itself.
     ///
     /// To move a whole process, as [`join`](Self::join) does, v1 waits for every processor to have passed a quiet state: some
     /// ten milliseconds.
@@ -311,7 +318,6 @@ fn kill_all(directory: &Path) {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
-    use std::process::Stdio;
 
     use super::*;
     use crate::runtime::kernel_v2;

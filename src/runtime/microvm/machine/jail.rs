@@ -24,7 +24,7 @@ use nix::sys::stat::{Mode, SFlag, mknod};
 use rustix::fs::OFlags;
 use tokio::sync::oneshot;
 
-use super::cgroup::{JOIN, VmCgroup};
+use super::cgroup::{VmCgroup, joining};
 
 /// No device, no set-user-ID program and nothing to execute.
 const HARMLESS: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
@@ -151,10 +151,7 @@ impl Jail {
             None => Stdio::from(File::open("/dev/null")?),
         };
         let largest = self.largest_file.div_ceil(FILE_UNIT);
-        let (join, output) = match list {
-            Some(list) => (JOIN, Stdio::from(list)),
-            None => ("", Stdio::from(self.console.try_clone()?)),
-        };
+        let (join, output) = joining(list, Stdio::from(self.console.try_clone()?));
         let limited =
             format!("{join} ulimit -c 0 && ulimit -n {MOST_FILES} && ulimit -f {largest} && exec \"$0\" \"$@\"");
         let child = Command::new(SHELL)

@@ -36,7 +36,7 @@ use api::{
 };
 use machine::FirecrackerMachine;
 
-use super::cgroup::{JOIN, Limits, VmCgroup};
+use super::cgroup::{Limits, VmCgroup, joining};
 use super::directory::{Checkpoint, LOG_FIFO, METRICS_FIFO};
 use super::jail::{SHELL, VmmUser};
 use super::process::{Process, start_time};
@@ -202,10 +202,7 @@ impl Firecracker {
             let step = |action| MachineError::start(action, dir.id());
             let list = cgroup.enter().map_err(step("enter the cgroup"))?;
             let errors = console.try_clone().map_err(step("open the console"))?;
-            let (join, output) = match list {
-                Some(list) => (JOIN, Stdio::from(list)),
-                None => ("", Stdio::from(console)),
-            };
+            let (join, output) = joining(list, Stdio::from(console));
             let mut command = Command::new(SHELL);
             command.args(["-c", &format!("{join} exec \"$0\" \"$@\"")]).arg(jailer).args(arguments);
             command.env_clear().process_group(0).stdin(Stdio::null()).stdout(output).stderr(errors);
@@ -216,12 +213,8 @@ impl Firecracker {
             dir.write_checkpoint(&Checkpoint { pid, start_time: start_time(pid).unwrap_or_default(), ..begun })?;
             Ok(pid)
         };
-        let step = |action| MachineError::start(action, spec.dir.id());
-        let (answer, answered) = oneshot::channel();
-        let thread = thread::Builder::new().name("jailer".to_owned());
-        thread.spawn(move || drop(answer.send(run()))).map_err(step("start a thread"))?;
-        let pid = answered.await.map_err(|error| step("run the jailer")(std::io::Error::other(error)))??;
-        Process::open(pid).map_err(step("watch the VMM"))
+        let pid = on_thread("jailer", &spec.dir, run).await?;
+        Process::open(pid).map_err(MachineError::start("watch the VMM", spec.dir.id()))
     }
 
     async fn configure(&self, api: &Api, spec: &MachineSpec) -> Result<()> {
@@ -272,7 +265,7 @@ impl Firecracker {
         machine.api.load_snapshot(&load).await
     }
 
-    /// Has somebody listen in the jail who brings the machine's memory; in its cgroup from the beginning, as the VMM is.
+    /// Starts who brings the machine's memory; in its cgroup from the beginning, as the VMM is.
     async fn start_pager(&self, machine: &FirecrackerMachine, paged: Paged) -> Result<()> {
         let step = |action| MachineError::start(action, machine.dir.id());
         let Paged { program, listener, memory } = paged;
@@ -281,27 +274,21 @@ impl Firecracker {
         let vmm_started =
             start_time(vmm).ok_or_else(|| step("start the pager")(std::io::Error::other("it has ended")))?;
         let arguments = pager::Arguments { memory, vmm, vmm_started, user: self.user };
-        let cgroup = machine.cgroup.clone();
-        let run = move || -> std::io::Result<()> {
-            let (join, output) = match cgroup.enter()? {
-                Some(list) => (JOIN, Stdio::from(list)),
-                None => ("", Stdio::null()),
-            };
+        let (dir, cgroup) = (machine.dir.clone(), machine.cgroup.clone());
+        let run = move || {
+            let step = |action| MachineError::start(action, dir.id());
+            let (join, output) = joining(cgroup.enter().map_err(step("enter the cgroup"))?, Stdio::null());
             let mut command = Command::new(SHELL);
             // Behind the shell, so that it is nobody's child whose end somebody has to wait for. What a shell starts behind it
             // has no input but one of another number.
             let start = format!("{join} exec 3<&0; {{ \"$0\" \"$@\" <&3 3<&- || kill -9 {vmm}; }} &");
             command.args(["-c", &start]).arg(program).args(arguments.words());
             command.env_clear().process_group(0).stdin(OwnedFd::from(listener)).stdout(output).stderr(console);
-            let status = command.status()?;
-            if status.success() { Ok(()) } else { Err(std::io::Error::other(format!("the shell ended with {status}"))) }
+            let status = command.status().map_err(step("start the pager"))?;
+            let failed = || step("start the pager")(std::io::Error::other(format!("the shell ended with {status}")));
+            status.success().then_some(()).ok_or_else(failed)
         };
-        // A thread of its own, which enters the cgroup.
-        let (answer, answered) = oneshot::channel();
-        let thread = thread::Builder::new().name("pager".to_owned());
-        thread.spawn(move || drop(answer.send(run()))).map_err(step("start a thread"))?;
-        let done = answered.await.map_err(std::io::Error::other).and_then(|done| done);
-        done.map_err(step("start the pager"))
+        on_thread("pager", &machine.dir, run).await
     }
 }
 
@@ -403,6 +390,20 @@ impl MachineManager for Firecracker {
             _listeners: said::listen(dir)?,
         })))
     }
+}
+
+/// Runs the work to its end, whether or not somebody still waits, on a thread that ends with it: so what that has entered is
+/// left for good.
+async fn on_thread<T: Send + 'static>(
+    name: &'static str,
+    dir: &VmDir,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let step = |action| MachineError::start(action, dir.id());
+    let (answer, answered) = oneshot::channel();
+    let thread = thread::Builder::new().name(name.to_owned());
+    thread.spawn(move || drop(answer.send(work()))).map_err(step("start a thread"))?;
+    answered.await.map_err(|error| step("wait for a thread")(std::io::Error::other(error)))?
 }
 
 /// Waits until the API answers.

@@ -264,9 +264,10 @@ impl Pager {
         if self.removed.is_empty() && region.page < AROUND {
             let from = start - (start - region.start) % AROUND;
             let length = AROUND.min(region.start + region.size - from);
+            let brought = self.copy(region, from, length)?;
             // Where a neighbour is there already the kernel takes nothing: then it is the page alone.
-            if self.copy(region, from, length)? == Brought::Here {
-                return Ok(Brought::Here);
+            if brought != Brought::WasThere {
+                return Ok(brought);
             }
         }
         let copied = self.copy(region, start, region.page)?;

@@ -5,7 +5,6 @@ mod stand_in;
 
 use std::fs;
 use std::io::Write;
-use std::os::fd::AsRawFd;
 use std::pin::Pin;
 
 use stand_in::StandIn;
@@ -248,9 +247,7 @@ async fn a_vmm_ends_whose_pager_cannot_go_on() {
     fs::write(&memory, guest::memory()).unwrap();
     let listener = jailer::listen(&machine.root, PAGER_SOCKET, bench.manager.user).unwrap();
     bench.manager.start_pager(&machine, Paged { program: bench.pager(), listener, memory }).await.unwrap();
-    let directory = fs::File::open(&machine.root).unwrap();
-    let socket = format!("/proc/self/fd/{}/{PAGER_SOCKET}", directory.as_raw_fd());
-    let mut stream = UnixStream::connect(socket).await.unwrap();
+    let mut stream = machine.dir.connect(&machine.root, PAGER_SOCKET).await.unwrap();
     stream.write_all(b"no memory of mine").await.unwrap();
     tokio::time::timeout(START_PATIENCE, machine.exited()).await.expect("the pager has ended it");
     machine.kill().await.unwrap();
