@@ -3,6 +3,7 @@
 //! A create cannot be taken back: the engine carries it out whether or not somebody still waits for the answer. So it
 //! runs on when its caller is dropped, and whoever lists a Pod's objects (to remove them, say) waits for the Pod's
 //! creates to land first. Otherwise a Pod deleted at the wrong moment would leave a container that nobody looks for.
+//! Starts go the same way where an engine that is called off halfway would fail the container.
 
 use std::collections::HashMap;
 use std::future::Future;

@@ -9,6 +9,7 @@ use lambdalet::runtime::stats::StatsScope;
 use lambdalet::runtime::types::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, ImageId, Resources, SandboxConfig, SandboxId,
 };
+use tokio::time::timeout;
 
 use crate::bench::Bench;
 use crate::machines::says;
@@ -74,6 +75,23 @@ pub(crate) async fn starting_a_running_container_is_fine_and_an_exited_one_is_no
     bench.runtime.stop_container(&id, Duration::from_secs(30)).await.unwrap();
     assert_eq!(bench.runtime.start_container(&id).await.unwrap_err().kind(), Kind::Invalid);
     assert_eq!(bench.runtime.container_status(&id).await.unwrap().state, ContainerState::Exited);
+}
+
+pub(crate) async fn a_start_that_nobody_waits_for_does_not_fail_the_container(bench: &Bench) {
+    let sandbox = bench.sandbox("p").await;
+    for (attempt, milliseconds) in (0..).zip([0, 2, 5, 10, 20, 40, 80]) {
+        let config = ContainerConfig { attempt, ..bench.container_config("p", "c", bench.idles()) };
+        let id = bench.runtime.create_container(&sandbox, &config).await.unwrap();
+        let _ = timeout(Duration::from_millis(milliseconds), bench.runtime.start_container(&id)).await;
+        let listed = bench.runtime.list_containers(Some(&bench.pod("p").uid)).await.unwrap();
+        let state = listed.iter().find(|one| one.id == id).map(|one| one.state);
+        assert!(
+            matches!(state, Some(ContainerState::Created | ContainerState::Running)),
+            "{milliseconds} ms: {state:?}"
+        );
+        bench.runtime.start_container(&id).await.unwrap();
+        assert_eq!(bench.runtime.container_status(&id).await.unwrap().state, ContainerState::Running);
+    }
 }
 
 pub(crate) async fn a_container_that_joined_the_processes_of_another_ends_with_it(bench: &Bench) {

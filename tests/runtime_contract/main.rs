@@ -97,6 +97,7 @@ contract! {
         stopping_what_does_not_run_is_fine
         a_running_container_can_be_removed_and_is_gone
         two_removals_at_once_both_succeed
+        a_start_that_nobody_waits_for_does_not_fail_the_container
         a_container_that_joined_the_processes_of_another_ends_with_it
         a_target_must_be_there_and_run
         what_the_caller_wrote_on_a_container_reads_back

@@ -65,7 +65,9 @@ impl CriRuntime {
     pub(super) async fn create(&self, sandbox: &SandboxId, config: &ContainerConfig) -> Result<ContainerId> {
         let tried = format!("failed to create container {} of {}", config.name, config.pod);
         let refused = |kind, why: String| Err(RuntimeError::new(kind, format!("{tried}: {why}")));
-        let status = match self.look_at_sandbox(sandbox.as_str()).await? {
+        self.creates.landed(&config.pod.uid).await;
+        let (looked, mut there) = tokio::try_join!(self.look_at_sandbox(sandbox.as_str()), self.see_attempt(config))?;
+        let status = match looked {
             Some((status, seen)) if seen.ready => status,
             Some(_) => return refused(Kind::Invalid, format!("sandbox {sandbox} is not ready")),
             None => return refused(Kind::NotFound, format!("there is no sandbox {sandbox}")),
@@ -73,18 +75,11 @@ impl CriRuntime {
         self.check_target(sandbox, config, &tried).await?;
         let request = self.creation(sandbox, &status, config).await?;
         for _ in 0..CREATE_TRIES {
-            self.creates.landed(&config.pod.uid).await;
-            let attempt = config.attempt.to_string();
-            let known = [
-                (labels::POD_UID, config.pod.uid.as_str()),
-                (labels::CONTAINER, config.name.as_str()),
-                (labels::ATTEMPT, attempt.as_str()),
-            ];
-            if let Some(there) = self.see_containers(&known).await?.into_iter().next() {
-                if there.facts.sandbox == sandbox.as_str() {
-                    return Ok(ContainerId::from(there.id));
+            if let Some(Listed { id, facts, .. }) = there {
+                if facts.sandbox == sandbox.as_str() {
+                    return Ok(ContainerId::from(id));
                 }
-                return refused(Kind::AlreadyExists, format!("it exists in another sandbox, {}", there.facts.sandbox));
+                return refused(Kind::AlreadyExists, format!("it exists in another sandbox, {}", facts.sandbox));
             }
             let (client, request, tried) = (self.client.runtime.clone(), request.clone(), tried.clone());
             let make = async move { ask!(client, create_container(request), || tried.clone()).await };
@@ -92,12 +87,14 @@ impl CriRuntime {
             let lost = |error| RuntimeError::new(Kind::Internal, "lost a container's creation").with_source(error);
             match made.map_err(lost)? {
                 Ok(made) => {
-                    locked(&self.unstarted).insert(made.container_id.clone());
+                    locked(&self.unstarted).insert(made.container_id.clone(), config.pod.uid.clone());
                     return Ok(ContainerId::from(made.container_id));
                 }
                 Err(error) if is_taken(&error) => sleep(CREATE_PAUSE).await,
                 Err(error) => return Err(error),
             }
+            self.creates.landed(&config.pod.uid).await;
+            there = self.see_attempt(config).await?;
         }
         refused(Kind::Unavailable, "its name stays taken by what cannot be seen".to_owned())
     }
@@ -143,6 +140,17 @@ impl CriRuntime {
         Err(RuntimeError::new(kind, format!("{tried}: {what}")))
     }
 
+    /// The container of ours that is this attempt, if it is there.
+    async fn see_attempt(&self, config: &ContainerConfig) -> Result<Option<Listed>> {
+        let attempt = config.attempt.to_string();
+        let known = [
+            (labels::POD_UID, config.pod.uid.as_str()),
+            (labels::CONTAINER, config.name.as_str()),
+            (labels::ATTEMPT, attempt.as_str()),
+        ];
+        Ok(self.see_containers(&known).await?.into_iter().next())
+    }
+
     /// The containers of ours that have all of `more` as labels.
     pub(super) async fn see_containers(&self, more: &[(&str, &str)]) -> Result<Vec<Listed>> {
         let filter = v1::ContainerFilter { label_selector: self.selector(more), ..v1::ContainerFilter::default() };
@@ -158,17 +166,28 @@ impl CriRuntime {
 
     /// What the runtime tells of a container of ours, if there is one of that id.
     pub(super) async fn look_at(&self, id: &ContainerId) -> Result<Option<Looked>> {
-        let request = v1::ContainerStatusRequest { container_id: id.to_string(), verbose: false };
+        self.look(id, false).await
+    }
+
+    /// The same; `closely`, its place is known afterwards if it runs, and the call takes longer.
+    async fn look(&self, id: &ContainerId, closely: bool) -> Result<Option<Looked>> {
+        let request = v1::ContainerStatusRequest { container_id: id.to_string(), verbose: closely };
         let tried = || format!("failed to ask for the status of container {id}");
-        let status = match ask!(self.client.runtime, container_status(request), tried).await {
-            Ok(answer) => answer.status.unwrap_or_default(),
+        let (status, info) = match ask!(self.client.runtime, container_status(request), tried).await {
+            Ok(answer) => (answer.status.unwrap_or_default(), answer.info),
             Err(error) if error.is_not_found() => return Ok(None),
             Err(error) => return Err(error),
         };
         let facts = spec::facts(self.owner(), &status.labels, &status.annotations);
         // Runtimes take the beginning of an id for it.
         let facts = facts.filter(|facts| !facts.sandbox_itself && status.id == id.as_str());
-        Ok(facts.map(|facts| Looked { status, facts }))
+        let looked = facts.map(|facts| Looked { status, facts });
+        if let Some(looked) = looked.as_ref().filter(|looked| closely && looked.running())
+            && let Some(place) = info::place(&info, looked.status.started_at, &self.cgroups)
+        {
+            self.places.insert(id.as_str(), place);
+        }
+        Ok(looked)
     }
 
     /// A container that runs, and where; begins the message with `tried` if there is none or it does not.
@@ -184,42 +203,41 @@ impl CriRuntime {
 
     /// Process and cgroup of a running container; `None` if there is none, or it does not run.
     pub(super) async fn place(&self, id: &str) -> Result<Option<Arc<Place>>> {
-        if let Some(place) = self.places.get(id) {
-            return Ok(Some(place));
+        if self.places.get(id).is_none() {
+            self.look(&ContainerId::from(id), true).await?;
         }
-        let request = v1::ContainerStatusRequest { container_id: id.to_owned(), verbose: true };
-        let tried = || format!("failed to look into container {id}");
-        match ask!(self.client.runtime, container_status(request), tried).await {
-            Ok(answer) => {
-                let status = answer.status.unwrap_or_default();
-                let running = status.state() == v1::ContainerState::ContainerRunning;
-                let place = info::place(&answer.info, status.started_at, &self.cgroups).filter(|_| running);
-                Ok(place.map(|place| self.places.insert(id, place)))
-            }
-            Err(error) if error.is_not_found() => Ok(None),
-            Err(error) => Err(error),
-        }
+        Ok(self.places.get(id))
     }
 
     pub(super) async fn start(&self, id: &ContainerId) -> Result<()> {
         let tried = || format!("failed to start container {id}");
-        if !locked(&self.unstarted).remove(id.as_str()) {
-            let looked = self.look_at(id).await?;
-            let looked =
-                looked.ok_or_else(|| RuntimeError::new(Kind::NotFound, format!("{}: it does not exist", tried())))?;
-            match looked.status.state() {
-                v1::ContainerState::ContainerRunning => return Ok(()),
-                v1::ContainerState::ContainerCreated => {}
-                v1::ContainerState::ContainerExited | v1::ContainerState::ContainerUnknown => {
-                    return Err(RuntimeError::new(Kind::Invalid, format!("{}: it has exited already", tried())));
+        let unstarted = locked(&self.unstarted).remove(id.as_str());
+        let pod_uid = match unstarted {
+            Some(pod_uid) => pod_uid,
+            None => {
+                let looked = self.look_at(id).await?;
+                let looked = looked
+                    .ok_or_else(|| RuntimeError::new(Kind::NotFound, format!("{}: it does not exist", tried())))?;
+                match looked.status.state() {
+                    v1::ContainerState::ContainerRunning => return Ok(()),
+                    v1::ContainerState::ContainerCreated => looked.facts.pod.uid,
+                    v1::ContainerState::ContainerExited | v1::ContainerState::ContainerUnknown => {
+                        return Err(RuntimeError::new(Kind::Invalid, format!("{}: it has exited already", tried())));
+                    }
                 }
             }
-        }
+        };
         let started = {
             let _turn = turn(&self.starts).await?;
+            // To its end: a start that is called off halfway fails the container, and containerd holds on to it for seconds.
+            let (client, tried) = (self.client.runtime.clone(), tried());
             let request = v1::StartContainerRequest { container_id: id.to_string() };
-            ask!(self.client.runtime, start_container(request), tried).await
+            let start = async move { ask!(client, start_container(request), || tried.clone()).await };
+            self.creates.run(&pod_uid, start).await
         };
+        let lost =
+            |error| RuntimeError::new(Kind::Internal, format!("lost the start of container {id}")).with_source(error);
+        let started = started.map_err(lost)?;
         let Err(error) = started else { return Ok(()) };
         // What the runtime wrote on the container decides.
         match self.look_at(id).await? {
@@ -326,7 +344,8 @@ impl CriRuntime {
     }
 
     pub(super) async fn status(&self, id: &ContainerId) -> Result<ContainerStatus> {
-        match self.look_at(id).await? {
+        // One call instead of two where it has just been started.
+        match self.look(id, self.places.get(id.as_str()).is_none()).await? {
             Some(looked) => self.status_of(looked).await,
             None => Err(RuntimeError::new(Kind::NotFound, format!("there is no container {id}"))),
         }

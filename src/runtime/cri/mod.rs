@@ -119,8 +119,9 @@ pub struct CriRuntime {
     /// One at a time plugs a sandbox in or stops it, or starts an exec in a container; or, by the UID, runs a Pod's sandbox
     /// or removes what one left.
     turns: Turns<String>,
-    /// Containers that this process made and has not tried to start: of these it need not ask in which state they are.
-    unstarted: Mutex<HashSet<String>>,
+    /// Containers that this process made and has not tried to start, each with the UID of its Pod: of these it need not ask
+    /// in which state they are.
+    unstarted: Mutex<HashMap<String, String>>,
     places: Arc<Places>,
     verdicts: Verdicts,
     sockets: Sockets,
