@@ -1,5 +1,6 @@
 //! The way to the API server: the kubeconfig, who it makes us, and what its failures mean.
 
+mod client;
 pub mod reload;
 
 use std::error::Error as StdError;
@@ -10,10 +11,8 @@ use base64::Engine;
 use jiff::Timestamp;
 use k8s_openapi::api::authentication::v1::SelfSubjectReview;
 use kube::api::PostParams;
-use kube::client::ClientBuilder;
 use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Api, Client, Config};
-use tower::limit::ConcurrencyLimitLayer;
 
 use crate::certificate::Certificate;
 
@@ -136,9 +135,8 @@ impl ApiServer {
     async fn limited(path: &Path, requests: usize) -> Result<Self, ConnectError> {
         let config = load(path).await?;
         let url = config.cluster_url.to_string();
-        let builder = ClientBuilder::try_from(config)
+        let client = client::new(config, requests)
             .map_err(|source| ConnectError::Credentials { path: path.to_owned(), source: Box::new(source) })?;
-        let client = builder.with_layer(&ConcurrencyLimitLayer::new(requests)).build();
         Ok(Self { client, url, kubeconfig: path.to_owned() })
     }
 
@@ -163,7 +161,7 @@ impl ApiServer {
         let url = config.cluster_url.to_string();
         let kubeconfig = PathBuf::from("/var/run/secrets/kubernetes.io/serviceaccount");
         let failed = |source| ConnectError::Credentials { path: kubeconfig.clone(), source: Box::new(source) };
-        let client = Client::try_from(config).map_err(failed)?;
+        let client = client::new(config, REQUESTS_AT_ONCE).map_err(failed)?;
         Ok(Self { client, url, kubeconfig })
     }
 

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use futures::future::try_join_all;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
     ConfigMapProjection, DownwardAPIProjection, Pod, ProjectedVolumeSource, SecretProjection,
@@ -70,8 +71,9 @@ impl VolumeManager {
         let dir = places::files(&self.root, uid, files.kind, component(&volume.name)?);
         let mut payload = Payload::new();
         let mut fresh = Freshness::default();
-        for projection in files.projected.sources.iter().flatten() {
-            let (part, good_for) = self.project(ctx, &dir, volume, (&files.projected, projection)).await?;
+        let sources = files.projected.sources.iter().flatten();
+        let parts = sources.map(|source| self.project(ctx, &dir, volume, (&files.projected, source)));
+        for (part, good_for) in try_join_all(parts).await? {
             payload.extend(part);
             fresh = fresh.and(good_for);
         }
