@@ -11,9 +11,9 @@ use crate::runtime::RuntimeError;
 use crate::runtime::stats::{SandboxStats, StatsScope};
 
 impl Core {
-    async fn figures(&self) -> Result<Vec<SandboxStats>, Status> {
+    async fn figures(&self, scope: StatsScope) -> Result<Vec<SandboxStats>, Status> {
         self.adopted().await?;
-        Ok(self.runtime.list_pod_sandbox_stats(StatsScope::Usage).await?)
+        Ok(self.runtime.list_pod_sandbox_stats(scope).await?)
     }
 
     /// Where writable layers are: with the images. An engine does not move them while it is served.
@@ -36,7 +36,7 @@ impl Core {
         &self,
         wanted: Option<v1::ContainerStatsFilter>,
     ) -> Result<Vec<v1::ContainerStats>, Status> {
-        let figures = self.figures().await?;
+        let figures = self.figures(StatsScope::Containers).await?;
         let mountpoint = self.mountpoint().await;
         let wanted = wanted.map(|filter| v1::ContainerStatsFilter {
             id: self.containers.id(&filter.id),
@@ -69,7 +69,7 @@ impl Core {
         &self,
         wanted: Option<v1::PodSandboxStatsFilter>,
     ) -> Result<Vec<v1::PodSandboxStats>, Status> {
-        let figures = self.figures().await?;
+        let figures = self.figures(StatsScope::Usage).await?;
         let mountpoint = self.mountpoint().await;
         let wanted = wanted.map(|filter| v1::PodSandboxStatsFilter { id: self.sandboxes.id(&filter.id), ..filter });
         let told = figures
@@ -108,6 +108,6 @@ impl Core {
 
     /// The metrics of all ready sandboxes.
     pub(super) async fn list_pod_sandbox_metrics(&self) -> Result<Vec<v1::PodSandboxMetrics>, Status> {
-        Ok(self.figures().await?.iter().map(stats::metrics).collect())
+        Ok(self.figures(StatsScope::Usage).await?.iter().map(stats::metrics).collect())
     }
 }

@@ -33,10 +33,12 @@ pub(super) struct Member {
 /// What the members use now; those whose cgroup is gone have ended.
 pub(super) fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: StatsScope) -> Vec<SandboxStats> {
     let mut containers: HashMap<&str, Vec<ContainerStats>> = HashMap::new();
+    let of_pods = scope != StatsScope::Containers;
     let own = members.values().filter(|member| !member.facts.sandbox_itself).map(|member| &member.cgroup);
     // Sandboxes may share one: then it is read once.
-    let shared =
-        members.values().filter_map(|member| member.pod_cgroup.as_ref().filter(|_| member.facts.sandbox_itself));
+    let shared = members
+        .values()
+        .filter_map(|member| member.pod_cgroup.as_ref().filter(|_| of_pods && member.facts.sandbox_itself));
     let usages = trees.usages(&own.chain(shared).map(PathBuf::as_path).collect(), scope);
     let everything = scope > StatsScope::CpuAndMemory;
     for member in members.values().filter(|member| !member.facts.sandbox_itself) {
@@ -57,16 +59,19 @@ pub(super) fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: Stat
     // Who is on the host's network has none of its own.
     let network_of = |member: &Arc<Member>| {
         let own = member.facts.sandbox_itself && (!member.facts.addresses.is_empty() || member.facts.by_plugins);
-        member.pid.filter(|_| everything && own)
+        member.pid.filter(|_| scope >= StatsScope::Usage && own)
     };
     let networks = interfaces(&members.values().filter_map(network_of).collect::<Vec<_>>());
     let of_sandbox = |member: &Arc<Member>| {
-        if !trees.exists(&member.cgroup) {
+        if of_pods && !trees.exists(&member.cgroup) {
             return None;
         }
         let nothing = || Usage { time: Timestamp::now(), ..Usage::default() };
-        let usage =
-            member.pod_cgroup.as_ref().map_or_else(|| Some(nothing()), |path| usages.get(path.as_path()).copied())?;
+        let usage = member
+            .pod_cgroup
+            .as_ref()
+            .filter(|_| of_pods)
+            .map_or_else(|| Some(nothing()), |path| usages.get(path.as_path()).copied())?;
         Some(SandboxStats {
             id: SandboxId::from(member.id.as_str()),
             pod: member.facts.pod.clone(),

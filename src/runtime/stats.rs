@@ -12,6 +12,8 @@ use super::types::{ContainerId, PodRef, SandboxId};
 pub enum StatsScope {
     /// CPU and memory: cheap enough for every few seconds.
     CpuAndMemory,
+    /// What containers use, with their files, and how much memory they may use; nothing of their Pods.
+    Containers,
     /// What else is used: network, file systems, processes; and how much memory may be.
     Usage,
     /// Every limit too, how often it was met, and the most that was used. A driver may tell so much where less is asked.
@@ -84,7 +86,7 @@ pub struct Usage {
     pub memory: Option<MemoryUsage>,
     /// Processes and threads ([`StatsScope::Usage`]).
     pub tasks: Option<u64>,
-    /// Its limits ([`StatsScope::All`]; that of memory, [`StatsScope::Usage`]).
+    /// Its limits ([`StatsScope::All`]; that of memory, [`StatsScope::Containers`]).
     pub limits: Option<Limits>,
 }
 
@@ -163,7 +165,7 @@ pub struct ContainerStats {
     pub cgroup: String,
     /// What it uses.
     pub usage: Usage,
-    /// Files it wrote outside its volumes ([`StatsScope::Usage`], and not before they were measured for the first time).
+    /// Files it wrote outside its volumes ([`StatsScope::Containers`], and not before they were measured for the first time).
     pub writable_layer: Option<DiskUsage>,
     /// Its log (likewise).
     pub log: Option<DiskUsage>,

@@ -40,6 +40,8 @@ const KEPT: [&str; 9] = [
     "cpu.stat",
     "pids.current",
 ];
+/// After so many looks that ask for others, files are closed: the containers' and the Pods' are asked for in turn.
+const LOOKS_KEPT: u8 = 4;
 /// Of the files this process may have open at once, the part that is spent so.
 const PART_KEPT: u64 = 4;
 
@@ -56,7 +58,16 @@ pub struct Trees {
     most_kept: usize,
 }
 
-type Kept = HashMap<PathBuf, Opened>;
+type Kept = HashMap<PathBuf, Shelved>;
+
+/// What stays open of a cgroup.
+#[derive(Debug)]
+struct Shelved {
+    files: Opened,
+    /// Looks since it was asked for.
+    unasked: u8,
+}
+
 /// Files of one cgroup, by name.
 type Opened = Vec<(&'static str, File)>;
 
@@ -85,29 +96,36 @@ impl Trees {
     /// What each of these cgroups uses; those that are gone are left out.
     pub fn usages<'p>(&self, paths: &BTreeSet<&'p Path>, scope: StatsScope) -> HashMap<&'p Path, Usage> {
         let paths: Vec<&Path> = paths.iter().copied().collect();
-        // Whoever asks meanwhile opens his own; what is not asked for any more is closed.
+        // Whoever asks meanwhile opens his own.
         let kept = Mutex::new(std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner)));
-        in_parts(&paths, |part: &[&'p Path]| {
+        let usages = in_parts(&paths, |part: &[&'p Path]| {
             let mut reader = self.reader();
             let usage = |path: &&'p Path| {
-                reader.open = kept.lock().unwrap_or_else(PoisonError::into_inner).remove(*path).unwrap_or_default();
+                let shelved = kept.lock().unwrap_or_else(PoisonError::into_inner).remove(*path);
+                reader.open = shelved.map(|shelved| shelved.files).unwrap_or_default();
                 let usage = reader.usage(path, scope)?;
-                self.keep(path, std::mem::take(&mut reader.open));
+                reader.open.retain(|(name, _)| KEPT.contains(name));
+                self.keep(path, Shelved { files: std::mem::take(&mut reader.open), unasked: 0 });
                 Some((*path, usage))
             };
             part.iter().filter_map(usage).collect()
-        })
+        });
+        for (path, shelved) in kept.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            if shelved.unasked < LOOKS_KEPT {
+                self.keep(&path, Shelved { unasked: shelved.unasked + 1, ..shelved });
+            }
+        }
+        usages
     }
 
     fn reader(&self) -> Reader<'_> {
         Reader { trees: self, text: vec![0; LARGEST], file: PathBuf::new(), open: Vec::new() }
     }
 
-    fn keep(&self, path: &Path, mut files: Opened) {
-        files.retain(|(name, _)| KEPT.contains(name));
+    fn keep(&self, path: &Path, shelved: Shelved) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() < self.most_kept {
-            kept.insert(path.to_owned(), files);
+            kept.insert(path.to_owned(), shelved);
         }
     }
 
@@ -137,15 +155,17 @@ impl Reader<'_> {
         if cpu.is_none() && memory.is_none() {
             return None;
         }
-        let more = scope > StatsScope::CpuAndMemory;
+        let tasks = scope >= StatsScope::Usage;
         Some(Usage {
             time: Timestamp::now(),
             cpu,
             memory,
-            tasks: more.then(|| self.number("pids", path, "pids.current")).flatten(),
+            tasks: tasks.then(|| self.number("pids", path, "pids.current")).flatten(),
             limits: match scope {
                 StatsScope::CpuAndMemory => None,
-                StatsScope::Usage => Some(Limits { memory: self.memory_limit(path), ..Limits::default() }),
+                StatsScope::Containers | StatsScope::Usage => {
+                    Some(Limits { memory: self.memory_limit(path), ..Limits::default() })
+                }
                 StatsScope::All => Some(self.limits(path)),
             },
         })
@@ -404,9 +424,24 @@ mod tests {
         fs::remove_dir_all(root.path().join("cpuacct/a")).unwrap();
         // A file of a removed cgroup cannot be read; here that is done by one opened for writing only.
         let unreadable = File::create(root.path().join("gone")).unwrap();
-        *trees.kept.lock().unwrap() = [("a".into(), vec![("cpuacct.usage", unreadable)])].into();
+        let shelved = Shelved { files: vec![("cpuacct.usage", unreadable)], unasked: 0 };
+        *trees.kept.lock().unwrap() = [("a".into(), shelved)].into();
         assert_eq!((total(&trees, "a"), total(&trees, "b")), (None, Some(71)));
         assert!(!trees.kept.lock().unwrap().contains_key(Path::new("a")), "nothing of a cgroup that is gone is kept");
+    }
+
+    #[test]
+    fn files_stay_open_while_others_are_looked_at_and_not_for_ever() {
+        let root = tree(&[("cpuacct/a/cpuacct.usage", "5\n"), ("cpuacct/b/cpuacct.usage", "6\n")]);
+        let trees = Trees { most_kept: 9, ..Trees::at(root.path()) };
+        let look = |name| trees.usages(&[Path::new(name)].into(), StatsScope::CpuAndMemory).len();
+        assert_eq!(look("a"), 1);
+        for _ in 0..LOOKS_KEPT {
+            assert_eq!(look("b"), 1);
+            assert!(trees.kept.lock().unwrap().contains_key(Path::new("a")));
+        }
+        assert_eq!(look("b"), 1);
+        assert!(!trees.kept.lock().unwrap().contains_key(Path::new("a")));
     }
 
     #[test]

@@ -33,6 +33,9 @@ pub(crate) async fn what_runs_is_told_with_what_it_uses(bench: &Bench) {
         }
         assert!(container.cgroup.starts_with(&sandbox.cgroup) && container.cgroup != sandbox.cgroup);
     }
+    let containers = stats(bench, StatsScope::Containers).await.remove(0).containers;
+    let used = containers.iter().all(|one| one.usage.cpu.unwrap().total > 0 && one.usage.memory.unwrap().usage > 0);
+    assert!(used && containers.iter().map(|one| &one.id).eq([&id]), "{containers:?}");
     bench.runtime.stop_pod_sandbox(&status.sandbox).await.unwrap();
     assert!(stats(bench, StatsScope::All).await.is_empty());
 }
