@@ -424,7 +424,7 @@ fn started(id: &VmId, error: MachineError) -> Refusal {
 
 /// Of a setup of an earlier process: it is made anew before anybody has it.
 fn unknown_tap() -> TapLink {
-    TapLink { name: String::new(), mac: [0; 6], device: None }
+    TapLink { name: String::new(), mac: [0; 6], device: None, namespace: None }
 }
 
 /// Traffic leaves by the host's routes; a caller that counts on an interface is told if it is another.

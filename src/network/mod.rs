@@ -6,7 +6,8 @@
 //! pod::worker --allocate/release--> Ipam (one file per address)
 //! driver      --plug/unplug-------> Cable = Bridge --netlink--> veth pair: lv<hash> on the bridge, eth0 in the sandbox
 //!             --attach/unplug-----> Cable = Cni ----plugins---> whatever they make; the addresses are theirs, too ([`cni`])
-//!             --make_tap/lead-----> Taps  = Bridge -----------> tap: lt<hash> on the bridge, guarded by nft
+//!             --make_tap/lead-----> Taps  = Bridge -----------> tap: lt<hash> on the bridge, guarded by nft; or a cable's end
+//!                                                               of that name, to a tap in a namespace of the VMM's own
 //! ```
 //!
 //! A Pod reaches everything, its neighbours too, through the gateway: the address has the range's prefix length, yet

@@ -49,6 +49,8 @@ pub(super) struct Link {
     pub(super) mac: Vec<u8>,
     /// Index of the other end of a veth pair, in that end's namespace.
     pub(super) peer: Option<u32>,
+    /// That namespace, by the number that it has in this one; `None` if it is this one.
+    pub(super) beyond: Option<i32>,
     /// Index of the bridge it is a port of.
     pub(super) bridge: Option<u32>,
     pub(super) is_bridge: bool,
@@ -86,7 +88,17 @@ impl Netlink {
 
     /// The interface of that name, if there is one.
     pub(super) fn link(&mut self, name: &str) -> io::Result<Option<Link>> {
-        let message = LinkMessageBuilder::<LinkUnspec>::new().name(name).build();
+        self.look_up(LinkMessageBuilder::<LinkUnspec>::new().name(name).build())
+    }
+
+    /// The interface of that name in another namespace, by the number that it has in this one.
+    pub(super) fn link_beyond(&mut self, namespace: i32, name: &str) -> io::Result<Option<Link>> {
+        let mut message = LinkMessageBuilder::<LinkUnspec>::new().name(name).build();
+        message.attributes.push(LinkAttribute::IfNetnsId(namespace));
+        self.look_up(message)
+    }
+
+    fn look_up(&mut self, message: LinkMessage) -> io::Result<Option<Link>> {
         match self.exchange(RouteNetlinkMessage::GetLink(message), NLM_F_REQUEST) {
             Ok(answers) => Ok(answers.into_iter().find_map(Link::of)),
             Err(error) if error.raw_os_error() == Some(NO_SUCH_DEVICE) => Ok(None),
@@ -130,6 +142,12 @@ impl Netlink {
     /// Makes a bridge, down.
     pub(super) fn add_bridge(&mut self, name: &str) -> io::Result<()> {
         self.change(RouteNetlinkMessage::NewLink(LinkBridge::new(name).build()), NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    /// Makes a bridge that learns nothing, up: what comes in by one port leaves by all others.
+    pub(super) fn add_hub(&mut self, name: &str) -> io::Result<()> {
+        let hub = LinkBridge::new(name).ageing_time(0).mcast_snooping(false).build();
+        self.change(RouteNetlinkMessage::NewLink(hub), NLM_F_CREATE | NLM_F_EXCL)
     }
 
     /// Makes a veth pair across two namespaces: this end a port of the bridge and up, the other down.
@@ -355,6 +373,7 @@ impl Link {
             mtu: 0,
             mac: Vec::new(),
             peer: None,
+            beyond: None,
             bridge: None,
             is_bridge: false,
             operational: false,
@@ -367,6 +386,7 @@ impl Link {
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                 LinkAttribute::Address(mac) => link.mac = mac,
                 LinkAttribute::Link(peer) => link.peer = Some(peer),
+                LinkAttribute::LinkNetNsId(number) => link.beyond = Some(number),
                 LinkAttribute::Controller(bridge) => link.bridge = Some(bridge),
                 LinkAttribute::OperState(state) => link.operational = matches!(state, State::Up | State::Unknown),
                 LinkAttribute::LinkInfo(infos) => {

@@ -1,5 +1,8 @@
 //! The cable of a machine: a tap device on the node's bridge, in the place of a Docker Pod's veth pair.
 //!
+//! A VMM that opens its tap by name can do so only from the network namespace that this is in. For such a one it is made in a
+//! namespace of its own, with a cable from there to the bridge; on the host everything is named, guarded and led as otherwise.
+//!
 //! What leaves a guest is filtered before the bridge looks at it (see `guard`): a guest that has no address yet
 //! reaches nobody, and one that has sends as itself or not at all.
 
@@ -18,10 +21,13 @@ pub type Mac = [u8; 6];
 /// A tap device on the bridge.
 #[derive(Clone, Debug)]
 pub struct Tap {
-    /// The interface on the host.
+    /// The interface: the port of the bridge, and the device where that is another.
     pub name: String,
     /// The open device, if it was made for nobody else: it goes away when the last one who has it closes it.
     pub device: Option<Arc<OwnedFd>>,
+    /// The network namespace of a device that is opened by name: all that is in it goes away, and the port with it, when the
+    /// last process there has ended and the last one who has this closes it.
+    pub namespace: Option<Arc<OwnedFd>>,
 }
 
 /// What a guest has to know of the Pod network.
@@ -44,8 +50,8 @@ pub trait Taps: Send + Sync {
 
     /// Makes the tap of this sandbox, in the place of one that is there; its guest reaches nobody yet.
     ///
-    /// With an `owner` the device stays until it is removed, for a process of that user to open by name. Otherwise it
-    /// is returned open.
+    /// With an `owner` the device is for a process of that user to open by name, in a network namespace that has nothing but
+    /// this and what joins it to the bridge. Otherwise it is returned open.
     ///
     /// # Errors
     /// The kernel's refusal; nothing is left behind that [`remove_tap`](Self::remove_tap) does not remove.

@@ -178,7 +178,7 @@ impl Taps for StageRef {
     }
 
     async fn make_tap(&self, sandbox: &str, _owner: Option<u32>) -> Result<Tap, NetworkError> {
-        Ok(Tap { name: sandbox.to_owned(), device: None })
+        Ok(Tap { name: sandbox.to_owned(), device: None, namespace: None })
     }
 
     async fn lead(&self, sandbox: &str, address: IpAddr) -> Result<(), NetworkError> {

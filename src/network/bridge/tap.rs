@@ -1,22 +1,39 @@
 //! Taps on the bridge.
+//!
+//! ```text
+//! handed:    VMM --device--> lt<hash>, a port of the bridge
+//! by name:   VMM --device--> lt<hash> -- hub -- out  |  lt<hash>, a port of the bridge
+//!            '------ a network namespace of its own -'
+//! ```
+//! The hub learns nothing. What a guest sends to all comes back to it, as the bridge's ports send back (hairpin); who learned
+//! from that would take the guest to be on the other side.
 
+use std::fs::File;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
 use async_trait::async_trait;
+use nix::sched::{CloneFlags, unshare};
 use tappers::Interface;
 
 use super::{
     Bridge, SETTLE_TRIES, SETTLE_WAIT, Settings, delete_by_name, finish_port, hashed, kernel, mac_of, open_netlink,
 };
-use crate::network::NetworkError;
-use crate::network::netlink::Netlink;
+use crate::network::netlink::{Netlink, Pair};
 use crate::network::tap::{Surroundings, Tap, Taps};
+use crate::network::{NetworkError, set_sysctl};
 
 /// Begins the name of each tap, before twelve hex digits.
 const TAP_PREFIX: &str = "lt";
+/// Beside a tap in a namespace of its own: the cable's end, and what joins the two.
+const OUT: &str = "out";
+const HUB: &str = "hub";
+/// Without it no interface has an address of itself.
+const WITHOUT_IPV6: &str = "net/ipv6/conf/all/disable_ipv6";
 
 #[async_trait]
 impl Taps for Bridge {
@@ -65,22 +82,64 @@ fn make(settings: &Settings, name: String, owner: Option<u32>) -> Result<Tap, Ne
     delete_by_name(&mut host, &name)?;
     // Before there is a device that something could be sent by.
     settings.guard.set(&name, None)?;
-    let mut make = || -> io::Result<Tap> {
-        let tap = tappers::linux::Tap::new_named(Interface::new(&name)?)?;
-        let device = match owner {
-            Some(owner) => {
-                tap.set_owner(owner)?;
-                tap.set_persistent(true)?;
-                None
-            }
-            None => Some(Arc::new(rustix::io::fcntl_dupfd_cloexec(&tap, 3)?)),
-        };
-        let link = host.link(&name)?.ok_or(io::ErrorKind::NotFound)?;
-        host.set_mtu(link.index, settings.mtu)?;
-        host.enslave(link.index, bridge.index)?;
-        Ok(Tap { name: name.clone(), device })
-    };
-    make().map_err(failed)
+    match owner {
+        None => {
+            let device = make_handed(&mut host, &name, (bridge.index, settings.mtu)).map_err(failed)?;
+            Ok(Tap { name, device: Some(Arc::new(device)), namespace: None })
+        }
+        Some(owner) => {
+            let namespace = enter_new_namespace()?;
+            let made = make_apart(&mut host, &name, (bridge.index, settings.mtu), (owner, &namespace));
+            made.map_err(failed)?;
+            Ok(Tap { name, device: None, namespace: Some(Arc::new(namespace.into())) })
+        }
+    }
+}
+
+/// A device here.
+fn make_handed(host: &mut Netlink, name: &str, (bridge, mtu): (u32, u32)) -> io::Result<OwnedFd> {
+    let tap = tappers::linux::Tap::new_named(Interface::new(name)?)?;
+    let device = rustix::io::fcntl_dupfd_cloexec(&tap, 3)?;
+    join(host, name, (bridge, mtu))?;
+    Ok(device)
+}
+
+/// A network namespace that nobody else is in. To be called on a thread that ends with it.
+fn enter_new_namespace() -> Result<File, NetworkError> {
+    let failed = |source| kernel("make a network namespace", source);
+    unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| failed(errno.into()))?;
+    // A kernel without IPv6 has nothing to be set.
+    if Path::new("/proc/sys").join(WITHOUT_IPV6).exists() {
+        set_sysctl(WITHOUT_IPV6, "1")?;
+    }
+    File::open("/proc/thread-self/ns/net").map_err(failed)
+}
+
+/// A device in this thread's namespace, and the cable from there to the bridge, which `host` sees.
+fn make_apart(
+    host: &mut Netlink,
+    name: &str,
+    (bridge, mtu): (u32, u32),
+    (owner, namespace): (u32, &File),
+) -> io::Result<()> {
+    let mut inside = Netlink::open()?;
+    let tap = tappers::linux::Tap::new_named(Interface::new(name)?)?;
+    tap.set_owner(owner)?;
+    tap.set_persistent(true)?;
+    inside.add_hub(HUB)?;
+    // No guest's: what is sent to a port's own address goes no further.
+    let peer_mac = mac_of(Ipv4Addr::BROADCAST.into());
+    host.add_pair(&Pair { name, bridge, peer_name: OUT, peer_mac, namespace: namespace.as_fd(), mtu })?;
+    let hub = inside.link(HUB)?.ok_or(io::ErrorKind::NotFound)?.index;
+    join(&mut inside, OUT, (hub, mtu))?;
+    join(&mut inside, name, (hub, mtu))
+}
+
+/// Makes an interface a port.
+fn join(namespace: &mut Netlink, name: &str, (bridge, mtu): (u32, u32)) -> io::Result<()> {
+    let link = namespace.link(name)?.ok_or(io::ErrorKind::NotFound)?;
+    namespace.set_mtu(link.index, mtu)?;
+    namespace.enslave(link.index, bridge)
 }
 
 fn lead(settings: &Settings, name: &str, address: IpAddr) -> Result<(), NetworkError> {
@@ -99,13 +158,24 @@ fn lead(settings: &Settings, name: &str, address: IpAddr) -> Result<(), NetworkE
 /// Waits until packets pass: see the one of the cable.
 fn settle(host: &mut Netlink, name: &str) -> io::Result<()> {
     for _ in 0..SETTLE_TRIES {
-        let port = host.link(name)?.ok_or(io::ErrorKind::NotFound)?;
-        if port.operational && port.forwarding {
+        if passes(host, name)? {
             return Ok(());
         }
         thread::sleep(SETTLE_WAIT);
     }
     Err(io::ErrorKind::TimedOut.into())
+}
+
+/// Whether every port on the way from the bridge to the device lets packets through.
+fn passes(host: &mut Netlink, name: &str) -> io::Result<bool> {
+    let mut ports = vec![host.link(name)?];
+    // A cable's end has the device behind it; else it is the device.
+    if let Some(beyond) = ports[0].as_ref().and_then(|port| port.beyond) {
+        ports.extend([host.link_beyond(beyond, OUT)?, host.link_beyond(beyond, name)?]);
+    }
+    let ports: Option<Vec<_>> = ports.into_iter().collect();
+    let ports = ports.ok_or(io::ErrorKind::NotFound)?;
+    Ok(ports.iter().all(|port| port.operational && port.forwarding))
 }
 
 fn remove(settings: &Settings, name: &str) -> Result<(), NetworkError> {

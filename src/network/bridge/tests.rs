@@ -1,6 +1,6 @@
 //! What the bridge and its cables look like from the kernel, in a network namespace of the test's own.
 
-mod taps;
+pub(crate) mod taps;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -92,7 +92,7 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-async fn bridge() -> Bridge {
+pub(crate) async fn bridge() -> Bridge {
     Bridge::ensure("lb0", ip("10.77.0.1"), "10.77.0.0/24".parse().unwrap()).await.unwrap()
 }
 

@@ -1,12 +1,16 @@
 //! Taps, with the test in the place of a guest: it writes frames to the device and reads what comes.
 
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
 
 use super::*;
 use crate::network::tap::{Mac, Taps};
 
+/// The user that opens a tap by its name.
+const VMM: u32 = 65520;
+
 /// A question by ARP from this card as this address: who is the gateway?
-fn question(mac: Mac, from: [u8; 4]) -> Vec<u8> {
+pub(crate) fn question(mac: Mac, from: [u8; 4]) -> Vec<u8> {
     let mut frame = vec![0xff; 6];
     frame.extend(mac);
     frame.extend([0x08, 0x06, 0, 1, 0x08, 0, 6, 4, 0, 1]);
@@ -18,7 +22,7 @@ fn question(mac: Mac, from: [u8; 4]) -> Vec<u8> {
 }
 
 /// Whether the host answers.
-fn is_answered(device: &OwnedFd, frame: &[u8]) -> bool {
+pub(crate) fn is_answered(device: &OwnedFd, frame: &[u8]) -> bool {
     rustix::io::write(device, frame).unwrap();
     let end = Instant::now() + Duration::from_millis(500);
     while Instant::now() < end {
@@ -36,9 +40,70 @@ fn is_answered(device: &OwnedFd, frame: &[u8]) -> bool {
     false
 }
 
-fn taps_there() -> Vec<String> {
+/// Opens the tap of that name in a network namespace, as a process of that user does which is in it.
+pub(crate) fn open_by_name(namespace: impl AsFd, name: &str, user: u32) -> io::Result<OwnedFd> {
+    // `linux/if_tun.h`: TUNSETIFF for IFF_TAP and IFF_NO_PI. Whoever asks has to be the user, and that is a process.
+    let ask = "my $device = pack('a16sx22', $ARGV[0], 0x1002); ioctl(STDIN, 0x400454ca, $device) or die";
+    let namespace = namespace.as_fd();
+    let open = || {
+        setns(namespace, CloneFlags::CLONE_NEWNET)?;
+        let device = File::options().read(true).write(true).open("/dev/net/tun")?;
+        let mut perl = Command::new("perl");
+        perl.args(["-e", ask, name]).uid(user).gid(user).stdin(device.try_clone()?);
+        let output = perl.output()?;
+        let refused = || io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned());
+        output.status.success().then(|| device.into()).ok_or_else(refused)
+    };
+    thread::scope(|scope| scope.spawn(open).join().unwrap())
+}
+
+/// What a command says in a network namespace.
+pub(crate) fn said_in(namespace: impl AsFd, command: &str) -> String {
+    let namespace = namespace.as_fd();
+    let run = || {
+        setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
+        shell(command)
+    };
+    thread::scope(|scope| scope.spawn(run).join().unwrap())
+}
+
+/// The names of the interfaces in a network namespace.
+pub(crate) fn interfaces_in(namespace: impl AsFd) -> Vec<String> {
+    let listed = said_in(namespace, "ip -o link");
+    let name = |line: &str| line.split([':', '@']).nth(1).unwrap().trim().to_owned();
+    let mut names: Vec<String> = listed.lines().map(name).collect();
+    names.sort();
+    names
+}
+
+pub(crate) fn taps_there() -> Vec<String> {
     let mut host = open_netlink().unwrap();
     host.links().unwrap().into_iter().map(|link| link.name).filter(|name| name.starts_with("lt")).collect()
+}
+
+/// Has a guest of this name, behind this device, try to be somebody else.
+async fn try_to_be_another(bridge: Bridge, guest: &str, device: &OwnedFd) {
+    let (own, other) = ([10, 77, 0, 2], [10, 77, 0, 3]);
+    let mac = mac_of(IpAddr::from(own));
+    assert!(!is_answered(device, &question(mac, own)), "it has no address yet");
+    bridge.lead(guest, IpAddr::from(own)).await.unwrap();
+    assert!(is_answered(device, &question(mac, own)));
+    assert!(!is_answered(device, &question(mac, other)), "another's address");
+    assert!(!is_answered(device, &question(mac_of(IpAddr::from(other)), own)), "another's card");
+    let mut lies = question(mac, own);
+    lies[22..28].copy_from_slice(&mac_of(IpAddr::from(other)));
+    assert!(!is_answered(device, &lies), "another's card inside");
+    let mut tagged = question(mac, own);
+    tagged.splice(12..12, [0x81, 0, 0, 1]);
+    assert!(!is_answered(device, &tagged), "in another network");
+    assert!(is_answered(device, &question(mac, own)));
+    bridge.lead(guest, IpAddr::from(other)).await.unwrap();
+    assert!(!is_answered(device, &question(mac, own)), "an address it had before");
+    assert!(is_answered(device, &question(mac_of(IpAddr::from(other)), other)));
+    let routes = shell("ip route show dev lb0");
+    assert!(routes.contains("10.77.0.3") && !routes.contains("10.77.0.2"), "{routes}");
+    bridge.remove().await.unwrap();
+    assert!(!shell("nft list tables").contains("lambdalet_lb0"));
 }
 
 #[test]
@@ -46,54 +111,76 @@ fn a_guest_speaks_as_itself_or_not_at_all() {
     on_a_host(|| async {
         let bridge = bridge().await;
         let tap = bridge.make_tap("vm-a", None).await.unwrap();
-        let device = tap.device.unwrap();
-        let (own, other) = ([10, 77, 0, 2], [10, 77, 0, 3]);
-        let mac = mac_of(IpAddr::from(own));
-        assert!(!is_answered(&device, &question(mac, own)), "it has no address yet");
-        bridge.lead("vm-a", IpAddr::from(own)).await.unwrap();
-        assert!(is_answered(&device, &question(mac, own)));
-        assert!(!is_answered(&device, &question(mac, other)), "another's address");
-        assert!(!is_answered(&device, &question(mac_of(IpAddr::from(other)), own)), "another's card");
-        let mut lies = question(mac, own);
-        lies[22..28].copy_from_slice(&mac_of(IpAddr::from(other)));
-        assert!(!is_answered(&device, &lies), "another's card inside");
-        let mut tagged = question(mac, own);
-        tagged.splice(12..12, [0x81, 0, 0, 1]);
-        assert!(!is_answered(&device, &tagged), "in another network");
-        assert!(is_answered(&device, &question(mac, own)));
-        bridge.lead("vm-a", IpAddr::from(other)).await.unwrap();
-        assert!(!is_answered(&device, &question(mac, own)), "an address it had before");
-        assert!(is_answered(&device, &question(mac_of(IpAddr::from(other)), other)));
-        let routes = shell("ip route show dev lb0");
-        assert!(routes.contains("10.77.0.3") && !routes.contains("10.77.0.2"), "{routes}");
-        bridge.remove().await.unwrap();
-        assert!(!shell("nft list tables").contains("lambdalet_lb0"));
+        try_to_be_another(bridge, "vm-a", &tap.device.unwrap()).await;
     });
 }
 
-/// Waits until these are there: a process that another test is just starting may hold a device for a moment longer.
-fn until_there(taps: &[&str]) {
+#[test]
+fn so_does_one_behind_a_tap_in_a_namespace_of_its_own() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let tap = bridge.make_tap("vm-a", Some(VMM)).await.unwrap();
+        let device = open_by_name(tap.namespace.as_ref().unwrap(), &tap.name, VMM).unwrap();
+        try_to_be_another(bridge, "vm-a", &device).await;
+    });
+}
+
+#[test]
+fn beside_a_named_tap_there_is_what_joins_it_and_no_address() {
+    on_a_host(|| async {
+        let bridge = bridge().await;
+        let tap = bridge.make_tap("vm-a", Some(VMM)).await.unwrap();
+        let (namespace, name) = (tap.namespace.unwrap(), tap.name);
+        assert_eq!(interfaces_in(&namespace), ["hub", "lo", &name, "out"]);
+        let device = said_in(&namespace, &format!("ip -d link show {name}"));
+        assert!(device.contains("tun type tap") && device.contains("mtu 1500"), "{device}");
+        let port = shell(&format!("ip -d link show {name}"));
+        assert!(port.contains("veth") && port.contains("master lb0"), "{port}");
+        let late = bridge.lead("vm-a", ip("10.77.0.2")).await.unwrap_err();
+        assert!(matches!(&late, NetworkError::Kernel { source, .. } if source.kind() == io::ErrorKind::TimedOut));
+        for (name, user) in [(&*name, VMM + 1), ("lt0", VMM)] {
+            let refused = open_by_name(&namespace, name, user).unwrap_err().to_string();
+            assert!(refused.contains("Died"), "{refused}");
+        }
+        let device = open_by_name(&namespace, &name, VMM).unwrap();
+        bridge.lead("vm-a", ip("10.77.0.2")).await.unwrap();
+        // With everything up, when the kernel gives addresses of itself.
+        assert_eq!(said_in(&namespace, "ip -o addr; ip -6 -o addr"), "");
+        drop(device);
+    });
+}
+
+/// Waits until these are there: a process that another test is just starting may hold a device for a moment longer, and the
+/// kernel takes a namespace down behind whoever leaves it.
+pub(crate) fn until_there(taps: &[&str]) {
     let begun = Instant::now();
     while taps_there() != taps {
-        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", taps_there());
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", taps_there());
         thread::sleep(Duration::from_millis(10));
     }
 }
 
 #[test]
-fn a_handed_tap_ends_with_its_device_and_a_named_one_when_it_is_removed() {
+fn a_handed_tap_ends_with_its_device_and_a_named_one_with_its_namespace() {
     on_a_host(|| async {
         let bridge = bridge().await;
         let handed = bridge.make_tap("vm-a", None).await.unwrap();
-        let named = bridge.make_tap("vm-b", Some(65520)).await.unwrap();
-        assert!(named.device.is_none());
+        let named = bridge.make_tap("vm-b", Some(VMM)).await.unwrap();
+        assert!(named.device.is_none() && handed.namespace.is_none());
         assert_eq!(taps_there().len(), 2);
-        assert!(shell(&format!("ip -d link show {}", named.name)).contains("user 65520"));
         drop(handed);
         until_there(&[&named.name]);
-        let again = bridge.make_tap("vm-b", None).await.unwrap();
+        let opened = open_by_name(named.namespace.as_ref().unwrap(), &named.name, VMM).unwrap();
+        drop(named.namespace);
+        assert_eq!(taps_there(), [&*named.name], "it is in use");
+        drop(opened);
+        until_there(&[]);
+        let before = bridge.make_tap("vm-b", Some(VMM)).await.unwrap();
+        let again = bridge.make_tap("vm-b", Some(VMM)).await.unwrap();
         assert_eq!(taps_there().len(), 1, "one of that name is replaced");
-        drop(again);
+        assert_eq!(interfaces_in(before.namespace.as_ref().unwrap()), ["hub", "lo", &before.name], "its cable is gone");
+        drop((before, again));
+        until_there(&[]);
         bridge.remove_tap("vm-a").await.unwrap();
         bridge.remove_tap("vm-a").await.unwrap();
         bridge.remove_tap("vm-b").await.unwrap();
@@ -107,7 +194,7 @@ fn what_an_earlier_process_left_is_found_by_name() {
     on_a_host(|| async {
         let bridge = bridge().await;
         assert_eq!(bridge.remove_other_taps(&[]).await.unwrap(), 0);
-        bridge.make_tap("vm-a", Some(1)).await.unwrap();
+        let left = bridge.make_tap("vm-a", Some(1)).await.unwrap();
         let kept = bridge.make_tap("vm-b", Some(1)).await.unwrap();
         // Of this one only the rules are left.
         drop(bridge.make_tap("vm-c", None).await.unwrap());
@@ -115,6 +202,7 @@ fn what_an_earlier_process_left_is_found_by_name() {
         bridge.plug(pod.tid, "sandbox-a", &[ip("10.77.0.2")]).await.unwrap();
         assert_eq!(bridge.remove_other_taps(&["vm-b".to_owned()]).await.unwrap(), 2);
         assert_eq!(taps_there(), [kept.name]);
+        assert!(!interfaces_in(left.namespace.unwrap()).contains(&"out".to_owned()));
         assert!(shell("ip -o link").contains(" lv"), "a cable is no tap");
         assert_eq!(bridge.remove_other_taps(&["vm-b".to_owned()]).await.unwrap(), 0);
     });

@@ -311,7 +311,7 @@ impl Inner {
                 let size = Size::of(&config.resources, self.options.memory);
                 let spec = self.spec(dir, size, Some(address), &config.cgroup_parent).await?;
                 let spec = self.with_files(spec, &config.machine).map_err(failed)?;
-                // A tap that was handed over is to end with its VMM, and so not to be kept.
+                // The tap is to end with its VMM, and so neither it nor its namespace is to be kept.
                 self.start(&spec).await.map_err(failed)?
             }
         };
@@ -420,7 +420,7 @@ impl Inner {
         let tap = taps.make_tap(id, owner).await?;
         // Nobody's, for a template: whoever is restored from it is told its own.
         let mac = mac_of(address.unwrap_or(IpAddr::from([0, 0, 0, 0])));
-        Ok(TapLink { name: tap.name, mac, device: tap.device })
+        Ok(TapLink { name: tap.name, mac, device: tap.device, namespace: tap.namespace })
     }
 
     /// Ends the machine of a directory if it runs, and removes what there is of it: the directory last, by which the rest

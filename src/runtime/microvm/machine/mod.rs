@@ -102,6 +102,9 @@ pub struct TapLink {
     pub mac: [u8; 6],
     /// The open device, for a VMM that is handed it; `None` for one that opens it by name.
     pub device: Option<Arc<OwnedFd>>,
+    /// The network namespace that the device is in, for a VMM that opens it by name; until that is in it too, this is what
+    /// keeps it.
+    pub namespace: Option<Arc<OwnedFd>>,
 }
 
 /// How a VMM ended.
@@ -165,7 +168,7 @@ impl fmt::Display for Why {
 pub enum TapUse {
     /// The node, and hands it over; it goes away with the VMM.
     Handed,
-    /// The VMM by its name, as this user; it stays until it is removed.
+    /// The VMM by its name, as this user, in a network namespace that goes away with the VMM.
     Named {
         /// The user the device belongs to.
         uid: u32,

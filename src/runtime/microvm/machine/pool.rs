@@ -94,7 +94,7 @@ impl HostSetups {
         let tap = self.taps.make_tap(dir.id().as_str(), owner).await.map_err(failed)?;
         // Of nobody: the tap is led to another once there is an address.
         let mac = mac_of(IpAddr::from([0, 0, 0, 0]));
-        Ok(Setup { dir, tap: TapLink { name: tap.name, mac, device: tap.device } })
+        Ok(Setup { dir, tap: TapLink { name: tap.name, mac, device: tap.device, namespace: tap.namespace } })
     }
 
     async fn remove(&self, dir: &VmDir) -> Result<()> {

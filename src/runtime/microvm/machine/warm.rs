@@ -40,7 +40,7 @@ struct State {
 impl Warm {
     /// A machine that was made of this; its guest was told nothing yet.
     pub fn new(machine: Box<dyn Machine>, kind: TemplateKind, spec: MachineSpec) -> Self {
-        // A tap that was handed over is to end with its VMM.
+        // The tap is to end with its VMM.
         Self { machine: Some(machine), kind, spec: MachineSpec { tap: None, ..spec } }
     }
 

@@ -2,10 +2,13 @@
 //!
 //! The jail is prepared before the jailer enters it: a kernel, an initramfs and disks are put there as second names of
 //! the same files, so nothing is copied; where that is not possible, from another file system, they are copied.
+//!
+//! Each start has a root of its own. The jailer makes devices and its pid file only where nothing is, as Firecracker does its
+//! sockets; and before it enters the root the jailer writes there as root, by the program's name.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -27,9 +30,21 @@ pub(super) fn root(dir: &VmDir, program: &Path) -> PathBuf {
     dir.path().join("jail").join(program).join(dir.id().as_str()).join("root")
 }
 
+/// Where another process of root's finds what is open here.
+pub(super) fn path_of(open: &OwnedFd) -> String {
+    format!("/proc/{}/fd/{}", std::process::id(), open.as_raw_fd())
+}
+
+/// With the largest file that the VMM may make, in bytes, and the network namespace that it enters.
+///
 /// # Errors
 /// [`MachineError::Invalid`] if the jailer would refuse the machine's id.
-pub(super) fn arguments(dir: &VmDir, program: &Path, user: VmmUser, largest_file: u64) -> Result<Vec<String>> {
+pub(super) fn arguments(
+    dir: &VmDir,
+    program: &Path,
+    user: VmmUser,
+    (largest_file, namespace): (u64, Option<String>),
+) -> Result<Vec<String>> {
     let id = dir.id().as_str();
     if id.len() > LONGEST_ID || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') {
         let reason = "Firecracker's jailer takes letters, digits and '-', 64 at the most".to_owned();
@@ -47,12 +62,15 @@ pub(super) fn arguments(dir: &VmDir, program: &Path, user: VmmUser, largest_file
         ("--resource-limit", format!("fsize={largest_file}")),
     ];
     let mut arguments: Vec<String> = pairs.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect();
+    arguments.extend(namespace.into_iter().flat_map(|namespace| ["--netns".to_owned(), namespace]));
     arguments.extend(["--new-pid-ns", "--", "--api-sock", API_SOCKET].map(str::to_owned));
     Ok(arguments)
 }
 
-/// Makes the jail's root, for the VMM's user.
-pub(super) fn prepare(root: &Path, user: VmmUser) -> Result<()> {
+/// Makes the jail's root, empty and for the VMM's user, in the place of what is there. No link that a VMM before has left is
+/// followed.
+pub(super) fn make_root(root: &Path, user: VmmUser) -> Result<()> {
+    file::remove_tree(root).map_err(MachineError::file("remove", root))?;
     let mut builder = DirBuilder::new();
     builder.recursive(true).mode(0o700).create(root).map_err(MachineError::file("make", root))?;
     std::os::unix::fs::chown(root, Some(user.uid), Some(user.gid)).map_err(MachineError::file("give away", root))
@@ -137,11 +155,13 @@ mod tests {
         let program = Path::new("/usr/bin/firecracker");
         let user = VmmUser { uid: 7, gid: 8 };
         let dir = dir(Path::new("/run/vms"), "one");
-        let line = arguments(&dir, program, user, 4096).unwrap().join(" ");
+        let told = |namespace: Option<String>| arguments(&dir, program, user, (4096, namespace)).unwrap().join(" ");
+        assert!(told(None).contains(" --resource-limit fsize=4096 --new-pid-ns -- "), "{}", told(None));
         assert_eq!(
-            line,
+            told(Some("/proc/1/fd/2".to_owned())),
             "--id one --exec-file /usr/bin/firecracker --uid 7 --gid 8 --chroot-base-dir /run/vms/default/one/jail \
-             --resource-limit no-file=1024 --resource-limit fsize=4096 --new-pid-ns -- --api-sock firecracker.sock"
+             --resource-limit no-file=1024 --resource-limit fsize=4096 --netns /proc/1/fd/2 --new-pid-ns -- \
+             --api-sock firecracker.sock"
         );
         assert_eq!(root(&dir, program), Path::new("/run/vms/default/one/jail/firecracker/one/root"));
     }
@@ -149,7 +169,10 @@ mod tests {
     #[test]
     fn ids_that_the_jailer_refuses_are_refused_before() {
         for id in ["a.b", "a_b", &"x".repeat(65)] {
-            assert!(arguments(&dir(Path::new("/r"), id), Path::new("/f"), VmmUser::default(), 1).is_err(), "{id}");
+            assert!(
+                arguments(&dir(Path::new("/r"), id), Path::new("/f"), VmmUser::default(), (1, None)).is_err(),
+                "{id}"
+            );
         }
     }
 
@@ -160,7 +183,7 @@ mod tests {
         fs::write(&file, "kernel").unwrap();
         let root = base.path().join("root");
         let own = VmmUser { uid: nix::unistd::geteuid().as_raw(), gid: nix::unistd::getegid().as_raw() };
-        prepare(&root, own).unwrap();
+        make_root(&root, own).unwrap();
         fs::write(root.join("k"), "stale").unwrap();
         show(&Asset::open(&file).unwrap(), &root, "k").unwrap();
         assert_eq!(fs::metadata(root.join("k")).unwrap().ino(), fs::metadata(&file).unwrap().ino());

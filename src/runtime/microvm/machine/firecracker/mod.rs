@@ -1,13 +1,16 @@
 //! Machines of Firecracker, in its jailer, driven by its API.
 //!
 //! ```text
-//! boot    jail prepared -> jailer -> PUT logger, metrics -> machine-config, boot-source, drives, network-interfaces, vsock
+//! boot    jail made anew -> jailer -> PUT logger, metrics -> machine-config, boot-source, drives, network-interfaces, vsock
 //!         -> InstanceStart
-//! restore jail prepared -> jailer -> PUT logger, metrics -> pager, if one brings the memory -> snapshot/load, resumed
+//! restore jail made anew -> jailer -> PUT logger, metrics -> pager, if one brings the memory -> snapshot/load, resumed
 //! ```
 //! Firecracker gives disks no serial of our choice: the guest tells them by their order, which the kernel argument
 //! `lambdalet.disks=scratch,image0,...` names: the first is `/dev/vda`. The agent is reached by vsock at
 //! [`AGENT_VSOCK_PORT`], which it is told by `lambdalet.agent=vsock`.
+//!
+//! Its network namespace is that of its tap, which it opens by name. This process has it open until the jailer has entered it;
+//! then it lasts as long as the VMM, so nothing has to remember or remove it.
 
 mod api;
 mod faults;
@@ -28,6 +31,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use nix::sched::{CloneFlags, unshare};
 use tokio::sync::{OnceCell, oneshot};
 
 use api::{
@@ -114,11 +118,18 @@ impl Firecracker {
         self.version.get_or_try_init(ask).await.map(String::as_str)
     }
 
-    /// A Firecracker that answers, in its jail, with nothing configured.
-    async fn start(&self, spec: &MachineSpec) -> Result<FirecrackerMachine> {
+    /// A jail for nobody yet; its root. Nothing stays of one that was there: where it was used the jailer refuses to run again.
+    fn make_jail(&self, spec: &MachineSpec) -> Result<PathBuf> {
+        spec.dir.create(self.user.uid, self.user.gid)?;
+        let root = jailer::root(&spec.dir, &self.program);
+        jailer::make_root(&root, self.user).map(|()| root)
+    }
+
+    /// A Firecracker that answers, in this jail, with nothing configured.
+    async fn start(&self, spec: &MachineSpec, root: PathBuf) -> Result<FirecrackerMachine> {
         spec.validate()?;
         let step = |action| MachineError::start(action, spec.dir.id());
-        let (root, largest_file) = self.prepare(spec)?;
+        let largest_file = self.fill_jail(spec, &root)?;
         let listeners = said::listen(&spec.dir)?;
         let cgroup = VmCgroup::of_host(&spec.cgroup_parent, spec.dir.id());
         let limits = Limits::of(spec);
@@ -167,23 +178,20 @@ impl Firecracker {
         }
     }
 
-    /// The jail with all files in it, and how large Firecracker may make one.
-    fn prepare(&self, spec: &MachineSpec) -> Result<(PathBuf, u64)> {
+    /// Puts all files of a start in the jail; how large Firecracker may make one.
+    fn fill_jail(&self, spec: &MachineSpec, root: &Path) -> Result<u64> {
         let VmmUser { uid, gid } = self.user;
-        spec.dir.create(uid, gid)?;
-        let root = jailer::root(&spec.dir, &self.program);
-        jailer::prepare(&root, self.user)?;
-        jailer::make_fifos(&spec.dir, &root, self.user)?;
-        jailer::show(&spec.kernel, &root, KERNEL)?;
-        jailer::show(&spec.initramfs, &root, INITRAMFS)?;
+        jailer::make_fifos(&spec.dir, root, self.user)?;
+        jailer::show(&spec.kernel, root, KERNEL)?;
+        jailer::show(&spec.initramfs, root, INITRAMFS)?;
         let scratch = spec.dir.give_inside(spec.scratch_name(), uid, gid)?;
-        jailer::show(&Asset::open_beneath(&spec.dir.inside(), spec.scratch_name())?, &root, SCRATCH)?;
+        jailer::show(&Asset::open_beneath(&spec.dir.inside(), spec.scratch_name())?, root, SCRATCH)?;
         for slot in 0..spec.image_slots {
-            jailer::make_blank(&root, &blank(slot), BLANK_SIZE)?;
+            jailer::make_blank(root, &blank(slot), BLANK_SIZE)?;
         }
         // A template's memory becomes a file.
         let memory = spec.template.as_ref().map_or(0, |_| spec.memory);
-        Ok((root, scratch.max(memory).max(SMALLEST_LARGEST_FILE)))
+        Ok(scratch.max(memory).max(SMALLEST_LARGEST_FILE))
     }
 
     /// Runs the jailer to its end and writes the checkpoint of the Firecracker it left: on a thread, so that this is done
@@ -195,12 +203,18 @@ impl Firecracker {
         (root, largest_file): (&Path, u64),
     ) -> Result<Process> {
         let console = spec.dir.open_console(self.user.uid, self.user.gid)?;
-        let arguments = jailer::arguments(&spec.dir, &self.program, self.user, largest_file)?;
+        let namespace = spec.tap.as_ref().and_then(|tap| tap.namespace.clone());
+        let entered = namespace.as_deref().map(jailer::path_of);
+        let arguments = jailer::arguments(&spec.dir, &self.program, self.user, (largest_file, entered))?;
         let (dir, root, program, cgroup) = (spec.dir.clone(), root.to_owned(), self.program.clone(), cgroup.clone());
         let jailer = self.jailer.clone();
         let run = move || {
             let step = |action| MachineError::start(action, dir.id());
             let list = cgroup.enter().map_err(step("enter the cgroup"))?;
+            if namespace.is_none() {
+                // Without a network card it needs none of anybody's.
+                part_from_networks(&dir)?;
+            }
             let errors = console.try_clone().map_err(step("open the console"))?;
             let (join, output) = joining(list, Stdio::from(console));
             let mut command = Command::new(SHELL);
@@ -265,7 +279,7 @@ impl Firecracker {
         machine.api.load_snapshot(&load).await
     }
 
-    /// Starts who brings the machine's memory; in its cgroup from the beginning, as the VMM is.
+    /// Starts who brings the machine's memory; in its cgroup from the beginning, as the VMM is, and without any network.
     async fn start_pager(&self, machine: &FirecrackerMachine, paged: Paged) -> Result<()> {
         let step = |action| MachineError::start(action, machine.dir.id());
         let Paged { program, listener, memory } = paged;
@@ -278,6 +292,7 @@ impl Firecracker {
         let run = move || {
             let step = |action| MachineError::start(action, dir.id());
             let (join, output) = joining(cgroup.enter().map_err(step("enter the cgroup"))?, Stdio::null());
+            part_from_networks(&dir)?;
             let mut command = Command::new(SHELL);
             // Behind the shell, so that it is nobody's child whose end somebody has to wait for. What a shell starts behind it
             // has no input but one of another number.
@@ -329,7 +344,7 @@ impl MachineManager for Firecracker {
             Some(_) => Some(self.template_kind(spec).await?),
             None => None,
         };
-        let machine = self.start(spec).await?;
+        let machine = self.start(spec, self.make_jail(spec)?).await?;
         let booted = async {
             self.configure(&machine.api, spec).await?;
             machine.api.action(Action::InstanceStart).await
@@ -344,9 +359,7 @@ impl MachineManager for Firecracker {
 
     async fn restore(&self, spec: &MachineSpec, template: &Template) -> Result<Box<dyn Machine>> {
         template.check(&self.template_kind(spec).await?)?;
-        let root = jailer::root(&spec.dir, &self.program);
-        spec.dir.create(self.user.uid, self.user.gid)?;
-        jailer::prepare(&root, self.user)?;
+        let root = self.make_jail(spec)?;
         jailer::show(&Asset::open(&template.state())?, &root, SNAPSHOT)?;
         jailer::show(&Asset::open(&template.memory())?, &root, MEMORY)?;
         let paged = match &self.memory {
@@ -359,7 +372,7 @@ impl MachineManager for Firecracker {
                 memory: template.memory(),
             }),
         };
-        let machine = self.start(spec).await?;
+        let machine = self.start(spec, root).await?;
         let starting = machine.process.starting();
         if let Err(error) = self.load(&machine, spec, paged).await {
             let _ = machine.kill().await;
@@ -404,6 +417,13 @@ async fn on_thread<T: Send + 'static>(
     let thread = thread::Builder::new().name(name.to_owned());
     thread.spawn(move || drop(answer.send(work()))).map_err(step("start a thread"))?;
     answered.await.map_err(|error| step("wait for a thread")(std::io::Error::other(error)))?
+}
+
+/// Leaves this thread, and what it starts, in a network namespace that nothing else is in. To be called on a thread that ends
+/// with it.
+fn part_from_networks(dir: &VmDir) -> Result<()> {
+    let failed = |errno: nix::Error| MachineError::start("make a network namespace", dir.id())(errno.into());
+    unshare(CloneFlags::CLONE_NEWNET).map_err(failed)
 }
 
 /// Waits until the API answers.

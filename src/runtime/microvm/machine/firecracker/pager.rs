@@ -5,9 +5,9 @@
 //! node --start--> pager, on uffd.sock <--where its memory is, and a descriptor of its faults-- Firecracker
 //!                   '-- for each fault: the template's page --UFFDIO_COPY--> the guest's memory
 //! ```
-//! It is a process of its own, of this same program, in the machine's cgroup and as the VMM's user: the machine outlives the
-//! node's process, and could not without its pager. It ends with the VMM, and the shell that stands behind it ends the VMM if it
-//! fails, in whatever way: a guest whose page nobody brings would wait for it for ever.
+//! It is a process of its own, of this same program, in the machine's cgroup, without a network and as the VMM's user: the
+//! machine outlives the node's process, and could not without its pager. It ends with the VMM, and the shell that stands behind
+//! it ends the VMM if it fails, in whatever way: a guest whose page nobody brings would wait for it for ever.
 //!
 //! The VMM is not believed: it may pass a descriptor that blocks, or tell without an end of memory it gives back. So its end is
 //! watched by a thread of its own, and what is remembered of it is bounded.

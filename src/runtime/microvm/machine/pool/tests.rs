@@ -43,7 +43,7 @@ impl Setups for &Remembered {
         if self.bad_build == Some(number) {
             return Err(fault());
         }
-        let tap = TapLink { name: format!("lt{number}"), mac: [2; 6], device: None };
+        let tap = TapLink { name: format!("lt{number}"), mac: [2; 6], device: None, namespace: None };
         Ok(Setup { dir: dir(&format!("vm{number}")), tap })
     }
 
@@ -213,7 +213,7 @@ impl Taps for Wires {
         let mut there = self.there.lock().unwrap();
         there.retain(|name| name != sandbox);
         there.push(sandbox.to_owned());
-        Ok(Tap { name: sandbox.to_owned(), device: None })
+        Ok(Tap { name: sandbox.to_owned(), device: None, namespace: None })
     }
 
     async fn lead(&self, _sandbox: &str, _address: IpAddr) -> Result<(), NetworkError> {

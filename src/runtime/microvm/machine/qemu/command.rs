@@ -191,7 +191,7 @@ mod tests {
 
     #[test]
     fn a_clone_with_kvm_two_cpus_and_a_network_has_this_command_line() {
-        let tap = TapLink { name: "lt0".to_owned(), mac: [2, 108, 10, 1, 2, 255], device: None };
+        let tap = TapLink { name: "lt0".to_owned(), mac: [2, 108, 10, 1, 2, 255], device: None, namespace: None };
         let spec = MachineSpec { vcpus: 2, tap: Some(tap), image_slots: 2, ..spec() };
         assert_eq!(lines(&arguments(&spec, Accel::Kvm, Memory::Clone { read_only: false })), CLONE);
     }

@@ -322,5 +322,5 @@ fn pss(pid: i32) -> u64 {
 
 /// A card for the guest, by hand.
 pub(super) fn link(tap: crate::network::tap::Tap, mac: [u8; 6]) -> TapLink {
-    TapLink { name: tap.name, mac, device: tap.device }
+    TapLink { name: tap.name, mac, device: tap.device, namespace: tap.namespace }
 }

@@ -1,6 +1,8 @@
 //! Firecracker: driven against a stand-in that refuses what its API refuses, and for real where it can run.
 
+mod again;
 mod guest;
+mod network;
 mod stand_in;
 
 use std::fs;
@@ -13,18 +15,30 @@ use tokio::net::UnixStream;
 
 use super::*;
 use crate::runtime::microvm::machine::template::Templates;
-use crate::runtime::microvm::machine::{TapLink, VmDirs, VmId};
+use crate::runtime::microvm::machine::{VmDirs, VmId};
 use crate::runtime::session::Duplex;
 
-/// Does what is seen of the jailer: leaves a process and its number. By then its machine is written down.
+/// Does what is seen of the jailer: leaves a process, in the network namespace that it was told, and its number. By then its
+/// machine is written down. It refuses a root where there is what it makes, or what Firecracker makes there first (facts:
+/// `src/jailer/src/env.rs`, `chroot.rs`), and tells who stands in for that.
 const JAILER: &str = r#"#!/bin/sh
 while [ "$1" != -- ]; do
-  case $1 in --id) id=$2 ;; --chroot-base-dir) base=$2 ;; --exec-file) program=${2##*/} ;; esac
+  case $1 in
+    --id) id=$2 ;; --chroot-base-dir) base=$2 ;; --exec-file) exec=$2 ;; --netns) netns=$2 ;;
+  esac
   shift
 done
-[ -s "${base%/jail}/machine.json" ] || exit 1
-sleep 1000 </dev/null >/dev/null 2>&1 &
-echo $! >"$base/$program/$id/root/$program.pid"
+machine=${base%/jail} program=${exec##*/}
+[ -s "$machine/machine.json" ] || exit 1
+PATH=/usr/bin:/bin
+cd "$base/$program/$id/root" && cp "$exec" "$program" && mkdir old_root && rmdir old_root || exit 1
+mkdir -p dev/net && mkfifo dev/net/tun dev/kvm dev/userfaultfd || exit 1
+for made in "$program.pid" firecracker.sock; do
+  [ ! -e "$made" ] && [ ! -L "$made" ] || exit 1
+done
+leave='sleep 1000 </dev/null >/dev/null 2>&1 & echo $! >"$0"'
+${netns:+nsenter --net="$netns"} sh -c "$leave" "$program.pid" || exit 1
+[ ! -p "$machine/begun" ] || echo >"$machine/begun"
 "#;
 
 /// A place for machines whose Firecracker is the stand-in.
@@ -78,7 +92,7 @@ impl Bench {
             vcpus: 2,
             cpus: None,
             numa_node: None,
-            tap: Some(TapLink { name: "lt0".to_owned(), mac: [2, 108, 10, 1, 2, 3], device: None }),
+            tap: None,
             scratch,
             image_slots: 8,
             cgroup_parent: self.cgroup.clone(),
@@ -87,7 +101,8 @@ impl Bench {
     }
 
     fn stand_in(&self, spec: &MachineSpec) -> StandIn {
-        StandIn::listen(jailer::root(&spec.dir, &self.manager.program), API_SOCKET)
+        let root = jailer::root(&spec.dir, &self.manager.program);
+        StandIn::behind_jailer(&spec.dir.path().join("begun"), root, API_SOCKET)
     }
 }
 
@@ -229,6 +244,9 @@ async fn a_snapshot_is_saved_and_loaded_from_either_backend() {
     };
     let v1 = Path::new("/sys/fs/cgroup/pids").is_dir();
     assert!(!v1 || beside(&other.cgroup).unwrap() == 3);
+    let members = VmCgroup::of_host(&other.cgroup, clone.dir.id()).members();
+    assert!(!v1 || members.len() == 3);
+    assert!(!members.iter().any(|pid| network::is_of_the_host(*pid)), "none of them has the host's network");
     let elsewhere = MachineSpec { cgroup_parent: format!("{}/pod", other.cgroup), ..clone.clone() };
     machine.move_to(&elsewhere).await.unwrap();
     assert!(!v1 || beside(&elsewhere.cgroup_parent).unwrap() == 3 && beside(&other.cgroup).is_err());
@@ -242,7 +260,7 @@ async fn a_vmm_ends_whose_pager_cannot_go_on() {
     let Some(bench) = Bench::new() else { return };
     let spec = bench.spec();
     let _server = bench.stand_in(&spec);
-    let machine = bench.manager.start(&spec).await.unwrap();
+    let machine = bench.manager.start(&spec, bench.manager.make_jail(&spec).unwrap()).await.unwrap();
     let memory = bench.place.path().join("memory");
     fs::write(&memory, guest::memory()).unwrap();
     let listener = jailer::listen(&machine.root, PAGER_SOCKET, bench.manager.user).unwrap();

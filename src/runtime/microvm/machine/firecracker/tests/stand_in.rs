@@ -1,13 +1,14 @@
 //! A server that refuses what Firecracker's published API refuses: a method or path that does not exist, a field that is
-//! missing, unknown or of another type, a request at the wrong time, a file that is not there.
+//! missing, unknown or of another type, a request at the wrong time, a file or a network device that is not there, a snapshot
+//! that is none, a socket in the place of its own.
 //!
 //! Facts: `src/firecracker/swagger/firecracker.yaml` and the order that `src/vmm/src/rpc_interface.rs` allows.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::fs;
-use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -18,12 +19,16 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use nix::sys::stat::Mode;
 use serde_json::{Map, Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::pipe;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 
 use super::guest::{self, Guest};
+use super::{VmmUser, jailer};
+use crate::network::bridge::tests::taps::open_by_name;
 
 /// What a field may hold.
 #[derive(Clone, Copy)]
@@ -106,14 +111,15 @@ const LOAD: &[Field] = &[
     ("huge_pages", false, OneOf(&["Snapshot", "None", "Transparent", "2M"])),
 ];
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Phase {
+    #[default]
     NotStarted,
     Running,
     Paused,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Vm {
     phase: Phase,
     /// Anything but the logger and metrics was configured, after which no snapshot can be loaded.
@@ -124,6 +130,8 @@ struct Vm {
     initrd: bool,
     vsock: Option<String>,
     metrics: bool,
+    /// The guest's network card.
+    card: Option<OwnedFd>,
     /// Memory that somebody else brings.
     guest: Option<Guest>,
     /// Each request with its answer.
@@ -140,26 +148,37 @@ pub(super) struct StandIn {
 
 type Refusal = String;
 
+/// What a snapshot says of the machine.
+const STATE: &[u8] = b"snapshot_path";
+
 impl StandIn {
     /// Listens in the jail whose root this is.
     pub(super) fn listen(root: PathBuf, socket: &str) -> Self {
-        fs::create_dir_all(&root).unwrap();
-        let listener = bind(&root, socket);
-        let vm = Vm {
-            phase: Phase::NotStarted,
-            configured: false,
-            kernel: false,
-            drives: BTreeSet::new(),
-            root_drive: false,
-            initrd: false,
-            vsock: None,
-            metrics: false,
-            guest: None,
-            asked: Vec::new(),
-        };
-        let server = Self { root, vm: Arc::new(Mutex::new(vm)), tasks: Arc::default() };
+        let server = Self { root, vm: Arc::default(), tasks: Arc::default() };
+        server.begin(socket);
+        server
+    }
+
+    /// Does so when the jailer tells by this pipe, which is made, that it has left a process; each time as a new one.
+    pub(super) fn behind_jailer(begun: &Path, root: PathBuf, socket: &'static str) -> Self {
+        nix::unistd::mkfifo(begun, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        let begun = pipe::OpenOptions::new().read_write(true).open_receiver(begun).unwrap();
+        let server = Self { root, vm: Arc::default(), tasks: Arc::default() };
         let own = server.clone();
         server.spawn(async move {
+            let mut told = BufReader::new(begun).lines();
+            while let Ok(Some(_)) = told.next_line().await {
+                own.begin(socket);
+            }
+        });
+        server
+    }
+
+    fn begin(&self, socket: &str) {
+        let listener = bind(&self.root, socket).unwrap();
+        *self.vm.lock().unwrap() = Vm::default();
+        let own = self.clone();
+        self.spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let each = own.clone();
                 own.spawn(async move {
@@ -170,7 +189,6 @@ impl StandIn {
                 });
             }
         });
-        server
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
@@ -180,6 +198,12 @@ impl StandIn {
     /// The memory that is brought by somebody else, once a snapshot was loaded so.
     pub(super) fn guest(&self) -> Guest {
         self.vm.lock().unwrap().guest.expect("a snapshot was loaded with Uffd")
+    }
+
+    /// The guest's network card, for whoever is the guest. While it is open the VMM's network namespace is there: a VMM that ends
+    /// closes it.
+    pub(super) fn take_card(&self) -> OwnedFd {
+        self.vm.lock().unwrap().card.take().expect("it was given one")
     }
 
     /// `METHOD path -> status`, in order.
@@ -282,6 +306,7 @@ impl StandIn {
                     return Err(format!("Invalid device ID: {id}"));
                 }
             }
+            ("PUT", ["network-interfaces", _]) => vm.card = Some(self.open_tap(&text("host_dev_name"))?),
             ("PUT", ["vsock"]) => vm.vsock = text("uds_path"),
             ("PUT", ["actions"]) if start => {
                 if !vm.kernel {
@@ -290,7 +315,7 @@ impl StandIn {
                 if vm.initrd && vm.root_drive {
                     return Err("a root device next to an initrd".to_owned());
                 }
-                self.run(vm);
+                self.run(vm)?;
             }
             ("PATCH", ["vm"]) if body["state"] == "Paused" => vm.phase = Phase::Paused,
             ("PATCH", ["vm"]) => vm.phase = Phase::Running,
@@ -313,7 +338,7 @@ impl StandIn {
         if vm.phase != Phase::Paused {
             return Err("Cannot save the microVM state: it is not paused".to_owned());
         }
-        for (field, content) in [("snapshot_path", b"snapshot_path".to_vec()), ("mem_file_path", guest::memory())] {
+        for (field, content) in [("snapshot_path", STATE.to_vec()), ("mem_file_path", guest::memory())] {
             fs::write(self.root.join(body[field].as_str().unwrap_or_default()), content).map_err(|e| e.to_string())?;
         }
         Ok(())
@@ -335,10 +360,16 @@ impl StandIn {
                 Guest::behind(&self.root.join(backend.unwrap_or_default())).map_err(|error| error.to_string())?;
             vm.guest = Some(guest);
         }
-        self.exists(&body["snapshot_path"].as_str().map(str::to_owned))?;
+        let state = self.root.join(body["snapshot_path"].as_str().unwrap_or_default());
+        if fs::read(state).map_err(|error| error.to_string())? != STATE {
+            return Err("Load snapshot error: Failed to restore from snapshot".to_owned());
+        }
+        for card in body.get("network_overrides").and_then(Value::as_array).into_iter().flatten() {
+            vm.card = Some(self.open_tap(&card["host_dev_name"].as_str().map(str::to_owned))?);
+        }
         vm.drives = (0..8).map(|slot| format!("image{slot}")).chain(["scratch".to_owned()]).collect();
         vm.vsock = Some("vsock.sock".to_owned());
-        self.run(vm);
+        self.run(vm)?;
         if body.get("resume_vm") != Some(&json!(true)) {
             vm.phase = Phase::Paused;
         }
@@ -346,16 +377,25 @@ impl StandIn {
     }
 
     /// From here on somebody listens at port 1024 of the guest, and says back what it is told.
-    fn run(&self, vm: &mut Vm) {
+    fn run(&self, vm: &mut Vm) -> Result<(), Refusal> {
         vm.phase = Phase::Running;
-        let Some(path) = &vm.vsock else { return };
-        let listener = bind(&self.root, path);
+        let Some(path) = &vm.vsock else { return Ok(()) };
+        let listener = bind(&self.root, path).map_err(|error| format!("Cannot bind the vsock: {error}"))?;
         let own = self.clone();
         self.spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 own.spawn(echo(stream));
             }
         });
+        Ok(())
+    }
+
+    /// A tap, as the jailed process would find it: in the network namespace that this is in.
+    fn open_tap(&self, name: &Option<String>) -> Result<OwnedFd, Refusal> {
+        let pid = jailer::pid(&self.root, Path::new("firecracker")).ok_or("there is no such process")?;
+        let namespace = fs::File::open(format!("/proc/{pid}/ns/net")).map_err(|error| error.to_string())?;
+        let opened = open_by_name(namespace, name.as_deref().unwrap_or_default(), VmmUser::default().uid);
+        opened.map_err(|error| format!("Open tap device failed: {error}"))
     }
 
     /// A file, as the jailed process would find it.
@@ -370,9 +410,9 @@ impl StandIn {
 }
 
 /// By the directory's descriptor: the path of a socket has 107 bytes at the most. In the jail it is short.
-fn bind(root: &Path, name: &str) -> UnixListener {
-    let directory = fs::File::open(root).unwrap();
-    UnixListener::bind(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd())).unwrap()
+fn bind(root: &Path, name: &str) -> io::Result<UnixListener> {
+    let directory = fs::File::open(root)?;
+    UnixListener::bind(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()))
 }
 
 async fn echo(stream: UnixStream) {
