@@ -17,7 +17,7 @@ use lambdalet_proto::cri::v1;
 use lambdalet_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
 use tokio::net::UnixStream;
 use tokio::time::error::Elapsed;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
@@ -34,6 +34,8 @@ const SLEEPS: &str = "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done
 const LONG: Duration = Duration::from_secs(30);
 /// Sandboxes that are made and removed at once where that is not what is measured.
 const AT_ONCE: usize = 4;
+/// What hundreds of starts and removals leave an engine to do is part of no figure but theirs.
+const REST: Duration = Duration::from_secs(10);
 
 #[derive(Parser)]
 struct Args {
@@ -148,9 +150,11 @@ impl Bench {
         }
         let pods = stream::iter(0..args.containers).map(|number| self.clone().pod(format!("l{number}"), SLEEPS));
         let (first, _) = pods.buffer_unordered(AT_ONCE).try_collect::<Vec<_>>().await?.swap_remove(0);
+        sleep(REST).await;
         self.lists(args, &mut figures).await?;
         figures.push(("ExecSync of `true`, p50".to_owned(), self.execs(&first, args.rounds).await?));
         self.clean().await?;
+        sleep(REST).await;
         let (median, longest) = self.ends(args.rounds).await?;
         figures.push(("event of an end, p50".to_owned(), median));
         figures.push(("event of an end, max".to_owned(), longest));
