@@ -38,6 +38,7 @@
 //! * [`events`] writes events on Pods and on the Node.
 //! * [`metrics`] is the registry behind `/metrics`.
 //! * `file` replaces and removes files of our own.
+//! * `thread` does work that must not be done on a shared thread.
 //! * [`memory`] lets go of code that is not run.
 //! * [`quantity`] reads and writes Kubernetes quantities exactly.
 //! * [`spdy`] reads and writes the frames of SPDY/3.1, for clients of the kubelet API and of a runtime's streams.
@@ -73,4 +74,5 @@ pub mod runtime;
 pub mod shutdown;
 pub mod spdy;
 pub mod telemetry;
+mod thread;
 mod turns;

@@ -23,6 +23,7 @@ const HEIGHTS: [&[&str]; 4] = [
         "shutdown",
         "spdy",
         "telemetry",
+        "thread",
         "turns",
     ],
     &["network", "runtime"],

@@ -20,7 +20,7 @@ use async_trait::async_trait;
 use ipnet::IpNet;
 use nix::sched::{CloneFlags, setns};
 use sha2::{Digest, Sha256};
-use tokio::sync::{OwnedMutexGuard, Semaphore, oneshot};
+use tokio::sync::{OwnedMutexGuard, Semaphore};
 use tracing::debug;
 
 use super::guard::{self, Guard};
@@ -396,12 +396,8 @@ fn configure(inside: &mut Netlink, net: &Net, address: IpAddr) -> io::Result<()>
 pub(super) async fn on_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, NetworkError> + Send + 'static,
 ) -> Result<T, NetworkError> {
-    let (answer, answered) = oneshot::channel();
-    let run = move || {
-        // Nobody listens once the caller has gone; what was done is found by the next one.
-        let _ = answer.send(work());
-    };
-    thread::Builder::new().name("cable".to_owned()).spawn(run).map_err(|source| kernel("start a thread", source))?;
+    // What was done for a caller that has gone is found by the next one.
+    let answered = crate::thread::begin("cable", work, drop).map_err(|source| kernel("start a thread", source))?;
     answered.await.map_err(|_| ended())?
 }
 

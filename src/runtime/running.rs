@@ -30,16 +30,21 @@ pub(super) struct Member {
     pub(super) log: PathBuf,
 }
 
+impl Member {
+    /// The Pod's cgroup, where that is asked for.
+    fn pod_cgroup(&self, scope: StatsScope) -> Option<&Path> {
+        self.pod_cgroup.as_deref().filter(|_| scope.includes_pods())
+    }
+}
+
 /// What the members use now; those whose cgroup is gone have ended.
 pub(super) fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: StatsScope) -> Vec<SandboxStats> {
     let mut containers: HashMap<&str, Vec<ContainerStats>> = HashMap::new();
-    let of_pods = scope != StatsScope::Containers;
-    let own = members.values().filter(|member| !member.facts.sandbox_itself).map(|member| &member.cgroup);
+    let own = members.values().filter(|member| !member.facts.sandbox_itself).map(|member| &*member.cgroup);
     // Sandboxes may share one: then it is read once.
-    let shared = members
-        .values()
-        .filter_map(|member| member.pod_cgroup.as_ref().filter(|_| of_pods && member.facts.sandbox_itself));
-    let usages = trees.usages(&own.chain(shared).map(PathBuf::as_path).collect(), scope);
+    let sandboxes = || members.values().filter(|member| member.facts.sandbox_itself);
+    let shared = sandboxes().filter_map(|member| member.pod_cgroup(scope));
+    let usages = trees.usages(&own.chain(shared).collect(), scope);
     let everything = scope > StatsScope::CpuAndMemory;
     for member in members.values().filter(|member| !member.facts.sandbox_itself) {
         let Some(usage) = usages.get(member.cgroup.as_path()).copied() else { continue };
@@ -63,15 +68,11 @@ pub(super) fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: Stat
     };
     let networks = interfaces(&members.values().filter_map(network_of).collect::<Vec<_>>());
     let of_sandbox = |member: &Arc<Member>| {
-        if of_pods && !trees.exists(&member.cgroup) {
+        if scope.includes_pods() && !trees.exists(&member.cgroup) {
             return None;
         }
         let nothing = || Usage { time: Timestamp::now(), ..Usage::default() };
-        let usage = member
-            .pod_cgroup
-            .as_ref()
-            .filter(|_| of_pods)
-            .map_or_else(|| Some(nothing()), |path| usages.get(path.as_path()).copied())?;
+        let usage = member.pod_cgroup(scope).map_or_else(|| Some(nothing()), |path| usages.get(path).copied())?;
         Some(SandboxStats {
             id: SandboxId::from(member.id.as_str()),
             pod: member.facts.pod.clone(),
@@ -83,7 +84,7 @@ pub(super) fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: Stat
             volumes: Vec::new(),
         })
     };
-    members.values().filter(|member| member.facts.sandbox_itself).filter_map(of_sandbox).collect()
+    sandboxes().filter_map(of_sandbox).collect()
 }
 
 fn shown(cgroup: &Path) -> String {

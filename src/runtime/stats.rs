@@ -20,6 +20,13 @@ pub enum StatsScope {
     All,
 }
 
+impl StatsScope {
+    /// Whether it asks what Pods use beside what their containers do.
+    pub(super) fn includes_pods(self) -> bool {
+        self != Self::Containers
+    }
+}
+
 /// CPU time of a cgroup.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CpuUsage {

@@ -8,7 +8,6 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, sockopt};
@@ -54,14 +53,11 @@ pub async fn listen_in(
     namespace: Option<PathBuf>,
     addresses: Vec<SocketAddr>,
 ) -> Result<Vec<TcpListener>, ListenError> {
-    let (sender, receiver) = tokio::sync::oneshot::channel();
-    let listen = move || {
-        // If nobody waits any more, the sockets close with the result.
-        let _ = sender.send(enter(namespace.as_deref()).and_then(|()| addresses.iter().map(listen_on).collect()));
-    };
-    // Not a thread of a pool: it must never serve anything else once it is in another namespace.
-    thread::Builder::new().name("front-listen".to_owned()).spawn(listen).map_err(ListenError::Thread)?;
-    receiver.await.unwrap_or_else(|_| Err(ListenError::Thread(io::Error::other("it ended early"))))
+    let listen = move || enter(namespace.as_deref()).and_then(|()| addresses.iter().map(listen_on).collect());
+    // Not a thread of a pool: it must never serve anything else once it is in another namespace. If nobody waits any more, the
+    // sockets close with the result.
+    let answered = crate::thread::begin("front-listen", listen, drop).map_err(ListenError::Thread)?;
+    answered.await.unwrap_or_else(|_| Err(ListenError::Thread(io::Error::other("it ended early"))))
 }
 
 fn enter(namespace: Option<&Path>) -> Result<(), ListenError> {

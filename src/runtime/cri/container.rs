@@ -65,7 +65,6 @@ impl CriRuntime {
     pub(super) async fn create(&self, sandbox: &SandboxId, config: &ContainerConfig) -> Result<ContainerId> {
         let tried = format!("failed to create container {} of {}", config.name, config.pod);
         let refused = |kind, why: String| Err(RuntimeError::new(kind, format!("{tried}: {why}")));
-        self.creates.landed(&config.pod.uid).await;
         let (looked, mut there) = tokio::try_join!(self.look_at_sandbox(sandbox.as_str()), self.see_attempt(config))?;
         let status = match looked {
             Some((status, seen)) if seen.ready => status,
@@ -93,7 +92,6 @@ impl CriRuntime {
                 Err(error) if is_taken(&error) => sleep(CREATE_PAUSE).await,
                 Err(error) => return Err(error),
             }
-            self.creates.landed(&config.pod.uid).await;
             there = self.see_attempt(config).await?;
         }
         refused(Kind::Unavailable, "its name stays taken by what cannot be seen".to_owned())
@@ -140,8 +138,9 @@ impl CriRuntime {
         Err(RuntimeError::new(kind, format!("{tried}: {what}")))
     }
 
-    /// The container of ours that is this attempt, if it is there.
+    /// The container of ours that is this attempt, if it is there once all creates of its Pod have landed.
     async fn see_attempt(&self, config: &ContainerConfig) -> Result<Option<Listed>> {
+        self.creates.landed(&config.pod.uid).await;
         let attempt = config.attempt.to_string();
         let known = [
             (labels::POD_UID, config.pod.uid.as_str()),
@@ -169,7 +168,11 @@ impl CriRuntime {
         self.look(id, false).await
     }
 
-    /// The same; `closely`, its place is known afterwards if it runs, and the call takes longer.
+    /// The same; if it runs its place is known afterwards, too, by one call instead of two.
+    pub(super) async fn look_closely(&self, id: &ContainerId) -> Result<Option<Looked>> {
+        self.look(id, self.places.get(id.as_str()).is_none()).await
+    }
+
     async fn look(&self, id: &ContainerId, closely: bool) -> Result<Option<Looked>> {
         let request = v1::ContainerStatusRequest { container_id: id.to_string(), verbose: closely };
         let tried = || format!("failed to ask for the status of container {id}");
@@ -192,7 +195,7 @@ impl CriRuntime {
 
     /// A container that runs, and where; begins the message with `tried` if there is none or it does not.
     pub(super) async fn look_at_running(&self, id: &ContainerId, tried: &str) -> Result<(Looked, Arc<Place>)> {
-        let looked = self.look_at(id).await?;
+        let looked = self.look_closely(id).await?;
         let looked =
             looked.ok_or_else(|| RuntimeError::new(Kind::NotFound, format!("{tried}: there is no such container")))?;
         let place = if looked.running() { self.place(id.as_str()).await? } else { None };
@@ -204,7 +207,7 @@ impl CriRuntime {
     /// Process and cgroup of a running container; `None` if there is none, or it does not run.
     pub(super) async fn place(&self, id: &str) -> Result<Option<Arc<Place>>> {
         if self.places.get(id).is_none() {
-            self.look(&ContainerId::from(id), true).await?;
+            self.look_closely(&ContainerId::from(id)).await?;
         }
         Ok(self.places.get(id))
     }
@@ -344,8 +347,7 @@ impl CriRuntime {
     }
 
     pub(super) async fn status(&self, id: &ContainerId) -> Result<ContainerStatus> {
-        // One call instead of two where it has just been started.
-        match self.look(id, self.places.get(id.as_str()).is_none()).await? {
+        match self.look_closely(id).await? {
             Some(looked) => self.status_of(looked).await,
             None => Err(RuntimeError::new(Kind::NotFound, format!("there is no container {id}"))),
         }

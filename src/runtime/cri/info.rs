@@ -70,10 +70,8 @@ impl Places {
         self.all().get(id).cloned()
     }
 
-    pub(super) fn insert(&self, id: &str, place: Place) -> Arc<Place> {
-        let place = Arc::new(place);
-        self.all().insert(id.to_owned(), Arc::clone(&place));
-        place
+    pub(super) fn insert(&self, id: &str, place: Place) {
+        self.all().insert(id.to_owned(), Arc::new(place));
     }
 
     /// It does not run any more.

@@ -39,7 +39,7 @@ impl CriRuntime {
 
     pub(super) async fn set_frozen(&self, id: &ContainerId, frozen: bool) -> Result<()> {
         let tried = format!("failed to {} container {id}", if frozen { "pause" } else { "unpause" });
-        let looked = self.look_at(id).await?;
+        let looked = self.look_closely(id).await?;
         let place = match looked {
             None => return Err(RuntimeError::new(Kind::NotFound, format!("{tried}: it does not exist"))),
             Some(looked) if looked.running() => self.place(id.as_str()).await?,

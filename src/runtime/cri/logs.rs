@@ -348,7 +348,7 @@ impl CriRuntime {
         id: &ContainerId,
         options: &LogOptions,
     ) -> Result<BoxStream<'static, Result<LogChunk>>> {
-        let looked = self.look_at(id).await?;
+        let looked = self.look_closely(id).await?;
         let Some(looked) = looked else {
             return Err(RuntimeError::new(Kind::NotFound, format!("there is no container {id} to have a log")));
         };

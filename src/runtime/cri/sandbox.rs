@@ -158,22 +158,10 @@ impl CriRuntime {
 
     /// Process and cgroup of a ready sandbox; `None` if there is none, or it has ended.
     pub(super) async fn sandbox_place(&self, id: &str) -> Result<Option<Arc<Place>>> {
-        if let Some(place) = self.places.get(id) {
-            return Ok(Some(place));
+        if self.places.get(id).is_none() {
+            self.look_sandbox(id, true).await?;
         }
-        let request = v1::PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: true };
-        let tried = || format!("failed to look into sandbox {id}");
-        match ask!(self.client.runtime, pod_sandbox_status(request), tried).await {
-            Ok(answer) => {
-                let status = answer.status.unwrap_or_default();
-                let ready = status.state() == v1::PodSandboxState::SandboxReady;
-                let place = info::place(&answer.info, status.created_at, &self.cgroups).filter(|_| ready);
-                let address = status.network.and_then(|network| network.ip.parse().ok());
-                Ok(place.map(|place| self.places.insert(id, Place { address, ..place })))
-            }
-            Err(error) if error.is_not_found() => Ok(None),
-            Err(error) => Err(error),
-        }
+        Ok(self.places.get(id))
     }
 
     /// The sandboxes of ours that have all of `more` as labels.
@@ -197,21 +185,31 @@ impl CriRuntime {
 
     /// What the runtime tells of a sandbox of ours, if there is one of that id.
     pub(super) async fn look_at_sandbox(&self, id: &str) -> Result<Option<(v1::PodSandboxStatus, Seen)>> {
-        let request = v1::PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: false };
+        self.look_sandbox(id, false).await
+    }
+
+    /// The same; `closely`, its place is known afterwards if it is ready, and the call takes longer.
+    async fn look_sandbox(&self, id: &str, closely: bool) -> Result<Option<(v1::PodSandboxStatus, Seen)>> {
+        let request = v1::PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: closely };
         let tried = || format!("failed to ask for the status of sandbox {id}");
-        let status = match ask!(self.client.runtime, pod_sandbox_status(request), tried).await {
-            Ok(answer) => answer.status.unwrap_or_default(),
+        let (status, info) = match ask!(self.client.runtime, pod_sandbox_status(request), tried).await {
+            Ok(answer) => (answer.status.unwrap_or_default(), answer.info),
             Err(error) if error.is_not_found() => return Ok(None),
             Err(error) => return Err(error),
         };
         let facts = spec::facts(self.owner(), &status.labels, &status.annotations);
         // Runtimes take the beginning of an id for it.
-        let facts = facts.filter(|facts| facts.sandbox_itself && status.id == id);
+        let Some(facts) = facts.filter(|facts| facts.sandbox_itself && status.id == id) else { return Ok(None) };
         let ready = status.state() == v1::PodSandboxState::SandboxReady;
-        Ok(facts.map(|facts| {
-            let seen = Seen { id: status.id.clone(), facts, ready, created_at: status.created_at };
-            (status, seen)
-        }))
+        if closely
+            && ready
+            && let Some(place) = info::place(&info, status.created_at, &self.cgroups)
+        {
+            let address = status.network.as_ref().and_then(|network| network.ip.parse().ok());
+            self.places.insert(id, Place { address, ..place });
+        }
+        let seen = Seen { id: status.id.clone(), facts, ready, created_at: status.created_at };
+        Ok(Some((status, seen)))
     }
 
     pub(super) async fn stop_sandbox(&self, id: &SandboxId) -> Result<()> {

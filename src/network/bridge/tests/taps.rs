@@ -40,31 +40,33 @@ pub(crate) fn is_answered(device: &OwnedFd, frame: &[u8]) -> bool {
     false
 }
 
+/// Does the work in a network namespace, on a thread that ends with it.
+fn within<T: Send>(namespace: impl AsFd, work: impl FnOnce() -> T + Send) -> T {
+    let namespace = namespace.as_fd();
+    let run = || {
+        setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
+        work()
+    };
+    thread::scope(|scope| scope.spawn(run).join().unwrap())
+}
+
 /// Opens the tap of that name in a network namespace, as a process of that user does which is in it.
 pub(crate) fn open_by_name(namespace: impl AsFd, name: &str, user: u32) -> io::Result<OwnedFd> {
     // `linux/if_tun.h`: TUNSETIFF for IFF_TAP and IFF_NO_PI. Whoever asks has to be the user, and that is a process.
     let ask = "my $device = pack('a16sx22', $ARGV[0], 0x1002); ioctl(STDIN, 0x400454ca, $device) or die";
-    let namespace = namespace.as_fd();
-    let open = || {
-        setns(namespace, CloneFlags::CLONE_NEWNET)?;
+    within(namespace, || {
         let device = File::options().read(true).write(true).open("/dev/net/tun")?;
         let mut perl = Command::new("perl");
         perl.args(["-e", ask, name]).uid(user).gid(user).stdin(device.try_clone()?);
         let output = perl.output()?;
         let refused = || io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned());
         output.status.success().then(|| device.into()).ok_or_else(refused)
-    };
-    thread::scope(|scope| scope.spawn(open).join().unwrap())
+    })
 }
 
 /// What a command says in a network namespace.
 pub(crate) fn said_in(namespace: impl AsFd, command: &str) -> String {
-    let namespace = namespace.as_fd();
-    let run = || {
-        setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
-        shell(command)
-    };
-    thread::scope(|scope| scope.spawn(run).join().unwrap())
+    within(namespace, || shell(command))
 }
 
 /// The names of the interfaces in a network namespace.

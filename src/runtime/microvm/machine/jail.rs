@@ -16,13 +16,11 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::thread;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, setns, unshare};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use rustix::fs::OFlags;
-use tokio::sync::oneshot;
 
 use super::cgroup::{VmCgroup, joining};
 
@@ -301,13 +299,8 @@ async fn on_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Failed> + Send + 'static,
     undo: impl FnOnce(T) + Send + 'static,
 ) -> Result<T, Failed> {
-    let (answer, answered) = oneshot::channel();
-    let run = move || {
-        if let Err(Ok(made)) = answer.send(work()) {
-            undo(made);
-        }
-    };
-    thread::Builder::new().name("jail".to_owned()).spawn(run).map_err(failed("start a thread"))?;
+    let unclaimed = |done: Result<T, Failed>| drop(done.map(undo));
+    let answered = crate::thread::begin("jail", work, unclaimed).map_err(failed("start a thread"))?;
     let ended = || Failed { step: "finish the jail".to_owned(), source: io::Error::other("its thread ended early") };
     answered.await.map_err(|_| ended())?
 }

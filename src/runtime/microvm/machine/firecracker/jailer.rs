@@ -43,7 +43,8 @@ pub(super) fn arguments(
     dir: &VmDir,
     program: &Path,
     user: VmmUser,
-    (largest_file, namespace): (u64, Option<String>),
+    largest_file: u64,
+    namespace: Option<String>,
 ) -> Result<Vec<String>> {
     let id = dir.id().as_str();
     if id.len() > LONGEST_ID || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') {
@@ -155,7 +156,7 @@ mod tests {
         let program = Path::new("/usr/bin/firecracker");
         let user = VmmUser { uid: 7, gid: 8 };
         let dir = dir(Path::new("/run/vms"), "one");
-        let told = |namespace: Option<String>| arguments(&dir, program, user, (4096, namespace)).unwrap().join(" ");
+        let told = |namespace: Option<String>| arguments(&dir, program, user, 4096, namespace).unwrap().join(" ");
         assert!(told(None).contains(" --resource-limit fsize=4096 --new-pid-ns -- "), "{}", told(None));
         assert_eq!(
             told(Some("/proc/1/fd/2".to_owned())),
@@ -170,7 +171,7 @@ mod tests {
     fn ids_that_the_jailer_refuses_are_refused_before() {
         for id in ["a.b", "a_b", &"x".repeat(65)] {
             assert!(
-                arguments(&dir(Path::new("/r"), id), Path::new("/f"), VmmUser::default(), (1, None)).is_err(),
+                arguments(&dir(Path::new("/r"), id), Path::new("/f"), VmmUser::default(), 1, None).is_err(),
                 "{id}"
             );
         }

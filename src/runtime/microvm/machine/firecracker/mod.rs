@@ -27,12 +27,11 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use nix::sched::{CloneFlags, unshare};
-use tokio::sync::{OnceCell, oneshot};
+use tokio::sync::OnceCell;
 
 use api::{
     Action, Api, BackendType, BootSource, Drive, LogLevel, Logger, MachineConfig, MemoryBackend, NetworkInterface,
@@ -205,7 +204,7 @@ impl Firecracker {
         let console = spec.dir.open_console(self.user.uid, self.user.gid)?;
         let namespace = spec.tap.as_ref().and_then(|tap| tap.namespace.clone());
         let entered = namespace.as_deref().map(jailer::path_of);
-        let arguments = jailer::arguments(&spec.dir, &self.program, self.user, (largest_file, entered))?;
+        let arguments = jailer::arguments(&spec.dir, &self.program, self.user, largest_file, entered)?;
         let (dir, root, program, cgroup) = (spec.dir.clone(), root.to_owned(), self.program.clone(), cgroup.clone());
         let jailer = self.jailer.clone();
         let run = move || {
@@ -405,17 +404,14 @@ impl MachineManager for Firecracker {
     }
 }
 
-/// Runs the work to its end, whether or not somebody still waits, on a thread that ends with it: so what that has entered is
-/// left for good.
+/// Runs the work on a thread that ends with it.
 async fn on_thread<T: Send + 'static>(
-    name: &'static str,
+    name: &str,
     dir: &VmDir,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let step = |action| MachineError::start(action, dir.id());
-    let (answer, answered) = oneshot::channel();
-    let thread = thread::Builder::new().name(name.to_owned());
-    thread.spawn(move || drop(answer.send(work()))).map_err(step("start a thread"))?;
+    let answered = crate::thread::begin(name, work, drop).map_err(step("start a thread"))?;
     answered.await.map_err(|error| step("wait for a thread")(std::io::Error::other(error)))?
 }
 

@@ -181,7 +181,7 @@ fn one_that_nobody_wrote_down_is_in_its_cgroup_of_version_2_and_ends_with_it() {
         assert!(!own.exists());
         fs::remove_dir(tree.join(&parent)).unwrap();
     };
-    thread::scope(|scope| scope.spawn(work).join().unwrap());
+    std::thread::scope(|scope| scope.spawn(work).join().unwrap());
 }
 
 #[tokio::test]
