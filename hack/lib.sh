@@ -139,6 +139,14 @@ apt_install() {
     apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=300 "$@"
 }
 
+# need_space GIB DIR WHAT: a full disk shows late, and as anything from a linker's crash to a corrupt database.
+need_space() {
+  local free
+  mkdir -p "$2"
+  free=$(($(df --output=avail -k "$2" | tail -n 1) >> 20))
+  [ "$free" -ge "$1" ] || fail "$3 takes $1 GiB in $2, where $free are free" "make room there"
+}
+
 need_command() { # NAME WHAT-TO-DO
   command -v "$1" >/dev/null || fail "$1 is not installed" "$2"
 }

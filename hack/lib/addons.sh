@@ -45,6 +45,7 @@ addons_up() {
     fail "this host has no kube-proxy of this cluster" "hack/cluster --dir $DIR addons up"
   fi
   route_bridged_traffic
+  keep_services_here
   start_kube_proxy "$node" "$address"
   [ -z "${STAND_IN:-}" ] || kubectl_admin delete node "$STAND_IN" --ignore-not-found >/dev/null
   wait_for 20 "cluster DNS at $DNS_IP" dns_answers "$DNS_IP" 53 ||
@@ -67,6 +68,7 @@ addons_down() {
   proc_stop "$DIR/run" coredns
   "$(tool kube-proxy)" --cleanup >>"$DIR/run/kube-proxy.log" 2>&1 || warn "kube-proxy --cleanup failed, see $DIR/run/kube-proxy.log"
   [ -e "$DIR/run/had-firewall-chain" ] || drop_firewall_chain
+  let_services_go
   restore_sysctls
   rm -f "$ADDONS_OWNER"
 }
@@ -81,6 +83,20 @@ drop_firewall_chain() {
     "$iptables" -w -F KUBE-FIREWALL
     "$iptables" -w -X KUBE-FIREWALL
   done
+}
+
+# A port that a Service does not have is no rule of kube-proxy's: what goes there would leave by the host's default route,
+# where anything may answer.
+keep_services_here() {
+  local chain
+  let_services_go
+  for chain in FORWARD OUTPUT; do in_netns iptables -w -I "$chain" "${ONLY_SERVICES[@]}"; done
+}
+
+let_services_go() {
+  local chain
+  ONLY_SERVICES=(-d "$SERVICE_CIDR" -m comment --comment "not a port of a Service" -j REJECT)
+  for chain in FORWARD OUTPUT; do in_netns iptables -w -D "$chain" "${ONLY_SERVICES[@]}" 2>/dev/null || true; done
 }
 
 # Two Pods on one bridge that talk through a Service: the answer crosses the

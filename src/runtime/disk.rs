@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
@@ -14,6 +14,9 @@ use crate::runtime::stats::DiskUsage;
 
 /// How long a figure holds: a walk reads every inode.
 const FRESH: Duration = Duration::from_secs(60);
+/// Between two looks at what is old: some ask for figures far more often, and to list all directories takes longer than to tell
+/// their figures.
+const LOOK: Duration = Duration::from_secs(1);
 /// Of `st_blocks` (stat(2)).
 const BLOCK: u64 = 512;
 
@@ -21,6 +24,7 @@ const BLOCK: u64 = 512;
 #[derive(Debug, Default)]
 pub struct Disk {
     measured: Mutex<HashMap<PathBuf, DiskUsage>>,
+    looked: Mutex<Option<Instant>>,
     walking: AtomicBool,
 }
 
@@ -33,6 +37,16 @@ impl Disk {
     /// What the directory took when it was last measured.
     pub fn usage(&self, directory: &Path) -> Option<DiskUsage> {
         self.measured().get(directory).copied()
+    }
+
+    /// Whether a [`walk`](Self::walk) is worth a try: at most once a second.
+    pub fn is_due(&self) -> bool {
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = looked.is_none_or(|at| at.elapsed() >= LOOK);
+        if due {
+            *looked = Some(Instant::now());
+        }
+        due
     }
 
     /// The work of measuring those of `directories` whose figures are old, and of forgetting all others; `None` if there
@@ -112,5 +126,13 @@ mod tests {
         assert!(Disk::walk(&disk, all()).is_none(), "fresh");
         assert!(Disk::walk(&disk, HashSet::new()).is_none());
         assert_eq!(disk.usage(directory.path()), None, "forgotten");
+    }
+
+    #[test]
+    fn a_walk_is_due_at_first_and_a_second_after_the_last_look() {
+        let disk = Disk::default();
+        assert!(disk.is_due() && !disk.is_due());
+        *disk.looked.lock().unwrap() = Some(Instant::now().checked_sub(LOOK).unwrap());
+        assert!(disk.is_due() && !disk.is_due());
     }
 }

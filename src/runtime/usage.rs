@@ -3,9 +3,7 @@
 //! A file that is missing or says something else makes its figure `None`; a cgroup that is gone has none at all. The
 //! kernel documents them in `cgroup-v1/memory.rst`, `cgroup-v1/cpuacct.rst` and `cgroup-v2.rst`.
 
-use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
-use std::hash::Hash;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -14,6 +12,7 @@ use std::thread;
 
 use jiff::Timestamp;
 use rustix::process::{Resource, getrlimit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::stats::{CpuUsage, Interface, Limits, MemoryUsage, StatsScope, Traffic, Usage};
 
@@ -27,8 +26,7 @@ const NANOSECONDS_PER_MICROSECOND: u64 = 1_000;
 /// Threads that read at once, and the cgroups from which on one is worth starting.
 const MOST_READERS: usize = 4;
 const WORTH_A_THREAD: usize = 32;
-/// The files that all but the most curious look read. They stay open from one look to the next, for to open one takes the kernel five
-/// times as long as to read it.
+/// The files that all but the most curious look read.
 const KEPT: [&str; 9] = [
     "cpuacct.usage",
     "memory.usage_in_bytes",
@@ -40,8 +38,6 @@ const KEPT: [&str; 9] = [
     "cpu.stat",
     "pids.current",
 ];
-/// After so many looks that ask for others, files are closed: the containers' and the Pods' are asked for in turn.
-const LOOKS_KEPT: u8 = 4;
 /// Of the files this process may have open at once, the part that is spent so.
 const PART_KEPT: u64 = 4;
 
@@ -52,24 +48,39 @@ pub struct Trees {
     unified: bool,
     /// v1: nanoseconds in a clock tick.
     tick: u64,
-    /// Open files of the cgroups read last.
-    kept: Arc<Mutex<Kept>>,
-    /// How many cgroups' files may be kept.
-    most_kept: usize,
+    /// One for each cgroup whose files may stay open.
+    places: Arc<Semaphore>,
 }
 
-type Kept = HashMap<PathBuf, Shelved>;
-
-/// What stays open of a cgroup.
+/// A cgroup that is looked at again and again. Its files stay open from one look to the next, for to open one takes the kernel
+/// five times as long as to read it; they are closed with this.
 #[derive(Debug)]
-struct Shelved {
+pub struct Watched {
+    path: PathBuf,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
     files: Opened,
-    /// Looks since it was asked for.
-    unasked: u8,
+    /// Without one no file stays open.
+    place: Option<OwnedSemaphorePermit>,
 }
 
 /// Files of one cgroup, by name.
 type Opened = Vec<(&'static str, File)>;
+
+impl Watched {
+    /// The cgroup at `path`, relative to the trees' roots.
+    pub fn at(path: PathBuf) -> Self {
+        Self { path, kept: Mutex::default() }
+    }
+
+    /// Where it is, relative to the trees' roots.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
 
 impl Trees {
     /// The host's own.
@@ -82,9 +93,10 @@ impl Trees {
         let hertz = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100);
         let tick = 1_000_000_000 / u64::try_from(hertz).unwrap_or(100).max(1);
         let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        let most_kept = usize::try_from(files / PART_KEPT).unwrap_or(usize::MAX) / KEPT.len();
+        let places = usize::try_from(files / PART_KEPT).unwrap_or(usize::MAX) / KEPT.len();
+        let places = Arc::new(Semaphore::new(places.min(Semaphore::MAX_PERMITS)));
         let unified = root.join("cgroup.controllers").exists();
-        Self { root: root.into(), unified, tick, kept: Arc::default(), most_kept }
+        Self { root: root.into(), unified, tick, places }
     }
 
     /// What the cgroup uses, `path` being relative to the trees' roots (empty for the root itself, which stands for the
@@ -93,40 +105,16 @@ impl Trees {
         self.reader().usage(path, scope)
     }
 
-    /// What each of these cgroups uses; those that are gone are left out.
-    pub fn usages<'p>(&self, paths: &BTreeSet<&'p Path>, scope: StatsScope) -> HashMap<&'p Path, Usage> {
-        let paths: Vec<&Path> = paths.iter().copied().collect();
-        // Whoever asks meanwhile opens his own.
-        let kept = Mutex::new(std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner)));
-        let usages = in_parts(&paths, |part: &[&'p Path]| {
+    /// What each of these cgroups uses, in their order; `None` for those that are gone.
+    pub fn usages(&self, cgroups: &[&Watched], scope: StatsScope) -> Vec<Option<Usage>> {
+        in_parts(cgroups, |part| {
             let mut reader = self.reader();
-            let usage = |path: &&'p Path| {
-                let shelved = kept.lock().unwrap_or_else(PoisonError::into_inner).remove(*path);
-                reader.open = shelved.map(|shelved| shelved.files).unwrap_or_default();
-                let usage = reader.usage(path, scope)?;
-                reader.open.retain(|(name, _)| KEPT.contains(name));
-                self.keep(path, Shelved { files: std::mem::take(&mut reader.open), unasked: 0 });
-                Some((*path, usage))
-            };
-            part.iter().filter_map(usage).collect()
-        });
-        for (path, shelved) in kept.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            if shelved.unasked < LOOKS_KEPT {
-                self.keep(&path, Shelved { unasked: shelved.unasked + 1, ..shelved });
-            }
-        }
-        usages
+            part.iter().map(|cgroup| reader.watched(cgroup, scope)).collect()
+        })
     }
 
     fn reader(&self) -> Reader<'_> {
         Reader { trees: self, text: vec![0; LARGEST], file: PathBuf::new(), open: Vec::new() }
-    }
-
-    fn keep(&self, path: &Path, shelved: Shelved) {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() < self.most_kept {
-            kept.insert(path.to_owned(), shelved);
-        }
     }
 
     /// Whether there is such a cgroup.
@@ -150,6 +138,21 @@ struct Reader<'t> {
 }
 
 impl Reader<'_> {
+    fn watched(&mut self, cgroup: &Watched, scope: StatsScope) -> Option<Usage> {
+        // A reader that panics leaves no more than fewer files.
+        let mut kept = cgroup.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        self.open = std::mem::take(&mut kept.files);
+        let usage = self.usage(&cgroup.path, scope);
+        let mut files = std::mem::take(&mut self.open);
+        kept.place = kept.place.take().or_else(|| Arc::clone(&self.trees.places).try_acquire_owned().ok());
+        kept.place.take_if(|_| usage.is_none());
+        if kept.place.is_some() {
+            files.retain(|(name, _)| KEPT.contains(name));
+            kept.files = files;
+        }
+        usage
+    }
+
     fn usage(&mut self, path: &Path, scope: StatsScope) -> Option<Usage> {
         let (cpu, memory) = (self.cpu(path, scope), self.memory(path, scope));
         if cpu.is_none() && memory.is_none() {
@@ -310,12 +313,9 @@ impl Reader<'_> {
     }
 }
 
-/// What `read` finds of these. To read takes the kernel longer than anything done here, so cores share the work where there
-/// is enough of it.
-fn in_parts<T: Sync, K: Eq + Hash + Send, V: Send>(
-    all: &[T],
-    read: impl Fn(&[T]) -> Vec<(K, V)> + Sync,
-) -> HashMap<K, V> {
+/// What `read` finds of these, in their order. To read takes the kernel longer than anything done here, so cores share the work
+/// where there is enough of it.
+fn in_parts<T: Sync, R: Send>(all: &[T], read: impl Fn(&[T]) -> Vec<R> + Sync) -> Vec<R> {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let readers = cores.min(MOST_READERS).min(all.len() / WORTH_A_THREAD).max(1);
     thread::scope(|scope| {
@@ -323,7 +323,7 @@ fn in_parts<T: Sync, K: Eq + Hash + Send, V: Send>(
         let read = &read;
         let others = others.chunks(own.len().max(1)).map(|part| scope.spawn(move || read(part)));
         let others: Vec<_> = others.collect();
-        let mut found: HashMap<_, _> = read(own).into_iter().collect();
+        let mut found = read(own);
         for other in others {
             found.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
         }
@@ -367,13 +367,13 @@ fn host_memory(path: &Path) -> Option<u64> {
     Some(kibibytes("MemTotal:")?.saturating_sub(kibibytes("MemFree:")?) << 10)
 }
 
-/// The interfaces that each of these processes sees, without loopback. Those that are gone are left out.
-pub fn interfaces(pids: &[i32]) -> HashMap<i32, Vec<Interface>> {
-    let of_one = |pid: &i32| {
-        let text = fs::read_to_string(format!("/proc/{pid}/net/dev")).ok()?;
-        Some((*pid, read_interfaces(&text)))
+/// The interfaces that each of these processes sees, without loopback and in their order; `None` where there is no process.
+pub fn interfaces(pids: &[Option<i32>]) -> Vec<Option<Vec<Interface>>> {
+    let of_one = |pid: &Option<i32>| {
+        let text = fs::read_to_string(format!("/proc/{}/net/dev", (*pid)?)).ok()?;
+        Some(read_interfaces(&text))
     };
-    in_parts(pids, |part| part.iter().filter_map(of_one).collect())
+    in_parts(pids, |part| part.iter().map(of_one).collect())
 }
 
 /// `/proc/net/dev`: per line a name and sixteen counters, those received first.
@@ -410,38 +410,26 @@ mod tests {
     #[test]
     fn a_file_that_is_kept_open_tells_what_is_in_it_now_and_one_made_anew_is_opened_anew() {
         let root = tree(&[("cpuacct/a/cpuacct.usage", "5\n"), ("cpuacct/b/cpuacct.usage", "6\n")]);
-        let trees = Trees { most_kept: 1, ..Trees::at(root.path()) };
-        let total = |trees: &Trees, name| {
-            let usages = trees.usages(&[Path::new("a"), Path::new("b")].into(), StatsScope::CpuAndMemory);
-            usages.get(Path::new(name)).map(|usage| usage.cpu.unwrap().total)
+        let trees = Trees { places: Arc::new(Semaphore::new(1)), ..Trees::at(root.path()) };
+        let [a, b] = ["a", "b"].map(|name| Watched::at(name.into()));
+        let totals = || {
+            let usages = trees.usages(&[&a, &b], StatsScope::CpuAndMemory);
+            usages.into_iter().map(|usage| usage.map(|usage| usage.cpu.unwrap().total)).collect::<Vec<_>>()
         };
-        assert_eq!((total(&trees, "a"), total(&trees, "b")), (Some(5), Some(6)));
-        assert_eq!(trees.kept.lock().unwrap().len(), 1, "no more than it may");
+        let open = |cgroup: &Watched| cgroup.kept.lock().unwrap().files.len();
+        assert_eq!(totals(), [Some(5), Some(6)]);
+        assert_eq!((open(&a), open(&b)), (1, 0), "no more than may");
         for name in ["a", "b"] {
             fs::write(root.path().join(format!("cpuacct/{name}/cpuacct.usage")), "71\n").unwrap();
-            assert_eq!(total(&trees, name), Some(71), "{name}");
         }
+        assert_eq!(totals(), [Some(71), Some(71)]);
         fs::remove_dir_all(root.path().join("cpuacct/a")).unwrap();
         // A file of a removed cgroup cannot be read; here that is done by one opened for writing only.
-        let unreadable = File::create(root.path().join("gone")).unwrap();
-        let shelved = Shelved { files: vec![("cpuacct.usage", unreadable)], unasked: 0 };
-        *trees.kept.lock().unwrap() = [("a".into(), shelved)].into();
-        assert_eq!((total(&trees, "a"), total(&trees, "b")), (None, Some(71)));
-        assert!(!trees.kept.lock().unwrap().contains_key(Path::new("a")), "nothing of a cgroup that is gone is kept");
-    }
-
-    #[test]
-    fn files_stay_open_while_others_are_looked_at_and_not_for_ever() {
-        let root = tree(&[("cpuacct/a/cpuacct.usage", "5\n"), ("cpuacct/b/cpuacct.usage", "6\n")]);
-        let trees = Trees { most_kept: 9, ..Trees::at(root.path()) };
-        let look = |name| trees.usages(&[Path::new(name)].into(), StatsScope::CpuAndMemory).len();
-        assert_eq!(look("a"), 1);
-        for _ in 0..LOOKS_KEPT {
-            assert_eq!(look("b"), 1);
-            assert!(trees.kept.lock().unwrap().contains_key(Path::new("a")));
-        }
-        assert_eq!(look("b"), 1);
-        assert!(!trees.kept.lock().unwrap().contains_key(Path::new("a")));
+        a.kept.lock().unwrap().files = vec![("cpuacct.usage", File::create(root.path().join("gone")).unwrap())];
+        assert_eq!(totals(), [None, Some(71)]);
+        assert_eq!((open(&a), open(&b)), (0, 1), "what was kept of one that is gone is another's to keep");
+        drop(b);
+        assert_eq!(trees.places.available_permits(), 1);
     }
 
     #[test]
@@ -544,13 +532,16 @@ mod tests {
         );
         assert_eq!(usage.tasks, Some(1));
         // As the next look does, from files that stayed open.
-        let again = trees.usages(&[Path::new(&name)].into(), StatsScope::CpuAndMemory);
-        assert!(again[Path::new(&name)].cpu.unwrap().total >= cpu.total);
+        let watched = Watched::at(name.clone().into());
+        let again = || trees.usages(&[&watched], StatsScope::CpuAndMemory)[0];
+        for _ in 0..2 {
+            assert!(again().unwrap().cpu.unwrap().total >= cpu.total);
+        }
         drop(child.stdin.take());
         child.wait().unwrap();
         fs::remove_dir(&directory).unwrap();
         assert!(trees.usage(Path::new(&name), StatsScope::All).is_none());
-        assert!(trees.usages(&[Path::new(&name)].into(), StatsScope::CpuAndMemory).is_empty());
+        assert!(again().is_none());
     }
 
     #[test]
@@ -559,14 +550,12 @@ mod tests {
         let files: Vec<_> = files.iter().map(|(path, content)| (path.as_str(), content.as_str())).collect();
         let root = tree(&files);
         let trees = Trees::at(root.path());
-        let names: Vec<_> = (0..400).map(|n| PathBuf::from(format!("l/pod{n}"))).collect();
+        let all: Vec<_> = (0..400).map(|n| Watched::at(format!("l/pod{n}").into())).collect();
         for count in [0, 1, 31, 64, 129, 400] {
-            let paths = names[..count].iter().map(PathBuf::as_path).collect();
-            let usages = trees.usages(&paths, StatsScope::CpuAndMemory);
-            assert_eq!(usages.len(), count.min(301));
-            for (n, name) in names[..count.min(301)].iter().enumerate() {
-                assert_eq!(usages[name.as_path()].cpu.unwrap().total, n as u64);
-            }
+            let usages = trees.usages(&all[..count].iter().collect::<Vec<_>>(), StatsScope::CpuAndMemory);
+            let totals: Vec<_> = usages.into_iter().map(|usage| usage.map(|usage| usage.cpu.unwrap().total)).collect();
+            let expected: Vec<_> = (0..count as u64).map(|n| (n < 301).then_some(n)).collect();
+            assert_eq!(totals, expected);
         }
     }
 

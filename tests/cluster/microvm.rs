@@ -3,6 +3,7 @@
 mod functions;
 mod replicas;
 mod restart;
+mod waiting;
 
 use std::sync::Once;
 use std::time::Duration;

@@ -163,9 +163,8 @@ impl Sample {
 }
 
 fn own_interfaces() -> Vec<Interface> {
-    let own =
-        i32::try_from(std::process::id()).ok().and_then(|pid| interfaces(&[pid]).remove(&pid)).unwrap_or_default();
-    own.into_iter().filter(|interface| !is_inner(&interface.name)).collect()
+    let own = interfaces(&[i32::try_from(std::process::id()).ok()]);
+    own.into_iter().flatten().flatten().filter(|interface| !is_inner(&interface.name)).collect()
 }
 
 /// Counted with the host's own, what goes to a Pod would be told twice.

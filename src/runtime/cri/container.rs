@@ -65,23 +65,17 @@ impl CriRuntime {
     pub(super) async fn create(&self, sandbox: &SandboxId, config: &ContainerConfig) -> Result<ContainerId> {
         let tried = format!("failed to create container {} of {}", config.name, config.pod);
         let refused = |kind, why: String| Err(RuntimeError::new(kind, format!("{tried}: {why}")));
-        let (looked, mut there) = tokio::try_join!(self.look_at_sandbox(sandbox.as_str()), self.see_attempt(config))?;
-        let status = match looked {
-            Some((status, seen)) if seen.ready => status,
-            Some(_) => return refused(Kind::Invalid, format!("sandbox {sandbox} is not ready")),
-            None => return refused(Kind::NotFound, format!("there is no sandbox {sandbox}")),
+        let place = self.places.get(sandbox.as_str());
+        let request = match place.as_ref().and_then(|place| place.sandbox.as_ref()) {
+            // It may have ended since. Then the runtime refuses, and what it is like is asked below.
+            Some(status) => self.creation(sandbox, status, config).await?,
+            None => self.creation(sandbox, &self.look_at_ready(sandbox, &tried).await?, config).await?,
         };
         self.check_target(sandbox, config, &tried).await?;
-        let request = self.creation(sandbox, &status, config).await?;
         for _ in 0..CREATE_TRIES {
-            if let Some(Listed { id, facts, .. }) = there {
-                if facts.sandbox == sandbox.as_str() {
-                    return Ok(ContainerId::from(id));
-                }
-                return refused(Kind::AlreadyExists, format!("it exists in another sandbox, {}", facts.sandbox));
-            }
-            let (client, request, tried) = (self.client.runtime.clone(), request.clone(), tried.clone());
-            let make = async move { ask!(client, create_container(request), || tried.clone()).await };
+            // Before anything is asked: hardly ever is there another of its name, and the runtime knows.
+            let (client, request, trying) = (self.client.runtime.clone(), request.clone(), tried.clone());
+            let make = async move { ask!(client, create_container(request), || trying.clone()).await };
             let made = self.creates.run(&config.pod.uid, make).await;
             let lost = |error| RuntimeError::new(Kind::Internal, "lost a container's creation").with_source(error);
             match made.map_err(lost)? {
@@ -89,10 +83,16 @@ impl CriRuntime {
                     locked(&self.unstarted).insert(made.container_id.clone(), config.pod.uid.clone());
                     return Ok(ContainerId::from(made.container_id));
                 }
-                Err(error) if is_taken(&error) => sleep(CREATE_PAUSE).await,
-                Err(error) => return Err(error),
+                Err(error) if is_taken(&error) => {}
+                Err(error) => return Err(self.look_at_ready(sandbox, &tried).await.err().unwrap_or(error)),
             }
-            there = self.see_attempt(config).await?;
+            match self.see_attempt(config).await? {
+                Some(there) if there.facts.sandbox == sandbox.as_str() => return Ok(ContainerId::from(there.id)),
+                Some(Listed { facts, .. }) => {
+                    return refused(Kind::AlreadyExists, format!("it exists in another sandbox, {}", facts.sandbox));
+                }
+                None => sleep(CREATE_PAUSE).await,
+            }
         }
         refused(Kind::Unavailable, "its name stays taken by what cannot be seen".to_owned())
     }
@@ -381,7 +381,7 @@ impl CriRuntime {
             status.oom_killed = self.verdicts.of(&id).await;
         }
         if let Some(place) = place {
-            status.frozen = self.cgroups.is_frozen(&place.cgroup);
+            status.frozen = self.cgroups.is_frozen(place.cgroup.path());
             status.pid = Some(place.pid);
         }
         Ok(status)

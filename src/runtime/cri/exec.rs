@@ -41,7 +41,7 @@ impl CriRuntime {
         let tried =
             format!("failed to execute {:?} in container {id}", request.command.first().map_or("", |name| name));
         let (_, place) = self.look_at_running(id, &tried).await?;
-        if self.cgroups.is_frozen(&place.cgroup) {
+        if self.cgroups.is_frozen(place.cgroup.path()) {
             return Err(RuntimeError::new(Kind::Invalid, format!("{tried}: the container is paused")));
         }
         let turn = self.turns.turn(id.as_str()).await;
@@ -150,7 +150,7 @@ impl Exec {
 
     async fn leaders(&self) -> HashSet<i32> {
         let (cgroups, place) = (self.cgroups.clone(), Arc::clone(&self.place));
-        tokio::task::spawn_blocking(move || leaders(&cgroups, &place.cgroup)).await.unwrap_or_default()
+        tokio::task::spawn_blocking(move || leaders(&cgroups, place.cgroup.path())).await.unwrap_or_default()
     }
 
     /// Moves the bytes until the end of the process is told, or the session is dropped.

@@ -9,10 +9,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
+use lambdalet_proto::cri::v1;
 use serde::Deserialize;
 
 use super::sandbox::moment;
 use crate::runtime::cgroup::Cgroups;
+use crate::runtime::usage::Watched;
 
 /// The part that is read.
 #[derive(Debug, Default, Deserialize)]
@@ -35,16 +37,19 @@ struct Linux {
 }
 
 /// What never changes of a sandbox or container that runs.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(super) struct Place {
     /// Its first process on the host.
     pub(super) pid: i32,
-    /// Its cgroup, below each tree's root.
-    pub(super) cgroup: PathBuf,
+    pub(super) cgroup: Arc<Watched>,
+    /// The Pod's, of a sandbox that has one.
+    pub(super) pod_cgroup: Option<Arc<Watched>>,
     /// When it started.
     pub(super) started_at: Option<Timestamp>,
     /// The address that the runtime says a sandbox has.
     pub(super) address: Option<IpAddr>,
+    /// What it was told to be, if it is a sandbox.
+    pub(super) sandbox: Option<v1::PodSandboxStatus>,
 }
 
 /// Reads the map of a verbose status of what started then (nanoseconds since 1970); `None` if nothing runs, or the runtime
@@ -52,8 +57,16 @@ pub(super) struct Place {
 pub(super) fn place(info: &HashMap<String, String>, started_at: i64, cgroups: &Cgroups) -> Option<Place> {
     let info: Info = serde_json::from_str(info.get("info")?).ok()?;
     let spec = info.runtime_spec.unwrap_or_default();
-    let cgroup = cgroups.of_spec(&spec.linux.cgroups_path);
-    (info.pid > 0).then(|| Place { pid: info.pid, cgroup, started_at: moment(started_at), address: None })
+    let cgroup = Arc::new(Watched::at(cgroups.of_spec(&spec.linux.cgroups_path)));
+    let started_at = moment(started_at);
+    (info.pid > 0).then_some(Place {
+        pid: info.pid,
+        cgroup,
+        pod_cgroup: None,
+        started_at,
+        address: None,
+        sandbox: None,
+    })
 }
 
 /// The places of what runs, by id: asked for once in the life of each.
@@ -108,16 +121,18 @@ mod tests {
     #[test]
     fn process_and_cgroup_are_read_from_what_both_runtimes_write() {
         let cgroups = Cgroups::of_host(false);
-        let told = |json: &str| place(&HashMap::from([("info".to_owned(), json.to_owned())]), 0, &cgroups);
+        let told = |json: &str| {
+            let place = place(&HashMap::from([("info".to_owned(), json.to_owned())]), 0, &cgroups)?;
+            Some((place.pid, place.cgroup.path().to_owned()))
+        };
         let containerd = r#"{"sandboxID":"s","pid":42,"removing":false,"config":{"labels":{}},
             "runtimeSpec":{"ociVersion":"1.2.0","linux":{"cgroupsPath":"/l/pod1/c1","namespaces":[]}}}"#;
-        let at = |pid, cgroup: &str| Place { pid, cgroup: cgroup.into(), started_at: None, address: None };
-        assert_eq!(told(containerd), Some(at(42, "l/pod1/c1")));
+        assert_eq!(told(containerd), Some((42, "l/pod1/c1".into())));
         let crio = r#"{"pid":7,"runtimeSpec":{"linux":{"cgroupsPath":"pod1.slice:crio:c1"}}}"#;
-        assert_eq!(told(crio), Some(at(7, "pod1.slice/crio-c1.scope")));
+        assert_eq!(told(crio), Some((7, "pod1.slice/crio-c1.scope".into())));
         assert_eq!(told(r#"{"pid":0}"#), None);
         assert_eq!(told("nonsense"), None);
-        assert_eq!(place(&HashMap::new(), 0, &cgroups), None);
+        assert!(place(&HashMap::new(), 0, &cgroups).is_none());
     }
 
     #[test]

@@ -48,13 +48,13 @@ impl CriRuntime {
         let place = place.ok_or_else(|| RuntimeError::new(Kind::Invalid, format!("{tried}: it does not run")))?;
         let cgroups = self.cgroups.clone();
         blocking(tried, move || {
-            if cgroups.is_frozen(&place.cgroup) == frozen {
+            if cgroups.is_frozen(place.cgroup.path()) == frozen {
                 return Ok(());
             }
-            let done = cgroups.set_frozen(&place.cgroup, frozen);
+            let done = cgroups.set_frozen(place.cgroup.path(), frozen);
             if frozen && done.is_err() {
                 // Nor is it to freeze later, when nobody expects it any more.
-                let _ = cgroups.set_frozen(&place.cgroup, false);
+                let _ = cgroups.set_frozen(place.cgroup.path(), false);
             }
             done
         })
@@ -66,7 +66,7 @@ impl CriRuntime {
         let Some(place) = self.place(id).await? else { return Ok(()) };
         let cgroups = self.cgroups.clone();
         blocking(format!("failed to thaw container {id}"), move || {
-            if cgroups.is_frozen(&place.cgroup) { cgroups.set_frozen(&place.cgroup, false) } else { Ok(()) }
+            if cgroups.is_frozen(place.cgroup.path()) { cgroups.set_frozen(place.cgroup.path(), false) } else { Ok(()) }
         })
         .await
     }

@@ -22,6 +22,7 @@ use super::client::{ask, is_taken, unless_absent};
 use super::info::{self, Place};
 use super::{CriRuntime, spec};
 use crate::runtime::labels::{self, Facts};
+use crate::runtime::running::pod_cgroup;
 use crate::runtime::types::{ContainerId, SandboxConfig, SandboxId, SandboxNetwork, SandboxState, SandboxStatus};
 use crate::runtime::{Kind, Result, RuntimeError, blocking, locked, turn};
 
@@ -51,6 +52,11 @@ impl CriRuntime {
         }
         let _turn = self.turns.turn(&config.pod.uid).await;
         for _ in 0..CREATE_TRIES {
+            // Before anything is asked: hardly ever is there another of its name, and the runtime knows.
+            match self.make_sandbox(config).await {
+                Err(error) if is_taken(&error) => {}
+                made => return self.bring_up(made?, config).await,
+            }
             let attempt = config.attempt.to_string();
             self.creates.landed(&config.pod.uid).await;
             let more = [(labels::POD_UID, config.pod.uid.as_str()), (labels::ATTEMPT, attempt.as_str())];
@@ -60,10 +66,7 @@ impl CriRuntime {
                     return Ok(seen.id.into());
                 }
                 Some(seen) => self.remove_sandbox(&SandboxId::from(seen.id)).await?,
-                None => match self.make_sandbox(config).await {
-                    Err(error) if is_taken(&error) => sleep(CREATE_PAUSE).await,
-                    made => return self.bring_up(made?, config).await,
-                },
+                None => sleep(CREATE_PAUSE).await,
             }
         }
         let what = format!("the name of the sandbox of {} stays taken by one that cannot be seen", config.pod);
@@ -188,6 +191,16 @@ impl CriRuntime {
         self.look_sandbox(id, false).await
     }
 
+    /// A sandbox that is ready; begins the message with `tried` if there is none, or it is not.
+    pub(super) async fn look_at_ready(&self, id: &SandboxId, tried: &str) -> Result<v1::PodSandboxStatus> {
+        let (kind, what) = match self.look_at_sandbox(id.as_str()).await? {
+            Some((status, seen)) if seen.ready => return Ok(status),
+            Some(_) => (Kind::Invalid, format!("sandbox {id} is not ready")),
+            None => (Kind::NotFound, format!("there is no sandbox {id}")),
+        };
+        Err(RuntimeError::new(kind, format!("{tried}: {what}")))
+    }
+
     /// The same; `closely`, its place is known afterwards if it is ready, and the call takes longer.
     async fn look_sandbox(&self, id: &str, closely: bool) -> Result<Option<(v1::PodSandboxStatus, Seen)>> {
         let request = v1::PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: closely };
@@ -206,7 +219,8 @@ impl CriRuntime {
             && let Some(place) = info::place(&info, status.created_at, &self.cgroups)
         {
             let address = status.network.as_ref().and_then(|network| network.ip.parse().ok());
-            self.places.insert(id, Place { address, ..place });
+            let pod_cgroup = pod_cgroup(self.cgroups.relative(&facts.cgroup));
+            self.places.insert(id, Place { address, pod_cgroup, sandbox: Some(status.clone()), ..place });
         }
         let seen = Seen { id: status.id.clone(), facts, ready, created_at: status.created_at };
         Ok(Some((status, seen)))

@@ -20,7 +20,7 @@ use crate::runtime::{Kind, Result, RuntimeError, blocking};
 impl CriRuntime {
     pub(super) async fn read_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
         let members = self.members(scope).await?;
-        if scope > StatsScope::CpuAndMemory {
+        if scope > StatsScope::CpuAndMemory && self.disk.is_due() {
             let places = members.values().filter(|member| !member.facts.sandbox_itself);
             let places = places.flat_map(|member| member.layer.iter().chain([&member.log]).cloned()).collect();
             if let Some(walk) = Disk::walk(&self.disk, places) {
@@ -58,14 +58,12 @@ impl CriRuntime {
         let Some(place) = place else { return Ok(None) };
         let layer =
             (scope > StatsScope::CpuAndMemory && !facts.sandbox_itself).then(|| writable_layer(place.pid)).flatten();
-        let pod_cgroup = self.cgroups.relative(&facts.cgroup);
         let log = self.logs.of_container(&facts.pod.uid, &facts.container, facts.attempt);
         Ok(Some(Member {
             started_at: place.started_at,
             pid: Some(place.pid),
-            cgroup: place.cgroup.clone(),
-            // Without one of its own it would be the host's.
-            pod_cgroup: Some(pod_cgroup).filter(|path| !path.as_os_str().is_empty()),
+            cgroup: Arc::clone(&place.cgroup),
+            pod_cgroup: place.pod_cgroup.clone(),
             layer,
             log: log.parent().unwrap_or(&log).to_owned(),
             facts,

@@ -17,9 +17,9 @@ use super::container::{INSPECTS_IN_FLIGHT, pid, timestamp};
 use super::labels;
 use super::sandbox::Seen;
 use crate::runtime::disk::Disk;
-use crate::runtime::running::{Member, Members, collect};
+use crate::runtime::running::{Member, Members, collect, pod_cgroup};
 use crate::runtime::stats::{ImageFs, SandboxStats, StatsScope};
-use crate::runtime::usage::Trees;
+use crate::runtime::usage::{Trees, Watched};
 use crate::runtime::{Result, blocking};
 
 /// What is known for statistics.
@@ -84,7 +84,7 @@ impl DockerRuntime {
     pub(super) async fn read_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
         let members = self.members().await?;
         let (trees, disk) = (self.statistics.trees.clone(), Arc::clone(&self.statistics.disk));
-        if scope > StatsScope::CpuAndMemory {
+        if scope > StatsScope::CpuAndMemory && self.statistics.disk.is_due() {
             let places = members.values().filter(|member| !member.facts.sandbox_itself);
             let places = places.flat_map(|member| member.layer.iter().chain([&member.log]).cloned()).collect();
             if let Some(walk) = Disk::walk(&self.statistics.disk, places) {
@@ -139,9 +139,8 @@ impl DockerRuntime {
         Member {
             started_at: timestamp(state.and_then(|state| state.started_at.as_deref())),
             pid: pid(&inspect),
-            cgroup: self.cgroups.container(&facts.cgroup, &id),
-            // Without one of its own it would be the host's.
-            pod_cgroup: Some(self.cgroups.relative(&facts.cgroup)).filter(|path| !path.as_os_str().is_empty()),
+            cgroup: Arc::new(Watched::at(self.cgroups.container(&facts.cgroup, &id))),
+            pod_cgroup: pod_cgroup(self.cgroups.relative(&facts.cgroup)),
             // Of the storage drivers in use, only overlay2 keeps what was written in a directory.
             layer: inspect.graph_driver.and_then(|mut driver| driver.data.remove("UpperDir")).map(PathBuf::from),
             log: self.statistics.docker_root.join("containers").join(&id).join("local-logs"),
