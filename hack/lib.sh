@@ -147,6 +147,11 @@ need_space() {
   [ "$free" -ge "$1" ] || fail "$3 takes $1 GiB in $2, where $free are free" "make room there"
 }
 
+# need_room_to_build: for everything that is built of this tree, unless it was built before.
+need_room_to_build() {
+  [ -d "$REPO_DIR/target/debug/deps" ] || need_space 12 "$REPO_DIR/target" "a build of all tests"
+}
+
 need_command() { # NAME WHAT-TO-DO
   command -v "$1" >/dev/null || fail "$1 is not installed" "$2"
 }

@@ -104,8 +104,9 @@ async fn measure(args: &Args) -> anyhow::Result<()> {
     if measured.is_err() {
         end_machines(bench.place);
     }
-    remove_cgroup_root(&bench.owner)?;
-    measured
+    let removed = remove_cgroup_root(&bench.owner);
+    measured?;
+    Ok(removed?)
 }
 
 /// What a measurement that failed has left: VMMs outlive their driver, as those of a node do.

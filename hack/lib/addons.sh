@@ -88,15 +88,17 @@ drop_firewall_chain() {
 # A port that a Service does not have is no rule of kube-proxy's: what goes there would leave by the host's default route,
 # where anything may answer.
 keep_services_here() {
-  local chain
   let_services_go
-  for chain in FORWARD OUTPUT; do in_netns iptables -w -I "$chain" "${ONLY_SERVICES[@]}"; done
+  refuse_other_ports -I
 }
 
-let_services_go() {
+let_services_go() { refuse_other_ports -D 2>/dev/null || true; }
+
+refuse_other_ports() { # -I or -D
   local chain
-  ONLY_SERVICES=(-d "$SERVICE_CIDR" -m comment --comment "not a port of a Service" -j REJECT)
-  for chain in FORWARD OUTPUT; do in_netns iptables -w -D "$chain" "${ONLY_SERVICES[@]}" 2>/dev/null || true; done
+  for chain in FORWARD OUTPUT; do
+    in_netns iptables -w "$1" "$chain" -d "$SERVICE_CIDR" -m comment --comment "not a port of a Service" -j REJECT
+  done
 }
 
 # Two Pods on one bridge that talk through a Service: the answer crosses the

@@ -51,6 +51,19 @@ impl Member {
     }
 }
 
+/// The work of measuring what containers hold on disk, where that is asked for and due.
+pub(super) fn walk(
+    members: &HashMap<String, Arc<Member>>,
+    disk: &Arc<Disk>,
+    scope: StatsScope,
+) -> Option<impl FnOnce() + Send + 'static> {
+    if scope <= StatsScope::CpuAndMemory || !disk.is_due() {
+        return None;
+    }
+    let containers = members.values().filter(|member| !member.facts.sandbox_itself);
+    Disk::walk(disk, containers.flat_map(|member| member.layer.iter().chain([&member.log]).cloned()).collect())
+}
+
 /// What the members use now; those whose cgroup is gone have ended.
 pub(super) fn collect(members: &Members, trees: &Trees, disk: &Disk, scope: StatsScope) -> Vec<SandboxStats> {
     let looked_at: Vec<(&Member, &Watched)> =

@@ -11,24 +11,19 @@ use super::CriRuntime;
 use super::client::ask;
 use super::info::writable_layer;
 use super::sandbox::CALLS_IN_FLIGHT;
-use crate::runtime::disk::Disk;
 use crate::runtime::labels::Facts;
-use crate::runtime::running::{Member, collect};
+use crate::runtime::running::{Member, collect, walk};
 use crate::runtime::stats::{ImageFs, SandboxStats, StatsScope};
 use crate::runtime::{Kind, Result, RuntimeError, blocking};
 
 impl CriRuntime {
     pub(super) async fn read_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
         let members = self.members(scope).await?;
-        if scope > StatsScope::CpuAndMemory && self.disk.is_due() {
-            let places = members.values().filter(|member| !member.facts.sandbox_itself);
-            let places = places.flat_map(|member| member.layer.iter().chain([&member.log]).cloned()).collect();
-            if let Some(walk) = Disk::walk(&self.disk, places) {
-                self.options.keepers.spawn(async move {
-                    // Of a walk that failed nothing is known, which is what is told then.
-                    let _ = tokio::task::spawn_blocking(walk).await;
-                });
-            }
+        if let Some(walk) = walk(&members, &self.disk, scope) {
+            self.options.keepers.spawn(async move {
+                // Of a walk that failed nothing is known, which is what is told then.
+                let _ = tokio::task::spawn_blocking(walk).await;
+            });
         }
         let (trees, disk, members) = (self.trees.clone(), Arc::clone(&self.disk), Arc::new(members));
         blocking("failed to read statistics".to_owned(), move || Ok(collect(&members, &trees, &disk, scope))).await

@@ -17,7 +17,7 @@ use super::container::{INSPECTS_IN_FLIGHT, pid, timestamp};
 use super::labels;
 use super::sandbox::Seen;
 use crate::runtime::disk::Disk;
-use crate::runtime::running::{Member, Members, collect, pod_cgroup};
+use crate::runtime::running::{Member, Members, collect, pod_cgroup, walk};
 use crate::runtime::stats::{ImageFs, SandboxStats, StatsScope};
 use crate::runtime::usage::{Trees, Watched};
 use crate::runtime::{Result, blocking};
@@ -84,15 +84,11 @@ impl DockerRuntime {
     pub(super) async fn read_stats(&self, scope: StatsScope) -> Result<Vec<SandboxStats>> {
         let members = self.members().await?;
         let (trees, disk) = (self.statistics.trees.clone(), Arc::clone(&self.statistics.disk));
-        if scope > StatsScope::CpuAndMemory && self.statistics.disk.is_due() {
-            let places = members.values().filter(|member| !member.facts.sandbox_itself);
-            let places = places.flat_map(|member| member.layer.iter().chain([&member.log]).cloned()).collect();
-            if let Some(walk) = Disk::walk(&self.statistics.disk, places) {
-                self.keepers.spawn(async move {
-                    // Of a walk that failed nothing is known, which is what is told then.
-                    let _ = tokio::task::spawn_blocking(walk).await;
-                });
-            }
+        if let Some(walk) = walk(&members, &self.statistics.disk, scope) {
+            self.keepers.spawn(async move {
+                // Of a walk that failed nothing is known, which is what is told then.
+                let _ = tokio::task::spawn_blocking(walk).await;
+            });
         }
         blocking("failed to read statistics".to_owned(), move || Ok(collect(&members, &trees, &disk, scope))).await
     }
