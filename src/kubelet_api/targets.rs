@@ -120,6 +120,9 @@ pub enum TargetError {
     /// No such Pod on this node (HTTP 404).
     #[error("pod {0:?} not found")]
     NoPod(String),
+    /// The node has just started and has not looked at all of its Pods (HTTP 503).
+    #[error("pod {0:?} is not known yet: the node has just started and is still looking at its pods; try again")]
+    NotYet(String),
     /// The Pod has no container of that name (HTTP 404).
     #[error("container {container:?} not found in pod {pod:?}")]
     NoContainer {
@@ -168,7 +171,7 @@ impl TargetError {
         match self {
             Self::NoPod(_) | Self::NoContainer { .. } => StatusCode::NOT_FOUND,
             Self::Waiting { .. } | Self::NoPrevious { .. } => StatusCode::BAD_REQUEST,
-            Self::Refused { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NotYet(_) | Self::Refused { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::NotRunning(_) | Self::NoSandbox(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }

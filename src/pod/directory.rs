@@ -1,12 +1,13 @@
 //! Which Pods are here and what is known of them, for whoever asks from outside the Pod loop.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodSpec, PodStatus};
+use tokio::sync::watch;
 
 use super::crew::pools::Pools;
 use super::ephemeral;
@@ -21,11 +22,16 @@ use crate::runtime::types::{ContainerId, ContainerState, ContainerStatus as Atte
 const STUCK: Duration = Duration::from_secs(120);
 /// How often the loop says that it lives.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(20);
+/// How long whoever asks for a Pod waits for a node that has just started to have looked at its Pods.
+const STARTING: Duration = Duration::from_secs(10);
 
 /// What is known of each Pod, by UID. Written by the workers, read by the node's API.
 #[derive(Debug)]
 pub struct Directory {
     entries: RwLock<BTreeMap<String, Entry>>,
+    /// The Pods of the first complete LIST that were not looked at yet; `None` before there is one.
+    awaited: watch::Sender<Option<BTreeSet<String>>>,
+    patience: Duration,
     /// How often probes said what.
     pub(super) probes: Tally,
     /// The environments of function Pods.
@@ -48,6 +54,8 @@ impl Default for Directory {
     fn default() -> Self {
         Self {
             entries: RwLock::default(),
+            awaited: watch::Sender::default(),
+            patience: STARTING,
             probes: Tally::default(),
             pools: Arc::default(),
             heartbeat: RwLock::new(Instant::now()),
@@ -69,7 +77,23 @@ impl Directory {
         let (pod, status) = (Arc::clone(pod), Arc::new(status.clone()));
         let sandbox = observed.ready_sandbox().map(|sandbox| sandbox.id.clone());
         let entry = Entry { pod, status, containers: observed.containers().cloned().collect(), sandbox };
-        self.entries.write().unwrap_or_else(PoisonError::into_inner).insert(uid, entry);
+        self.entries.write().unwrap_or_else(PoisonError::into_inner).insert(uid.clone(), entry);
+        self.looked_at(&uid);
+    }
+
+    /// These Pods were here when the node started: of any other it can be said that it is not, once these were looked at.
+    /// Later calls mean nothing.
+    pub(super) fn expect(&self, uids: impl IntoIterator<Item = String>) {
+        self.awaited.send_if_modified(|awaited| {
+            let is_first = awaited.is_none();
+            let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+            awaited.get_or_insert_with(|| uids.into_iter().filter(|uid| !entries.contains_key(uid)).collect());
+            is_first
+        });
+    }
+
+    fn looked_at(&self, uid: &str) {
+        self.awaited.send_if_modified(|awaited| awaited.as_mut().is_some_and(|awaited| awaited.remove(uid)));
     }
 
     /// Forgets a Pod.
@@ -77,6 +101,7 @@ impl Directory {
         self.entries.write().unwrap_or_else(PoisonError::into_inner).remove(uid);
         self.pools.remove(uid);
         self.probes.forget(uid);
+        self.looked_at(uid);
     }
 
     /// The loop lives.
@@ -84,10 +109,24 @@ impl Directory {
         *self.heartbeat.write().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    /// The Pod of that name, if it also has that UID where one is given.
-    fn find_uid(&self, namespace: &str, name: &str, uid: Option<&str>) -> Result<Entry, TargetError> {
+    /// The Pod of that name, if it also has that UID where one is given. A node that has just started is waited for: it may
+    /// be one that it has not looked at yet.
+    async fn look_up(&self, namespace: &str, name: &str, uid: Option<&str>) -> Result<Entry, TargetError> {
         let same = |entry: &Entry| uid.is_none_or(|uid| entry.pod.metadata.uid.as_deref() == Some(uid));
-        self.find(namespace, name).filter(same).ok_or_else(|| TargetError::NoPod(name.to_owned()))
+        let mut awaited = self.awaited.subscribe();
+        let looking = async {
+            loop {
+                // Asked first: what was looked at between the two is found.
+                let knows_all = awaited.borrow_and_update().as_ref().is_some_and(BTreeSet::is_empty);
+                match self.find(namespace, name).filter(same) {
+                    Some(entry) => return Ok(entry),
+                    None if knows_all => return Err(TargetError::NoPod(name.to_owned())),
+                    None => awaited.changed().await.expect("its sender is borrowed here"),
+                }
+            }
+        };
+        let not_yet = || Err(TargetError::NotYet(name.to_owned()));
+        tokio::time::timeout(self.patience, looking).await.unwrap_or_else(|_| not_yet())
     }
 
     /// The Pod of that name; of several (an old one that is still being removed) the newest.
@@ -109,7 +148,7 @@ impl PodTargets for Directory {
         container: &str,
         previous: bool,
     ) -> Result<LogTarget, TargetError> {
-        let entry = self.find(namespace, pod).ok_or_else(|| TargetError::NoPod(pod.to_owned()))?;
+        let entry = self.look_up(namespace, pod, None).await?;
         let named = |spec: &PodSpec| {
             let lasting = spec.init_containers.iter().flatten().chain(&spec.containers).map(|c| &c.name);
             lasting.chain(ephemeral::all(spec).map(|c| &c.name)).any(|name| name == container)
@@ -143,7 +182,7 @@ impl PodTargets for Directory {
         uid: Option<&str>,
         container: &str,
     ) -> Result<Entrance, TargetError> {
-        let entry = self.find_uid(namespace, pod, uid)?;
+        let entry = self.look_up(namespace, pod, uid).await?;
         if let Some(service) = self.pools.service(uid_of(&entry.pod)) {
             return self.pools.enter(&service, &entry.pod, container).await;
         }
@@ -154,7 +193,7 @@ impl PodTargets for Directory {
     }
 
     async fn port_target(&self, namespace: &str, pod: &str, uid: Option<&str>) -> Result<SandboxId, TargetError> {
-        let entry = self.find_uid(namespace, pod, uid)?;
+        let entry = self.look_up(namespace, pod, uid).await?;
         entry.sandbox.ok_or_else(|| TargetError::NoSandbox(format!("{pod}_{namespace}")))
     }
 
@@ -199,4 +238,65 @@ fn waiting_reason(status: &PodStatus, container: &str) -> String {
 fn container_status<'a>(status: &'a PodStatus, container: &str) -> Option<&'a ContainerStatus> {
     let lists = [&status.init_container_statuses, &status.container_statuses, &status.ephemeral_container_statuses];
     lists.into_iter().flat_map(|list| list.iter().flatten()).find(|c| c.name == container)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+    use super::*;
+
+    fn pod(name: &str) -> Arc<Pod> {
+        let some = |text: &str| Some(text.to_owned());
+        let metadata = ObjectMeta {
+            name: some(name),
+            namespace: some("ns"),
+            uid: some(&format!("uid-{name}")),
+            ..ObjectMeta::default()
+        };
+        Arc::new(Pod { metadata, spec: Some(PodSpec::default()), status: None })
+    }
+
+    fn put(directory: &Directory, name: &str) {
+        directory.put(&pod(name), &PodStatus::default(), &Observed::default());
+    }
+
+    async fn found(directory: &Directory, name: &str) -> Result<String, TargetError> {
+        let entry = directory.look_up("ns", name, None).await?;
+        Ok(entry.pod.metadata.name.clone().unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_node_that_has_just_started_is_waited_for() {
+        let directory = Directory { patience: Duration::from_millis(10), ..Directory::default() };
+        let no_pod = |name: &str| Err(TargetError::NoPod(name.to_owned()));
+        put(&directory, "early");
+        assert_eq!(found(&directory, "early").now_or_never().unwrap(), Ok("early".to_owned()));
+        // Nothing was listed: it may be there.
+        assert_eq!(found(&directory, "p").await, Err(TargetError::NotYet("p".to_owned())));
+        let (mut p, mut other) = (Box::pin(found(&directory, "p")), Box::pin(found(&directory, "other")));
+        assert!(p.as_mut().now_or_never().is_none() && other.as_mut().now_or_never().is_none());
+        directory.expect(["uid-early", "uid-p", "uid-q"].map(str::to_owned));
+        assert!(p.as_mut().now_or_never().is_none() && other.as_mut().now_or_never().is_none());
+        put(&directory, "p");
+        assert_eq!(p.now_or_never(), Some(Ok("p".to_owned())));
+        assert!(other.as_mut().now_or_never().is_none(), "q was not looked at");
+        directory.remove("uid-q");
+        assert_eq!(other.now_or_never(), Some(no_pod("other")));
+        // From here on what is not known is not there.
+        directory.expect(["uid-late".to_owned()]);
+        assert_eq!(found(&directory, "late").now_or_never(), Some(no_pod("late")));
+    }
+
+    #[tokio::test]
+    async fn a_node_without_pods_says_so_at_once() {
+        let directory = Directory::default();
+        directory.expect([]);
+        let target = directory.port_target("ns", "p", None).now_or_never().unwrap();
+        assert_eq!(target, Err(TargetError::NoPod("p".to_owned())));
+        put(&directory, "p");
+        let of_another = directory.look_up("ns", "p", Some("uid-old")).now_or_never().unwrap();
+        assert_eq!(of_another.err(), Some(TargetError::NoPod("p".to_owned())));
+    }
 }

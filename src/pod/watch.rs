@@ -352,6 +352,7 @@ impl PodLoop {
         absent.iter().for_each(|uid| self.gone(uid));
         self.mirrors_listed();
         self.shared.admission.expect(self.workers.keys().cloned());
+        self.shared.directory.expect(self.workers.keys().cloned());
         self.sweep_at = Some(Instant::now());
     }
 

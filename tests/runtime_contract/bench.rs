@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use bollard::Docker;
@@ -79,6 +79,8 @@ struct Machines {
     /// How many guests wait for Pods.
     warm: usize,
     bridge: Bridge,
+    /// Those of the driver under test, which nobody keeps but it.
+    vms: Weak<HostVms>,
 }
 
 /// Whose templates the machines of a bench are restored from.
@@ -250,7 +252,7 @@ impl Bench {
             Templates::Shared | Templates::Waiting => Path::new(env!("CARGO_TARGET_TMPDIR")).join("microvm-templates"),
             Templates::Own => docker.folder.path().join("templates"),
         };
-        let machines = Some(Machines { bundle, templates, warm, bridge });
+        let machines = Some(Machines { bundle, templates, warm, bridge, vms: Weak::new() });
         let mut bench = Self { machines, handler: Some("microvm".to_owned()), has_host_network: false, ..docker };
         bench.restart().await;
         Some(bench)
@@ -271,7 +273,7 @@ impl Bench {
     pub(crate) async fn restart(&mut self) {
         self.hang_up();
         let machines = self.machines.as_ref().expect("this bench has machines");
-        let Machines { bundle, templates, warm, bridge } = machines;
+        let Machines { bundle, templates, warm, bridge, .. } = machines;
         let root = self.root();
         let images = image::Options { docker: Some("/var/run/docker.sock".into()), ..image::Options::default() };
         let images = image::Store::open(&root.join("images"), images).await.unwrap();
@@ -284,7 +286,7 @@ impl Bench {
             taps: Some(Arc::new(bridge.clone())),
             ..HostOptions::new(root.clone(), bundle.clone())
         };
-        let vms = HostVms::open(options, Arc::new(Self::qemu())).await.unwrap();
+        let vms = Arc::new(HostVms::open(options, Arc::new(Self::qemu())).await.unwrap());
         if !templates.starts_with(self.folder.path()) {
             // All cases have guests of one size.
             let _turn = TEMPLATE.lock().await;
@@ -292,10 +294,25 @@ impl Bench {
         }
         let places = Places { host_paths: vec![self.folder.path().to_owned()], ..Places::default() };
         let options = MicrovmOptions { owner: self.owner.clone(), root, places, logs: LogLimits::default() };
-        let microvm = MicrovmRuntime::open(options, Arc::new(vms), Arc::new(images)).await.unwrap();
+        let microvm = MicrovmRuntime::open(options, Arc::clone(&vms) as _, Arc::new(images)).await.unwrap();
         let named = |handler: &str, runtime| Named { handler: handler.to_owned(), runtime };
         let docker = named("docker", connect(&self.owner, Arc::new(bridge.clone())).await);
         self.runtime = Arc::new(Handlers::new(docker, vec![named("microvm", Arc::new(microvm))], "docker"));
+        self.machines.as_mut().expect("as above").vms = Arc::downgrade(&vms);
+    }
+
+    /// Waits until as many guests wait for Pods as are to, and none is on its way.
+    pub(crate) async fn all_wait(&self) {
+        let Machines { warm, vms, .. } = self.machines.as_ref().expect("this bench has machines");
+        let begun = Instant::now();
+        loop {
+            let waiting = vms.upgrade().expect("its driver is there").waiting();
+            if waiting == Some(*warm) {
+                return;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{waiting:?} wait");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// Where the driver of machines keeps what it has.

@@ -131,6 +131,7 @@ contract! {
         an_attached_client_speaks_with_the_process
         standard_input_stays_open_for_the_next_client
         a_client_attached_without_input_only_listens
+        an_attached_client_hears_the_last_words
         a_port_is_reached_and_each_direction_is_closed_by_itself
         hundreds_of_connections_can_be_open_at_once
         a_port_where_nothing_listens_is_invalid_and_says_so

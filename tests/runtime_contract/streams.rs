@@ -278,6 +278,24 @@ pub(crate) async fn a_client_attached_without_input_only_listens(bench: &Bench) 
     assert_eq!((told(said.0).as_str(), told(said.1).as_str(), said.2), ("one\n", "two\n", 0));
 }
 
+pub(crate) async fn an_attached_client_hears_the_last_words(bench: &Bench) {
+    let sandbox = bench.sandbox("p").await;
+    let command = bench.says("line|print|one|warn|two|exit|0", &format!("{UNTIL_TOLD}; echo one; echo two >&2"));
+    let heard = async |name: String| {
+        let config = ContainerConfig { stdin: true, ..bench.container_config("p", &name, command.clone()) };
+        let id = bench.runtime.create_container(&sandbox, &config).await.unwrap();
+        bench.runtime.start_container(&id).await.unwrap();
+        let mut session = attach(bench, &id).await;
+        listens(bench, &mut session, &[LogSource::Stdout, LogSource::Stderr]).await;
+        write(&mut session, b"go\n").await;
+        let (out, err, code) = finish(session).await;
+        (told(out), told(err), code)
+    };
+    // Several: what ends first, its input or one of its outputs, is chance.
+    let heard = join_all((0..8).map(|number| heard(format!("c{number}")))).await;
+    assert_eq!(heard, vec![("one\n".to_owned(), "two\n".to_owned(), 0); 8]);
+}
+
 async fn echoed(bench: &Bench, sandbox: &SandboxId, port: u16, bytes: &[u8]) {
     let connection = bench.runtime.port_forward(sandbox, port).await.unwrap();
     let (mut reader, mut writer) = tokio::io::split(connection);

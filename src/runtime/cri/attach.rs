@@ -1,12 +1,18 @@
 //! The streams of a container's own process.
+//!
+//! A client that both speaks and listens has two connections where its input stays open for the next client: on one,
+//! containerd takes the end of either output for the end of the input, and with the input it ends the other output, last
+//! words and all.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::FutureExt;
 use lambdalet_proto::cri::v1;
 use tokio::io::{AsyncWrite, sink};
+use tokio::sync::mpsc;
 use tokio::time::sleep;
 
 use super::CriRuntime;
@@ -16,7 +22,7 @@ use super::info::Place;
 use super::streams::{self, EndOfInput, SpdyTerminal, Stdin, Streams, Wanted};
 use crate::runtime::Result;
 use crate::runtime::process::Process;
-use crate::runtime::session::{AttachRequest, Session};
+use crate::runtime::session::{AttachRequest, Output, Session};
 use crate::runtime::types::{ContainerId, LogSource};
 
 /// The runtime takes note of an end a moment after the kernel told it.
@@ -33,17 +39,11 @@ impl CriRuntime {
         let stderr = request.stderr && !tty;
         // One stream at least is asked for; what nobody wants of it is dropped.
         let wanted = Wanted { stdin, stdout: request.stdout || (!stdin && !stderr), stderr, tty };
-        let asked = v1::AttachRequest {
-            container_id: id.to_string(),
-            stdin: wanted.stdin,
-            tty: wanted.tty,
-            stdout: wanted.stdout,
-            stderr: wanted.stderr,
-        };
-        let answer = ask!(self.client.runtime, attach(asked), || tried.clone()).await?;
-        let Streams { writes, output, progress: _, pump } = streams::connect(&answer.url, wanted, &tried).await?;
-        // Until the server ends it, or the client has left.
-        self.options.keepers.spawn(pump.run(true));
+        let mixes = stdin && !tty && !looked.has("once") && (wanted.stdout || wanted.stderr);
+        // It listens before it speaks: an answer may come at once.
+        let (writes, output) = self.connect_to(id, Wanted { stdin: stdin && !mixes, ..wanted }, &tried).await?;
+        let writes =
+            if mixes { self.connect_to(id, Wanted { stdin, ..Wanted::default() }, &tried).await?.0 } else { writes };
         let exit = exit_code(self.client.clone(), id.clone(), place);
         let (stdout, stderr) = (request.stdout, request.stderr);
         Ok(Session {
@@ -54,11 +54,26 @@ impl CriRuntime {
         })
     }
 
+    /// One connection; until the server ends it, or the client has left.
+    async fn connect_to(
+        &self,
+        id: &ContainerId,
+        wanted: Wanted,
+        tried: &str,
+    ) -> Result<(mpsc::Sender<Bytes>, mpsc::Receiver<Output>)> {
+        let Wanted { stdin, stdout, stderr, tty } = wanted;
+        let asked = v1::AttachRequest { container_id: id.to_string(), stdin, tty, stdout, stderr };
+        let answer = ask!(self.client.runtime, attach(asked), || tried.to_owned()).await?;
+        let Streams { writes, output, progress: _, pump } = streams::connect(&answer.url, wanted, tried).await?;
+        self.options.keepers.spawn(pump.run(true));
+        Ok((writes, output))
+    }
+
     fn input(
         &self,
         request: &AttachRequest,
         looked: &Looked,
-        writes: tokio::sync::mpsc::Sender<bytes::Bytes>,
+        writes: mpsc::Sender<Bytes>,
     ) -> Option<Pin<Box<dyn AsyncWrite + Send>>> {
         let end = match (looked.has("once"), looked.has("tty")) {
             (false, _) => EndOfInput::Nothing,

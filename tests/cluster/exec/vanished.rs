@@ -95,8 +95,10 @@ fn no_command_outlives_the_node_that_ran_it() {
         for (number, deaf) in [("192837465", ""), ("192837466", "trap '' HUP; ")] {
             let script = format!("{deaf}echo up; exec sleep {number}");
             let start = || background(kubectl(t, "true", &["exec", "-i", "p", "--", "sh", "-c", &script]));
+            // The shell that says so becomes the sleep a moment later.
+            let runs = async || gone(["sleep", number]).err().ok_or_else(|| "not begun".to_owned());
             let (_child, _lines, _up) = start().await;
-            assert!(runs_on_host(["sleep", number]));
+            poll("running", SOON, runs).await;
             t.node.stop(Duration::from_secs(15)).await;
             assert!(!runs_on_host(["sleep", number]), "a node that was told to end ends what clients had started");
             t.node.spawn(&[]);
@@ -104,6 +106,7 @@ fn no_command_outlives_the_node_that_ran_it() {
             t.log_with("p", "main", "up").await;
 
             let (_child, _lines, _up) = start().await;
+            poll("running", SOON, runs).await;
             t.node.kill9();
             assert!(runs_on_host(["sleep", number]), "nobody was there to end it");
             t.node.spawn(&[]);

@@ -53,7 +53,6 @@ impl Waiting {
     }
 
     /// How many wait; `None` while one is restored or ended.
-    #[cfg(test)]
     pub(super) fn at_rest(&self) -> Option<usize> {
         let _turn = self.turn.try_lock().ok()?;
         Some(self.pool.count(|_| true))

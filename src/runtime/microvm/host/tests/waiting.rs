@@ -210,7 +210,7 @@ impl Host {
     /// Waits until so many were restored in all, and two wait; how many run then, those among them.
     async fn settles(&self, restored: u32) -> usize {
         let begun = Instant::now();
-        while (self.stage.restored.load(Ordering::SeqCst), self.vms.inner.waiting.at_rest()) != (restored, Some(2)) {
+        while (self.stage.restored.load(Ordering::SeqCst), self.vms.waiting()) != (restored, Some(2)) {
             assert!(begun.elapsed() < BOOT_PATIENCE, "{:?}", self.stage);
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -344,7 +344,7 @@ async fn what_cannot_be_restored_is_not_tried_again_for_each_of_many_starts() {
     assert!(host.stage.restored.load(Ordering::SeqCst) <= 2);
     host.stage.broken.store(0, Ordering::SeqCst);
     host.vms.inner.keep_waiting(&config).await;
-    assert_eq!(host.vms.inner.waiting.at_rest(), Some(2));
+    assert_eq!(host.vms.waiting(), Some(2));
 }
 
 #[tokio::test]
