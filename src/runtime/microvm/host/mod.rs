@@ -179,11 +179,6 @@ impl HostVms {
         self.inner.make_template(size).await
     }
 
-    /// How many guests wait for Pods; `None` while one is restored or ended.
-    pub fn waiting(&self) -> Option<usize> {
-        self.inner.waiting.at_rest()
-    }
-
     /// Runs a task that ends with the VMs' owner.
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         // A set of tasks is never half changed, so a panic elsewhere does not spoil it.

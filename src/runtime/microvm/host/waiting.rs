@@ -52,12 +52,6 @@ impl Waiting {
         self.promised.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many wait; `None` while one is restored or ended.
-    pub(super) fn at_rest(&self) -> Option<usize> {
-        let _turn = self.turn.try_lock().ok()?;
-        Some(self.pool.count(|_| true))
-    }
-
     fn of_promise(&self, id: &str) -> Option<Warm> {
         self.promised().remove(id)
     }
@@ -72,6 +66,13 @@ impl Waiting {
 }
 
 impl HostVms {
+    /// How many guests wait for Pods; `None` while one is restored or ended.
+    pub fn waiting(&self) -> Option<usize> {
+        let waiting = &self.inner.waiting;
+        let _turn = waiting.turn.try_lock().ok()?;
+        Some(waiting.pool.count(|_| true))
+    }
+
     /// What an earlier process left, by name.
     pub(super) fn left_behind(&self) -> Vec<String> {
         let dirs = self.inner.dirs.list().unwrap_or_else(|error| {
