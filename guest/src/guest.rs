@@ -8,8 +8,9 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use lambdalet_proto::agent::v1::{ConfigureRequest, EventKind};
+use lambdalet_proto::agent::v1::{ConfigureRequest, EventKind, Resources};
 use nix::mount::{MsFlags, mount};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use tokio::io::Interest;
@@ -24,10 +25,10 @@ use crate::error::{Error, Result, Tried};
 use crate::events::Events;
 use crate::exec::Execs;
 use crate::image::{Images, device};
-use crate::network;
+use crate::network::Network;
 use crate::reaper::{PidNamespace, Reaper};
 use crate::stage;
-use crate::stats::Walks;
+use crate::stats::{self, Walks};
 use crate::sys::{self, Owned, polled};
 use crate::tree;
 use crate::volume::Volumes;
@@ -39,6 +40,8 @@ const SHARED_MEMORY: &str = ".shm";
 /// Who a system is, as machine-id(5) has it.
 const MACHINE_ID: &str = "/etc/machine-id";
 const NONE: Option<&str> = None;
+/// Until a guest of one CPU has sent what it has written.
+const BEHIND_ANSWER: Duration = Duration::from_millis(2);
 
 /// Where things are.
 #[derive(Clone, Debug)]
@@ -91,6 +94,8 @@ impl Paths {
 struct Identity {
     configured: bool,
     scratch: bool,
+    /// What all containers together may use; at first whatever there is.
+    limits: Resources,
     /// Holds the PID namespace that containers share.
     pause: Option<Arc<OwnedFd>>,
 }
@@ -115,6 +120,9 @@ pub(crate) struct Guest {
     pub(crate) execs: Execs,
     pub(crate) walks: Walks,
     pub(crate) ready_after_ns: u64,
+    /// Bytes of memory, and CPUs.
+    pub(crate) size: (u64, u32),
+    network: Mutex<Network>,
     containers: Mutex<Containers>,
     images: Mutex<Images>,
     volumes: Mutex<Volumes>,
@@ -140,6 +148,8 @@ impl Guest {
             cgroups,
             memory: MemoryWatch { inotify, watched: Mutex::default() },
             ready_after_ns: clock::uptime_ns(),
+            size: stats::size(),
+            network: Mutex::default(),
             reaper: Reaper::default(),
             events: Events::default(),
             execs: Execs::default(),
@@ -152,7 +162,7 @@ impl Guest {
         })
     }
 
-    /// Makes directories and cgroups; after the modules are loaded.
+    /// Makes directories and cgroups and brings the network up; after the modules are loaded.
     ///
     /// # Errors
     /// What the kernel refused.
@@ -169,7 +179,11 @@ impl Guest {
             fs::create_dir_all(&cgroups)?;
             mount(Some("cgroup2"), &cgroups, Some("cgroup2"), flags, NONE)?;
             fs::create_dir_all(self.cgroups.root())?;
+        } else {
+            fs::create_dir_all("/etc")?;
+            fs::write(MACHINE_ID, "")?;
         }
+        *lock(&self.network) = Network::prepare(self.stand_in)?;
         self.cgroups.prepare()
     }
 
@@ -203,7 +217,6 @@ impl Guest {
         let mut identity = self.identity();
         if self.stand_in {
             // A host's clock and names are its own.
-            network::configure(&ConfigureRequest::default())?;
             identity.configured = true;
             return Ok(());
         }
@@ -214,39 +227,34 @@ impl Guest {
         if !request.hostname.is_empty() {
             nix::unistd::sethostname(&request.hostname).tried(|| "failed to set the host name".to_owned())?;
         }
-        network::configure(request)?;
-        self.write_identity(request).tried(|| "failed to write the guest's identity".to_owned())?;
-        let resources = request.resources.unwrap_or_default();
-        self.cgroups.limit_pod(&resources).tried(|| "failed to set the Pod's limits".to_owned())?;
+        lock(&self.network).configure(request)?;
+        if !request.machine_id.is_empty() {
+            let written = fs::write(MACHINE_ID, format!("{}\n", request.machine_id));
+            written.tried(|| "failed to write the guest's machine id".to_owned())?;
+        }
+        let limits = request.resources.unwrap_or_default();
+        if limits != identity.limits {
+            self.cgroups.limit_pod(&limits).tried(|| "failed to set the Pod's limits".to_owned())?;
+            identity.limits = limits;
+        }
         if request.scratch && !identity.scratch {
             identity.scratch = true;
             self.loaded.send_replace(None);
             let guest = Arc::clone(self);
             let said = |error| Status::from(error).message().to_owned();
-            tokio::task::spawn_blocking(move || guest.loaded(guest.mount_scratch().map_err(said)));
+            tokio::task::spawn(async move {
+                // The answer goes first.
+                tokio::time::sleep(BEHIND_ANSWER).await;
+                tokio::task::spawn_blocking(move || guest.loaded(guest.mount_scratch().map_err(said)));
+            });
         }
         identity.configured = true;
         Ok(())
     }
 
-    /// Files that the node's files for containers are made from, and that the agent's own libraries read.
-    fn write_identity(&self, request: &ConfigureRequest) -> io::Result<()> {
-        let write = |name: &str, bytes: &[u8]| {
-            if bytes.is_empty() { Ok(()) } else { fs::write(self.paths.0.join(name), bytes) }
-        };
-        write("vm-id", request.vm_id.as_bytes())?;
-        write("service-state", request.service_state.as_bytes())?;
-        write("resolv.conf", &request.resolv_conf)?;
-        if request.machine_id.is_empty() {
-            return Ok(());
-        }
-        fs::create_dir_all("/etc")?;
-        fs::write(MACHINE_ID, format!("{}\n", request.machine_id))
-    }
-
     /// The id by which the guest knows itself; empty until it has an identity, and in a stand-in.
     pub(crate) fn machine_id(&self) -> String {
-        if self.stand_in {
+        if self.stand_in || !self.configured() {
             return String::new();
         }
         fs::read_to_string(MACHINE_ID).unwrap_or_default().trim_end().to_owned()

@@ -67,25 +67,25 @@ impl Netlink {
         Ok(Self { socket, sequence: 0 })
     }
 
-    /// Changes a link that is down: its hardware address, its name.
+    /// Takes a link down and gives it a name, which one that is up keeps.
     ///
     /// # Errors
     /// What the kernel refused.
-    pub(crate) fn rename(&mut self, index: u32, name: &str, mac: Option<[u8; 6]>) -> io::Result<()> {
-        let mut request = Request::new(libc::RTM_NEWLINK, 0).body(&link(index, 0));
-        request = request.attribute(IFLA_IFNAME, &[name.as_bytes(), b"\0"].concat());
+    pub(crate) fn rename(&mut self, index: u32, name: &str) -> io::Result<()> {
+        self.ask(Request::new(libc::RTM_NEWLINK, 0).body(&link(index, 0)))?;
+        let request = Request::new(libc::RTM_NEWLINK, 0).body(&link(index, 0));
+        self.ask(request.attribute(IFLA_IFNAME, &[name.as_bytes(), b"\0"].concat()))
+    }
+
+    /// Brings a link up, with this hardware address where there is one; `mtu` 0 leaves it.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub(crate) fn set_up(&mut self, index: u32, mac: Option<[u8; 6]>, mtu: u32) -> io::Result<()> {
+        let mut request = Request::new(libc::RTM_NEWLINK, 0).body(&link(index, 1));
         if let Some(mac) = mac {
             request = request.attribute(IFLA_ADDRESS, &mac);
         }
-        self.ask(request)
-    }
-
-    /// Brings a link up or down; `mtu` 0 leaves it.
-    ///
-    /// # Errors
-    /// What the kernel refused.
-    pub(crate) fn set_up(&mut self, index: u32, up: bool, mtu: u32) -> io::Result<()> {
-        let mut request = Request::new(libc::RTM_NEWLINK, 0).body(&link(index, u32::from(up)));
         if mtu > 0 {
             request = request.attribute(IFLA_MTU, &mtu.to_ne_bytes());
         }

@@ -13,74 +13,119 @@ use crate::netlink::Netlink;
 /// Where the kernel lists interfaces.
 const INTERFACES: &str = "/sys/class/net";
 const LOOPBACK: &str = "lo";
+/// The kernel's number of it, in every network namespace.
+const LOOPBACK_INDEX: u32 = 1;
 
-/// Brings interfaces and routes to what the node says.
-///
-/// # Errors
-/// What does not parse, or the kernel refuses.
-pub(crate) fn configure(request: &ConfigureRequest) -> Result<()> {
-    let mut netlink = Netlink::open().tried(|| "failed to open netlink".to_owned())?;
-    let loopback = index(LOOPBACK).tried(|| "failed to find the loopback interface".to_owned())?;
-    netlink.set_up(loopback, true, 0).tried(|| "failed to bring the loopback interface up".to_owned())?;
-    for interface in &request.interfaces {
-        bring_up(&mut netlink, interface)?;
-    }
-    for route in &request.routes {
-        add_route(&mut netlink, route)?;
-    }
-    request.sysctls.iter().try_for_each(set)
+/// The guest's network cards. They are looked for once, since none comes later.
+#[derive(Debug, Default)]
+pub(crate) struct Network {
+    cards: Vec<Card>,
 }
 
-fn bring_up(netlink: &mut Netlink, interface: &Interface) -> Result<()> {
-    let name = if interface.name.is_empty() { "eth0" } else { &interface.name };
-    if name.len() > 15 || name.contains('/') {
-        return Err(Error::invalid(format!("{name:?} is no name of an interface")));
+/// A network card.
+#[derive(Debug)]
+struct Card {
+    name: String,
+    index: u32,
+    mac: Option<[u8; 6]>,
+    /// Whether it has a part in IPv6.
+    ipv6: bool,
+}
+
+impl Network {
+    /// Finds the cards and brings them up, with no address: what is done before the guest is somebody, the guests that are made
+    /// of its template need not do. Of IPv6 they have no part until an address says so: the kernel would give them one of its
+    /// own, and speak to the network with it. A stand-in leaves its host's cards alone.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub(crate) fn prepare(stand_in: bool) -> io::Result<Self> {
+        let mut netlink = Netlink::open()?;
+        netlink.set_up(LOOPBACK_INDEX, None, 0)?;
+        let mut network = Self::default();
+        if stand_in {
+            return Ok(network);
+        }
+        for entry in fs::read_dir(INTERFACES)?.flatten().filter(|entry| entry.path().join("device").exists()) {
+            let read = |file: &str| fs::read_to_string(entry.path().join(file));
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let index = read("ifindex")?.trim().parse().map_err(io::Error::other)?;
+            let mut card = Card { name, index, mac: mac(read("address")?.trim()).ok().flatten(), ipv6: true };
+            card.set_ipv6(false)?;
+            netlink.set_up(index, None, 0)?;
+            network.cards.push(card);
+        }
+        network.cards.sort_by(|one, other| one.name.cmp(&other.name));
+        Ok(network)
     }
-    let mac = mac(&interface.mac)?;
-    let found = find(mac.map(|_| interface.mac.as_str())).tried(|| "failed to list the interfaces".to_owned())?;
-    let found = found.ok_or_else(|| Error::not_found(format!("there is no interface for {name}")))?;
-    let tried = || format!("failed to configure interface {name}");
-    let index = index(&found).tried(tried)?;
-    let differs = mac.is_some() && address(&found).as_deref() != Some(&interface.mac.to_ascii_lowercase());
-    if found != name || differs {
-        netlink.set_up(index, false, 0).tried(tried)?;
-        netlink.rename(index, name, mac).tried(tried)?;
+
+    /// Brings interfaces and routes to what the node says.
+    ///
+    /// # Errors
+    /// What does not parse, or the kernel refuses.
+    pub(crate) fn configure(&mut self, request: &ConfigureRequest) -> Result<()> {
+        let mut netlink = Netlink::open().tried(|| "failed to open netlink".to_owned())?;
+        for interface in &request.interfaces {
+            self.bring_up(&mut netlink, interface)?;
+        }
+        for route in &request.routes {
+            self.add_route(&mut netlink, route)?;
+        }
+        request.sysctls.iter().try_for_each(set)
     }
-    netlink.set_up(index, true, interface.mtu).tried(tried)?;
-    for said in &interface.addresses {
-        let (address, prefix) = network(said)?;
-        netlink.add_address(index, address, prefix).tried(|| format!("failed to add address {said} to {name}"))?;
+
+    fn bring_up(&mut self, netlink: &mut Netlink, interface: &Interface) -> Result<()> {
+        let name = if interface.name.is_empty() { "eth0" } else { &interface.name };
+        if name.len() > 15 || name.contains('/') {
+            return Err(Error::invalid(format!("{name:?} is no name of an interface")));
+        }
+        let mac = mac(&interface.mac)?;
+        let exact = self.cards.iter().position(|card| mac.is_some() && card.mac == mac).unwrap_or(0);
+        let card = self.cards.get_mut(exact);
+        let card = card.ok_or_else(|| Error::not_found(format!("there is no interface for {name}")))?;
+        let tried = || format!("failed to configure interface {name}");
+        if card.name != name {
+            netlink.rename(card.index, name).tried(tried)?;
+            name.clone_into(&mut card.name);
+        }
+        let differs = mac.filter(|_| card.mac != mac);
+        netlink.set_up(card.index, differs, interface.mtu).tried(tried)?;
+        card.mac = mac.or(card.mac);
+        for said in &interface.addresses {
+            let (address, prefix) = network(said)?;
+            if address.is_ipv6() {
+                card.set_ipv6(true).tried(tried)?;
+            }
+            let tried = || format!("failed to add address {said} to {name}");
+            netlink.add_address(card.index, address, prefix).tried(tried)?;
+        }
+        Ok(())
     }
-    Ok(())
+
+    fn add_route(&self, netlink: &mut Netlink, route: &Route) -> Result<()> {
+        let Route { destination, gateway, interface } = route;
+        let to = network(destination)?;
+        let gateway = (!gateway.is_empty()).then(|| parse::<IpAddr>("address", gateway)).transpose()?;
+        let card = self.cards.iter().find(|card| card.name == *interface).map(|card| card.index);
+        let index = card.or_else(|| (interface == LOOPBACK).then_some(LOOPBACK_INDEX));
+        let index = index.ok_or_else(|| Error::not_found(format!("there is no interface {interface}")))?;
+        let tried = || format!("failed to add the route to {destination} through {interface}");
+        netlink.add_route(to, gateway, index).tried(tried)
+    }
 }
 
-/// The interface with this hardware address; else the first that is not loopback, which takes it.
-fn find(mac: Option<&str>) -> io::Result<Option<String>> {
-    let mut names: Vec<_> =
-        fs::read_dir(INTERFACES)?.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
-    names.retain(|name| name != LOOPBACK && Path::new(INTERFACES).join(name).join("device").exists());
-    names.sort();
-    let wanted = mac.map(str::to_ascii_lowercase);
-    let exact = names.iter().find(|name| wanted.is_some() && address(name) == wanted);
-    Ok(exact.or(names.first()).cloned())
-}
-
-fn address(interface: &str) -> Option<String> {
-    let text = fs::read_to_string(Path::new(INTERFACES).join(interface).join("address")).ok()?;
-    Some(text.trim().to_ascii_lowercase())
-}
-
-fn index(interface: &str) -> io::Result<u32> {
-    let text = fs::read_to_string(Path::new(INTERFACES).join(interface).join("ifindex"))?;
-    text.trim().parse().map_err(io::Error::other)
-}
-
-fn add_route(netlink: &mut Netlink, route: &Route) -> Result<()> {
-    let tried = || format!("failed to add the route to {} through {}", route.destination, route.interface);
-    let to = network(&route.destination)?;
-    let gateway = (!route.gateway.is_empty()).then(|| parse::<IpAddr>("address", &route.gateway)).transpose()?;
-    let index = index(&route.interface).tried(tried)?;
-    netlink.add_route(to, gateway, index).tried(tried)
+impl Card {
+    fn set_ipv6(&mut self, on: bool) -> io::Result<()> {
+        if self.ipv6 != on {
+            match fs::write(format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.name), if on { "0" } else { "1" }) {
+                // A kernel without IPv6.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                written => written?,
+            }
+            self.ipv6 = on;
+        }
+        Ok(())
+    }
 }
 
 /// `10.0.0.1/24`.

@@ -18,7 +18,7 @@ use crate::error::{Error, Result as Verb, Tried};
 use crate::events::event;
 use crate::guest::Guest;
 use crate::streams::{QUEUE, follow};
-use crate::{stats, sys};
+use crate::sys;
 
 /// Events that wait for the node.
 const EVENT_QUEUE: usize = 16;
@@ -62,7 +62,7 @@ impl Agent for Service {
     type PortForwardStream = Outgoing<PortData>;
 
     async fn hello(&self, _: Request<HelloRequest>) -> Answer<HelloReply> {
-        let (memory_bytes, cpus) = stats::size();
+        let (memory_bytes, cpus) = self.0.size;
         let kernel = nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned());
         Ok(Response::new(HelloReply {
             protocol: PROTOCOL,
@@ -77,8 +77,10 @@ impl Agent for Service {
     }
 
     async fn configure(&self, request: Request<ConfigureRequest>) -> Answer<Empty> {
-        let request = request.into_inner();
-        self.empty(move |guest| guest.configure(&request)).await
+        self.0.is_loaded().await?;
+        // Here: it is soon done, and nothing else is to be answered meanwhile.
+        self.0.configure(request.get_ref())?;
+        Ok(Response::new(Empty {}))
     }
 
     async fn sync_time(&self, request: Request<SyncTimeRequest>) -> Answer<SyncTimeReply> {

@@ -153,6 +153,8 @@ fn session(io: DuplexStream, guest: &Arc<Guest>) -> impl Future<Output = ()> + u
             .initial_connection_window_size(CONNECTION_WINDOW)
             .initial_stream_window_size(STREAM_WINDOW)
             .max_concurrent_streams(MAX_STREAMS)
+            // Calls that the node gave up before the guest got to them: it has no other client to be protected from.
+            .max_pending_accept_reset_streams(MAX_STREAMS as usize)
             .serve_connection(TokioIo::new(io), TowerToHyperService::new(server))
             .await;
     }

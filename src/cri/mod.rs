@@ -150,6 +150,8 @@ impl Cri {
         let grpc = Server::builder()
             .concurrency_limit_per_connection(CALLS)
             .max_concurrent_streams(OPEN_CALLS)
+            // A client that gives up many calls at once is no attack: it could do worse, and all others share its connection.
+            .http2_max_pending_accept_reset_streams(Some(OPEN_CALLS as usize))
             .add_service(runtime)
             .add_service(images)
             .serve_with_incoming_shutdown(socket.incoming(), draining.clone().cancelled_owned());

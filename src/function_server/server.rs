@@ -176,6 +176,8 @@ impl Server {
                 .keep_alive_interval(ALIVE_INTERVAL)
                 .keep_alive_timeout(ALIVE_PATIENCE)
                 .max_concurrent_streams(MAX_STREAMS)
+                // Calls given up before they were begun: a client may give up all of its calls at once.
+                .max_pending_accept_reset_streams(MAX_STREAMS as usize)
                 .max_header_list_size(MAX_HEADERS)
                 .initial_stream_window_size(STREAM_WINDOW)
                 .initial_connection_window_size(CONNECTION_WINDOW)

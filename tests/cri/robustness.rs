@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures::future::join_all;
 use lambdalet::runtime::SandboxRuntime as _;
 use lambdalet::runtime::verb::Verb;
 use lambdalet_proto::cri::v1;
@@ -206,7 +207,7 @@ async fn clients_that_make_and_remove_the_same_sandbox_at_once_leave_nothing() {
             }
         })
     });
-    for fight in timeout(PATIENCE, futures::future::join_all(fights)).await.expect("they end") {
+    for fight in timeout(PATIENCE, join_all(fights)).await.expect("they end") {
         fight.unwrap();
     }
     assert_nothing_is_left(&mut world).await;
@@ -266,7 +267,7 @@ async fn a_restart_under_load_leaves_nothing_half_made() {
     let mut world = world.restarted().await;
     at_least(&mut world, count + 50).await;
     enough.store(true, Ordering::SeqCst);
-    timeout(PATIENCE, futures::future::join_all(load)).await.expect("the clients end");
+    timeout(PATIENCE, join_all(load)).await.expect("the clients end");
     let every = world.runtime.list_pod_sandbox(v1::ListPodSandboxRequest::default()).await.unwrap().into_inner().items;
     let mut addresses = std::collections::HashSet::new();
     for sandbox in &every {
@@ -379,10 +380,35 @@ async fn a_thousand_calls_of_all_kinds_at_once_are_all_answered() {
             }
         }
     });
-    let answers = timeout(PATIENCE, futures::future::join_all(calls)).await.expect("all are answered");
+    let answers = timeout(PATIENCE, join_all(calls)).await.expect("all are answered");
     let failed: Vec<_> = answers.into_iter().filter_map(Result::err).collect();
     assert!(failed.is_empty(), "{failed:?}");
     assert_eq!(world.sandboxes(v1::PodSandboxFilter::default()).await.len(), 251);
+}
+
+#[tokio::test]
+async fn calls_that_are_given_up_do_not_end_those_beside_them() {
+    let mut world = World::inside().await;
+    let mut events = world.runtime.get_container_events(v1::GetEventsRequest {}).await.unwrap().into_inner();
+    // More at once than a server of HTTP/2 takes from somebody whom it does not know, each a little further on its way.
+    for turns in 0..8 {
+        let give_up = |mut client: RuntimeServiceClient<Channel>| async move {
+            let turns = async {
+                for _ in 0..turns {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::select! {
+                biased;
+                _ = client.version(v1::VersionRequest::default()) => {}
+                () = turns => {}
+            }
+        };
+        join_all((0..200).map(|_| give_up(world.runtime.clone()))).await;
+    }
+    let id = world.started("a", "sleep 60000").await;
+    let told = async { while events.message().await.unwrap().unwrap().container_id != id {} };
+    timeout(PATIENCE, told).await.expect("the events go on");
 }
 
 #[tokio::test]

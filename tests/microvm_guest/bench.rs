@@ -96,14 +96,21 @@ impl Bench {
 
     /// Its identity; the image is mounted beside.
     pub(crate) async fn configure(&self) {
+        self.agent.configure(self.identity(&["10.244.1.7/24"])).await.unwrap();
+        let slot = self.slot();
+        self.agent.mount_image(&slot, IMAGE, "erofs").await.unwrap();
+        self.agent.mount_image(&slot, IMAGE, "erofs").await.unwrap();
+    }
+
+    /// The same with these addresses.
+    pub(crate) fn identity(&self, addresses: &[&str]) -> ConfigureRequest {
         let interface = Interface {
             mac: "02:00:0a:f4:01:07".into(),
             name: "eth0".into(),
-            addresses: vec!["10.244.1.7/24".into()],
+            addresses: addresses.iter().map(|address| (*address).to_owned()).collect(),
             mtu: 1400,
         };
-        let request = ConfigureRequest {
-            vm_id: "vm-1".into(),
+        ConfigureRequest {
             hostname: "guest-test".into(),
             machine_id: MACHINE_ID.into(),
             time_ns: 1_800_000_000_000_000_000,
@@ -114,7 +121,6 @@ impl Bench {
                 gateway: "10.244.1.1".into(),
                 interface: "eth0".into(),
             }],
-            resolv_conf: b"nameserver 10.96.0.10\n".to_vec().into(),
             sysctls: vec![lambdalet_proto::agent::v1::Sysctl {
                 name: "net.ipv4.ip_unprivileged_port_start".into(),
                 value: "80".into(),
@@ -122,11 +128,7 @@ impl Bench {
             resources: Some(Resources { pids: 500, ..Resources::default() }),
             scratch: true,
             ..ConfigureRequest::default()
-        };
-        self.agent.configure(request).await.unwrap();
-        let slot = self.slot();
-        self.agent.mount_image(&slot, IMAGE, "erofs").await.unwrap();
-        self.agent.mount_image(&slot, IMAGE, "erofs").await.unwrap();
+        }
     }
 
     /// Where the image lies.

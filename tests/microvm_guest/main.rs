@@ -54,7 +54,10 @@ async fn every_verb_works_in_namespaces_of_this_host() {
 
 async fn all(bench: &mut Bench) -> Vec<&'static str> {
     cases! { bench,
-        session: hello_is_answered_and_the_guest_takes_its_identity;
+        session:
+            hello_is_answered_and_the_guest_takes_its_identity
+            of_ipv6_an_interface_has_a_part_by_its_address
+            calls_that_are_given_up_do_not_end_the_session;
         containers:
             a_container_runs_and_its_exit_code_and_log_are_told
             a_command_that_is_not_there_exits_with_127_and_one_that_may_not_run_with_128

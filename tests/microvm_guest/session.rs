@@ -20,6 +20,27 @@ pub(crate) async fn hello_is_answered_and_the_guest_takes_its_identity(bench: &m
     for wanted in ["guest-test", "10.244.1.7/24", "mtu 1400", "default via 10.244.1.1", "\n80\n"] {
         assert!(said.contains(wanted), "{wanted} is not in {said}");
     }
+    assert!(!said.contains("inet6"), "{said}");
+}
+
+pub(crate) async fn of_ipv6_an_interface_has_a_part_by_its_address(bench: &mut Bench) {
+    if !bench.is_machine() {
+        return;
+    }
+    bench.agent.configure(bench.identity(&["10.244.1.7/24", "fd00:10:244::7/64"])).await.unwrap();
+    let (_, said) = bench.run(script("six", "ip addr show eth0")).await;
+    for wanted in ["inet 10.244.1.7/24", "inet6 fd00:10:244::7/64"] {
+        assert!(said.contains(wanted), "{wanted} is not in {said}");
+    }
+}
+
+pub(crate) async fn calls_that_are_given_up_do_not_end_the_session(bench: &mut Bench) {
+    // More at once than a server of HTTP/2 takes from somebody whom it does not know.
+    let given_up = (0..200).map(|_| tokio::time::timeout(Duration::from_micros(100), bench.agent.list()));
+    futures::future::join_all(given_up).await;
+    bench.agent.list().await.unwrap();
+    let ended = tokio::time::timeout(Duration::ZERO, bench.agent.ended()).await;
+    assert!(ended.is_err(), "{ended:?}");
 }
 
 pub(crate) async fn a_node_that_comes_back_finds_all_as_it_was(bench: &mut Bench) {

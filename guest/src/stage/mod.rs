@@ -144,7 +144,8 @@ impl Launch {
         let (mut ours, theirs) = UnixStream::pair().map_err(Failure::agent)?;
         ours.set_read_timeout(Some(PATIENCE)).map_err(Failure::agent)?;
         let mut command = Command::new("/proc/self/exe");
-        command.arg0(CONTAINER).env_clear().current_dir("/");
+        // The stage itself goes to its directory: a library linked statically can only do that for it by copying the agent.
+        command.arg0(CONTAINER).env_clear();
         command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).stderr(Stdio::null());
         let child = reaper.spawn(&mut command, namespace).map_err(Failure::agent)?;
         // The command holds the stage's end of the socket.
@@ -229,6 +230,7 @@ pub(crate) fn run() -> ExitCode {
 }
 
 fn become_workload(socket: &mut UnixStream) -> Result<std::convert::Infallible, Failure> {
+    std::env::set_current_dir("/").map_err(|error| Failure::at("begin", error))?;
     let (plan, mut fds) = receive(socket).map_err(|error| Failure::at("read the plan", error))?;
     let spec = plan.spec.as_ref().ok_or_else(|| Failure::at("read the plan", io::Error::other("it has no spec")))?;
     let process = if plan.join { fds.pop() } else { None };

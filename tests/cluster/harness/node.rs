@@ -1,5 +1,6 @@
 //! One lambdalet process and everything on the host that is its.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -347,11 +348,14 @@ pub(crate) fn tail(text: &str, lines: usize) -> String {
     all[all.len().saturating_sub(lines)..].join("\n")
 }
 
-/// A port nobody listens on, below the range that outgoing connections use.
+/// A port nobody listens on, below the range that outgoing connections use. Each is given out once: whoever has one may not
+/// listen yet.
 pub(crate) fn free_port() -> u16 {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     loop {
         let port = rand::random_range(20_000..30_000);
-        if std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok() {
+        let is_free = std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok();
+        if is_free && GIVEN.lock().unwrap().insert(port) {
             return port;
         }
     }

@@ -16,14 +16,8 @@ const INTERFACE: &str = "eth0";
 
 impl Inner {
     /// Who the guest is.
-    pub(super) async fn identity(
-        &self,
-        id: &str,
-        address: IpAddr,
-        config: &SandboxConfig,
-    ) -> Result<v1::ConfigureRequest> {
+    pub(super) async fn identity(&self, address: IpAddr, config: &SandboxConfig) -> Result<v1::ConfigureRequest> {
         let mut request = v1::ConfigureRequest {
-            vm_id: id.to_owned(),
             hostname: config.hostname.clone(),
             machine_id: format!("{:032x}", rand::random::<u128>()),
             time_ns: u64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or_default(),

@@ -336,7 +336,7 @@ impl Inner {
                     vm.agent_within(RESTORE_PATIENCE).await.inspect_err(|_| self.templates.discard(template))?
                 }
             };
-            agent.configure(self.identity(id, address, config).await?).await
+            agent.configure(self.identity(address, config).await?).await
         };
         let led = async {
             let Some(taps) = &self.options.taps else { return Ok(()) };

@@ -322,6 +322,8 @@ fn can_map_what_it_reads(version: &str) -> bool {
 /// Reads a template's state.
 async fn read_state(qmp: &mut Qmp, state: &File) -> Result<()> {
     qmp.migrate_without_shared_memory().await?;
+    // It has nothing to announce: nobody has heard of it, and it is told its address afterwards.
+    qmp.execute("migrate-set-parameters", json!({"announce-rounds": 0})).await?;
     qmp.get_fd("state", state).await?;
     qmp.execute("migrate-incoming", json!({"uri": "fd:state"})).await?;
     qmp.migrated(MIGRATION_PATIENCE).await
