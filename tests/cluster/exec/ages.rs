@@ -45,7 +45,9 @@ fn runs_a_command(kubectl: Kubectl<'_>, how: &str) {
     let script = "cat; echo to err >&2; exit 7";
     let ended = run_command(kubectl(&["exec", "-i", "p", "--", "sh", "-c", script]), b"hello\n");
     assert_eq!((text(&ended.stdout), ended.status.code()), ("hello\n".to_owned(), Some(7)), "{how}");
-    assert!(text(&ended.stderr).starts_with("to err\n"), "{how}: {}", text(&ended.stderr));
+    // Beside what kubectl itself has to say: that of 1.32 complains of an empty message that was faster than its streams.
+    let said = text(&ended.stderr);
+    assert!(said.lines().any(|line| line == "to err"), "{how}: {said}");
 }
 
 #[test]
